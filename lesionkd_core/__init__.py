@@ -1,0 +1,39 @@
+"""Distil a lesion segmentation teacher into a student small enough for a phone.
+
+The names that notebooks use; each is imported when it is first asked for, so this import is quick.
+"""
+
+import importlib
+import os
+
+# A second process on the same cores makes torch's spinning threads ten times slower; waiting ones do not.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "config": ("AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "GraphConfig", "LesionKDError", "PrepareConfig", "TeacherConfig"),
+    "store": ("short",),
+    "datasets": ("CATALOGUE",),
+    "edges": ("edge_label",),
+    "prepare": ("prepare",),
+    "inference": ("load_network", "load_student", "predict", "probabilities"),
+    "evaluation": ("compare_arms", "score_masks", "score_otsu", "summarize"),
+    "stages": ("ablate", "distill", "distill_arms", "fit_graph", "train_teacher"),
+    "views": ("edge_views", "feature_maps", "node_views", "spread_of_cases"),
+    "figures": ("figures",),
+    "tables": ("tables",),
+}
+_ROOM = {name: room for room, names in _HOME.items() for name in names}
+__all__ = sorted(_ROOM)
+
+
+def __getattr__(name: str):
+    if name not in _ROOM:
+        raise AttributeError(f"lesionkd_core has no {name!r}")
+    room = importlib.import_module(f".{_ROOM[name]}", __name__)
+    return room if name == _ROOM[name] and not hasattr(room, name) else getattr(room, name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,187 @@
+"""Per-case scores and their summaries (DESIGN, Scores)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .prepare import Prepared
+
+METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice")
+HIGHER_IS_BETTER = {name: name != "hd95" for name in METRICS}
+THRESHOLD = 0.5
+SURFACE_TOLERANCE = 2.0
+"""Tolerance of the surface Dice, px at the prepared size."""
+
+
+def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
+    """Score masks case by case; nothing is dropped in silence.
+
+    Parameters
+    ----------
+    predicted, truth : (N, H, W) bool
+
+    Returns
+    -------
+    DataFrame
+        dice, iou, sensitivity, precision in 0..1; hd95 in px; surface_dice at 2 px in 0..1;
+        lesion_pixels, predicted_pixels; missed (a lesion that no predicted pixel overlaps) and
+        false_alarm (a prediction where there is no lesion), 0 or 1.
+        Both empty: Dice 1, distance 0. One empty: Dice 0, distance = the diagonal. Sensitivity and
+        precision of 0/0 are NaN.
+
+    Source: DESIGN, Scores; distances from MONAI.
+    """
+    predicted, truth = np.asarray(predicted, bool), np.asarray(truth, bool)
+    if predicted.shape != truth.shape or truth.ndim != 3:
+        raise ValueError(f"score_masks: predicted is {predicted.shape}, truth {truth.shape}; both want one shape (N, H, W)")
+    hit, lesion, marked = ((m.reshape(len(truth), -1).sum(1)) for m in (predicted & truth, truth, predicted))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        table = pd.DataFrame({
+            "dice": np.where(lesion + marked, 2 * hit / (lesion + marked), 1.0),
+            "iou": np.where(lesion + marked, hit / (lesion + marked - hit), 1.0),
+            "sensitivity": hit / lesion,
+            "precision": hit / marked,
+        })
+    table["hd95"], table["surface_dice"] = _surface_scores(predicted, truth)
+    return table.assign(
+        lesion_pixels=lesion, predicted_pixels=marked,
+        missed=((lesion > 0) & (hit == 0)).astype(int), false_alarm=((lesion == 0) & (marked > 0)).astype(int),
+    )
+
+
+def _surface_scores(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """hd95 (N,) px and surface Dice (N,); MONAI where both masks have a surface, the rule of DESIGN elsewhere."""
+    import torch
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    some_p, some_t = predicted.any((1, 2)), truth.any((1, 2))
+    hd95 = np.where(some_p | some_t, np.hypot(*truth.shape[1:]), 0.0)
+    surface = np.where(some_p | some_t, 0.0, 1.0)
+    both = np.flatnonzero(some_p & some_t)
+    if len(both):
+        p, t = (torch.from_numpy(m[both]).unsqueeze(1).float() for m in (predicted, truth))
+        hd95[both] = compute_hausdorff_distance(p, t, include_background=True, percentile=95)[:, 0].numpy()
+        surface[both] = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)[:, 0].numpy()
+    return hd95, surface
+
+
+def score_network(network, prepared: Prepared, splits: tuple[str, ...] = ("val", "test")) -> pd.DataFrame:
+    """Per-case scores of a network on prepared cases: id, group, split, label and the columns of `score_masks`."""
+    from .inference import probabilities
+
+    rows = np.concatenate([prepared.index(split) for split in splits])
+    predicted = probabilities(network, prepared.images[rows]) > THRESHOLD
+    return _with_cases(prepared, rows, predicted)
+
+
+def _with_cases(prepared: Prepared, rows: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
+    scores = score_masks(predicted, prepared.masks[rows] > 0)
+    return pd.concat([prepared.cases.iloc[rows][["id", "group", "split", "label"]].reset_index(drop=True), scores], axis=1)
+
+
+def score_otsu(prepared: Prepared, split: str = "test") -> pd.DataFrame:
+    """The trivial rival: Otsu's threshold on the grey image, dark or bright as fits the training cases better."""
+    train, rows = prepared.index("train"), prepared.index(split)
+    dice = {bright: score_masks(_otsu(prepared.images[train], bright), prepared.masks[train] > 0)["dice"].mean() for bright in (False, True)}
+    return _with_cases(prepared, rows, _otsu(prepared.images[rows], bright=dice[True] > dice[False]))
+
+
+def _otsu(images: np.ndarray, bright: bool) -> np.ndarray:
+    """(N, S, S, 3) uint8 -> (N, S, S) bool."""
+    from skimage.color import rgb2gray
+    from skimage.filters import threshold_otsu
+
+    masks = []
+    for image in images:
+        grey = rgb2gray(image)
+        level = threshold_otsu(grey)  # a flat image is its own threshold: nothing is marked
+        masks.append(grey > level if bright else grey < level)
+    return np.stack(masks)
+
+
+def summarize(per_case: pd.DataFrame) -> dict[str, Any]:
+    """Means with 95 % bootstrap intervals over groups; missed lesions and false alarms beside them.
+
+    NaN (0/0) is left out of a mean and counted in `undefined`.
+    """
+    result: dict[str, Any] = {
+        "cases": len(per_case), "groups": int(per_case["group"].nunique()),
+        "lesions": int((per_case["lesion_pixels"] > 0).sum()),
+        "missed": int(per_case["missed"].sum()), "false_alarms": int(per_case["false_alarm"].sum()),
+    }
+    for name in METRICS:
+        values = per_case[name]
+        low, high = bootstrap_mean(values.to_numpy(), per_case["group"].to_numpy())
+        result[name] = {"mean": _number(values.mean()), "low": _number(low), "high": _number(high), "median": _number(values.median()), "undefined": int(values.isna().sum())}
+    return result
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6)  # JSON knows no NaN
+
+
+def bootstrap_mean(values: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean of (N,) values, whole groups resampled; NaN left out."""
+    kept = ~np.isnan(values)
+    if not kept.any():
+        return np.nan, np.nan
+    sums = pd.DataFrame({"sum": values[kept], "n": 1.0}).groupby(groups[kept]).sum().to_numpy()
+    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
+    means = (drawn @ sums[:, 0]) / (drawn @ sums[:, 1])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def differences(per_case: pd.DataFrame, arm: str, other: str, metric: str = "dice") -> pd.DataFrame:
+    """Paired differences arm - other, averaged over a group's cases: rows are groups, columns seeds.
+
+    `per_case` has the columns arm, seed, id, group; both arms are scored on the same cases.
+    """
+    tables = [per_case[per_case["arm"] == a].pivot(index=["group", "id"], columns="seed", values=metric) for a in (arm, other)]
+    if not tables[0].index.equals(tables[1].index) or not tables[0].columns.equals(tables[1].columns):
+        raise ValueError(f"differences: arms {arm!r} and {other!r} were not scored on the same cases and seeds")
+    return (tables[0] - tables[1]).groupby("group").mean()
+
+
+def compare_arms(per_case: pd.DataFrame, method: str = "method", metric: str = "dice", draws: int = 5000) -> pd.DataFrame:
+    """The method against every other arm, as DESIGN's Scores says.
+
+    A case's difference is averaged over seeds, then over its group; Wilcoxon signed-rank (Pratt) on
+    groups; bootstrap 95 % interval over groups and seeds; Holm over the family of all comparisons.
+
+    Returns
+    -------
+    DataFrame
+        other, difference, low, high, p, p_holm, better, worse (groups), groups, seeds.
+    """
+    from scipy.stats import wilcoxon
+
+    rows = []
+    for other in [a for a in per_case["arm"].unique() if a != method]:
+        table = differences(per_case, method, other, metric)
+        by_group, values = table.mean(axis=1), table.to_numpy()
+        rng = np.random.default_rng(0)
+        groups, seeds = (rng.integers(n, size=(draws, n)) for n in values.shape)
+        means = [np.nanmean(values[np.ix_(g, s)]) for g, s in zip(groups, seeds)]
+        p = wilcoxon(by_group, zero_method="pratt").pvalue if by_group.any() else 1.0
+        low, high = np.percentile(means, [2.5, 97.5])
+        rows.append({
+            "other": other, "difference": by_group.mean(), "low": low, "high": high, "p": float(p),
+            "better": int((by_group > 0).sum()), "worse": int((by_group < 0).sum()), "groups": len(table), "seeds": table.shape[1],
+        })
+    result = pd.DataFrame(rows)
+    if len(result):
+        result.insert(5, "p_holm", holm(result["p"].to_numpy()))
+    return result
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down adjustment of (m,) p-values."""
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1)
+    return adjusted

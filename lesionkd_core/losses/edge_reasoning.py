@@ -1,0 +1,202 @@
+"""L_edge: projection onto graph nodes, graph convolution, comparison (step S4; Te et al., ECCV 2020)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..edges import edge_at_stride
+from ..networks import match_levels, stride_of
+from .feature_refinement import connector
+
+
+def grid_cells(edge: Tensor, grid: int, frame: str = "image") -> Tensor:
+    """Which cell of a k x k grid every pixel lies in.
+
+    Parameters
+    ----------
+    edge : (N, 1, H, W)
+    frame : 'image' or 'lesion'
+        The grid covers the image, or the bounding box of the edge, image by image; pixels outside
+        belong to the nearest cell.
+
+    Returns
+    -------
+    (N, K, L)
+        One-hot over the K = k^2 cells, L = H W, row by row.
+    """
+    n, _, height, width = edge.shape
+    axes = []
+    for dim, size in ((-1, height), (-2, width)):
+        place = torch.arange(size, device=edge.device).expand(n, size)
+        low, span = torch.zeros(n, 1, device=edge.device), torch.full((n, 1), float(size), device=edge.device)
+        if frame == "lesion":
+            has = edge[:, 0].amax(dim) > 0  # (N, size)
+            low = torch.where(has, place, size).amin(1, keepdim=True).clamp_max(size - 1)
+            span = (torch.where(has, place, -1).amax(1, keepdim=True) - low + 1).clamp_min(1)
+        axes.append(((place - low) * grid / span).floor().clamp(0, grid - 1).long())
+    cell = axes[0][:, :, None] * grid + axes[1][:, None, :]
+    return F.one_hot(cell.flatten(1), grid * grid).transpose(1, 2).to(edge.dtype)
+
+
+class EdgeGraph(nn.Module):
+    """Projection -> graph -> reasoning over edge pixels; K = grid^2 nodes of `states` channels.
+
+    Parameters
+    ----------
+    channels : int
+        C of the feature map that comes in.
+    anchors : 'masked_mean', 'masked_cosine' or 'eagr'
+        How a node's anchor is made; see METHOD, L_edge. Only 'eagr' keeps cells without an edge.
+    normalize : 'mass', 'none' or 'size'
+        Nodes divided by their mass sum_L P, not at all, or by L.
+
+    Source: METHOD, L_edge; Te et al. 2020, edge-aware graph representation learning.
+    """
+
+    TEMPERATURE = 0.1
+
+    def __init__(
+        self, channels: int, states: int = 16, grid: int = 4, anchors: str = "masked_mean",
+        normalize: str = "mass", frame: str = "image",
+    ) -> None:
+        super().__init__()
+        self.grid, self.anchors, self.normalize, self.frame = grid, anchors, normalize, frame
+        self.phi = nn.Conv2d(channels, states, 1)
+        self.theta = nn.Conv2d(channels, states, 1)
+        self.node_mixing = nn.Linear(grid * grid, grid * grid)
+        self.state_mixing = nn.Linear(states, states, bias=False)
+
+    def live_nodes(self, edge: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, K) bool: cells that hold an edge pixel; in 'eagr' every cell."""
+        if self.anchors == "eagr":
+            return edge.new_ones(len(edge), self.grid**2, dtype=torch.bool)
+        return (grid_cells(edge, self.grid, self.frame) @ (edge > 0).to(edge.dtype).flatten(2).transpose(1, 2)).squeeze(-1) > 0
+
+    def _anchors(self, keys: Tensor, edge: Tensor) -> Tensor:
+        """Keys (N, s, H, W) gathered at edge pixels, cell by cell -> (N, s, K)."""
+        if self.anchors == "eagr":
+            pooled = F.adaptive_avg_pool2d(keys * edge, self.grid + 2)
+            return pooled[:, :, 1:-1, 1:-1].flatten(2)
+        member = grid_cells(edge, self.grid, self.frame) * edge.flatten(2)  # (N, K, L)
+        total = keys.flatten(2) @ member.transpose(1, 2)
+        return total / member.sum(-1).clamp_min(1e-6).unsqueeze(1)
+
+    def project(self, x: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft assignment of every pixel to the nodes (METHOD, L_edge 1).
+
+        P = softmax over live nodes of A^T Q, with keys Q = theta(X) and anchors A.
+
+        Parameters
+        ----------
+        x : (N, C, H, W)
+        edge : (N, 1, H, W)
+            float in 0..1 at the map's own resolution.
+
+        Returns
+        -------
+        states : (N, s, L)
+            V0 = phi(X), L = H W.
+        projection : (N, K, L)
+            Columns sum to 1; 0 in cells without an edge, all 0 in an image without one.
+        """
+        keys = self.theta(x)
+        anchors, flat = self._anchors(keys, edge), keys.flatten(2)
+        if self.anchors == "masked_cosine":
+            anchors, flat = F.normalize(anchors, dim=1) / self.TEMPERATURE, F.normalize(flat, dim=1)
+        scores = anchors.transpose(1, 2) @ flat  # (N, K, L)
+        live = self.live_nodes(edge).unsqueeze(-1)
+        lowest = torch.finfo(scores.dtype).min  # not -inf: without any live node that would give NaN
+        return self.phi(x).flatten(2), scores.masked_fill(~live, lowest).softmax(dim=1) * live
+
+    def build_graph(self, states: Tensor, projection: Tensor) -> Tensor:
+        """V = V0 P^T, normalized: (N, s, L), (N, K, L) -> nodes (N, s, K); 0 in empty cells (2)."""
+        nodes = states @ projection.transpose(1, 2)
+        if self.normalize == "mass":
+            return nodes / projection.sum(-1).clamp_min(1e-6).unsqueeze(1)
+        return nodes / states.shape[-1] if self.normalize == "size" else nodes
+
+    def reason(self, nodes: Tensor) -> Tensor:
+        """H = W_g (V A_g^T + b - V), before its ReLU: (N, s, K) -> (N, s, K) (3)."""
+        mixed = self.node_mixing(nodes) - nodes
+        return self.state_mixing(mixed.transpose(1, 2)).transpose(1, 2)
+
+    def forward(self, x: Tensor, edge: Tensor) -> Tensor:
+        """Steps 1 to 3: map (N, C, H, W) and edge at its resolution -> H (N, s, K), pre-ReLU."""
+        return self.reason(self.build_graph(*self.project(x, edge)))
+
+
+class EdgeHead(nn.Module):
+    """Re-projection of the reasoned nodes and a 1x1 head: what the graph is fitted with, then dropped."""
+
+    def __init__(self, states: int) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(states, 1, 1)
+
+    def forward(self, graph: EdgeGraph, x: Tensor, edge: Tensor) -> Tensor:
+        """BCE of the re-projected edge against Label_edge over images that have one, ()."""
+        has_edge = edge.flatten(1).amax(1) > 0
+        x, edge = x[has_edge], edge[has_edge]
+        if not len(x):
+            return x.sum() * 0.0
+        states, projection = graph.project(x, edge)
+        reasoned = graph.reason(graph.build_graph(states, projection)).relu()
+        logits = self.head((reasoned @ projection).unflatten(2, x.shape[-2:]))
+        return F.binary_cross_entropy_with_logits(logits, edge)
+
+
+class EdgeReasoning(nn.Module):
+    """Connector, frozen graph and L_edge (step S4).
+
+    Student and teacher pass through one frozen module; gradients flow through it into connector
+    and student. L_edge = mean over states and live nodes of ((H_S - H_T) / std_T)^2, image by image,
+    an image without an edge adding 0, over N.
+
+    Parameters
+    ----------
+    student, teacher : networks
+        Read for channels; neither is kept.
+    graph : EdgeGraph
+        Fitted on the teacher; frozen here.
+    std : (s,)
+        Standard deviation of the teacher's H per state channel over the training set.
+    level : str
+        Name of the map, or 'student:teacher' of equal stride.
+
+    Source: METHOD, L_edge 4.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, graph: EdgeGraph, std: Tensor, level: str) -> None:
+        super().__init__()
+        [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
+        self.stride = stride_of(self.teacher_map)
+        self.connector = connector(
+            student.feature_norms()[self.student_map].num_features, teacher.feature_norms()[self.teacher_map].num_features
+        )
+        self.graph = graph.requires_grad_(False).eval()
+        self.register_buffer("std", std.clamp_min(1e-6).view(1, -1, 1))
+
+    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], edge: Tensor) -> Tensor:
+        """Maps by name and the full-size edge label (N, 1, H, W) -> L_edge, ()."""
+        x, target = self.connector(student_maps[self.student_map]), teacher_maps[self.teacher_map].detach()
+        edge = edge_at_stride(edge, self.stride).to(x.dtype)
+        with torch.no_grad():
+            reasoned = self.graph(target, edge)
+            live = self.graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
+        squared = ((self.graph(x, edge) - reasoned) / self.std).square().mean(1)  # (N, K), mean over states
+        per_image = (squared * live).sum(1) / live.sum(1).clamp_min(1)
+        return per_image.mean()
+
+
+def derange(edge: Tensor) -> Tensor:
+    """The control: each image with an edge gets the edge of another such image of the batch.
+
+    A cyclic shift among them: no image keeps its own where there are two or more. A single one has
+    no partner and gets none, so it adds 0.
+    """
+    has_edge = (edge.flatten(1).amax(1) > 0).nonzero().squeeze(1)
+    shuffled = torch.zeros_like(edge)
+    if len(has_edge) > 1:
+        shuffled[has_edge] = edge[has_edge.roll(1)]
+    return shuffled

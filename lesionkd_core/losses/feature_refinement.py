@@ -1,0 +1,136 @@
+"""L_feat: deep feature refinement (step S3; Heo et al., ICCV 2019)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..networks import match_levels, stride_of
+
+
+def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
+    """Expected negative response of each channel, read off the BatchNorm before the ReLU.
+
+    With x ~ N(mu, sigma^2), mu = beta, sigma = |gamma|:
+    m = E[x | x < 0] = mu - sigma exp(-(mu/sigma)^2 / 2) / (sqrt(2 pi) Phi(-mu/sigma)),
+    or -3 sigma where x < 0 is rarer than 0.001, or min(beta, 0) where gamma = 0 (x is constant).
+
+    Returns
+    -------
+    (C,)
+        At most 0 but for rounding, float32, no gradient.
+
+    Source: Heo et al. 2019, margin ReLU; METHOD, L_feat.
+    """
+    sigma, mu = bn.weight.detach().double().abs(), bn.bias.detach().double()
+    z = mu / sigma.clamp_min(torch.finfo(torch.float64).tiny)
+    negative_share = torch.special.ndtr(-z)
+    mean_below_zero = mu - sigma * torch.exp(-(z**2) / 2) / (math.sqrt(2 * math.pi) * negative_share.clamp_min(1e-300))
+    margin = torch.where(negative_share > 0.001, mean_below_zero, -3 * sigma)
+    return torch.where(sigma == 0, mu.clamp_max(0), margin).float()
+
+
+def margin_relu(x: Tensor, margin: Tensor) -> Tensor:
+    """Keep what the teacher is sure of, flatten the rest of its negatives (step S3).
+
+    Parameters
+    ----------
+    x : (N, C, H, W)
+        Teacher feature map before its ReLU.
+    margin : (C,)
+        Expected negative response of each channel, from `bn_margin`; at most 0.
+
+    Returns
+    -------
+    (N, C, H, W)
+        max(x, margin), channel by channel.
+
+    Source: Heo et al. 2019, "margin ReLU".
+    """
+    return torch.maximum(x, margin.view(1, -1, 1, 1))
+
+
+def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
+    """Distance that leaves the student alone where both it and the teacher are below zero.
+
+    D = sum (S - T')^2 [S > T' or T' > 0], T' = margin_relu(T)
+
+    Parameters
+    ----------
+    student, teacher : (N, C, H, W)
+        Connected student map and teacher map, both before the ReLU; the teacher gets no gradient.
+    margin : (C,)
+
+    Returns
+    -------
+    ()
+        Sum over all elements.
+
+    Source: Heo et al. 2019, "partial L2"; METHOD, L_feat.
+    """
+    target = margin_relu(teacher.detach(), margin)
+    counts = (student > target) | (target > 0)
+    return ((student - target).square() * counts).sum()
+
+
+def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
+    """1x1 convolution without bias and BN: brings a student map to the teacher's channels.
+
+    Trains along with the student and is thrown away afterwards (step S6). Source: Heo et al. 2019.
+    """
+    layers = nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
+    nn.init.normal_(layers[0].weight, 0.0, math.sqrt(2.0 / teacher_channels))
+    return layers
+
+
+class FeatureRefinement(nn.Module):
+    """Connectors and L_feat over a list of levels (step S3).
+
+    Parameters
+    ----------
+    student, teacher : networks
+        Read for channels and for the margins of the teacher's BatchNorms; neither is kept.
+    levels : tuple of str
+        Names of maps of equal stride, shallowest last as in the default; see `match_levels`.
+    level_weights : 'mean', 'area' or 'halving'
+        mean: sum_i D_i / (N C_i H_i W_i); area: D_i / N over the level's area relative to the
+        deepest level's; halving, the original: sum_i D_i 2^-(levels - 1 - i) / (1000 N), i = 0 shallowest.
+
+    Source: METHOD, L_feat.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, levels: tuple[str, ...], level_weights: str = "mean") -> None:
+        super().__init__()
+        pairs = match_levels(student, teacher, levels)
+        self.pairs = sorted(pairs, key=lambda pair: stride_of(pair[0]))  # shallowest first
+        self.level_weights = level_weights
+        norms, teacher_norms = student.feature_norms(), teacher.feature_norms()
+        self.connectors = nn.ModuleList(connector(norms[s].num_features, teacher_norms[t].num_features) for s, t in self.pairs)
+        for i, (_, name) in enumerate(self.pairs):
+            self.register_buffer(f"margin{i}", bn_margin(teacher_norms[name]))
+
+    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor]) -> Tensor:
+        """Maps by name, (N, C_i, H_i, W_i) each -> L_feat, ()."""
+        total = 0.0
+        deepest = teacher_maps[self.pairs[-1][1]]
+        for i, (name_s, name_t) in enumerate(self.pairs):
+            teacher = teacher_maps[name_t]
+            distance = partial_l2(self.connectors[i](student_maps[name_s]), teacher, getattr(self, f"margin{i}"))
+            total = total + distance * self._weight(i, teacher, deepest)
+        return total
+
+    def _weight(self, i: int, teacher: Tensor, deepest: Tensor) -> float:
+        if self.level_weights == "mean":
+            return 1 / teacher.numel()
+        if self.level_weights == "area":
+            area = teacher.shape[-2] * teacher.shape[-1]
+            return deepest.shape[-2] * deepest.shape[-1] / area / len(teacher)
+        return 2.0 ** -(len(self.pairs) - 1 - i) / (1000 * len(teacher))
+
+
+def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """L_seg: binary cross entropy of logits (N, 1, H, W) and masks (N, 1, H, W) in 0..1 (step S5)."""
+    return F.binary_cross_entropy_with_logits(logits, masks)

@@ -1,0 +1,211 @@
+"""Teacher, reference teacher and student, with their feature maps by name (METHOD, Networks).
+
+A map is named by where it lies and its stride, such as `encoder.stride4` or `decoder.stride8`, and is
+taken before its block's last ReLU. `feature_norms()` gives the BatchNorm that produced each map.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import LesionKDError, nearest
+
+SMALLEST = 32
+"""Smallest side of an image, px: the teacher's deepest map is one pixel there."""
+
+
+def stride_of(name: str) -> int:
+    """`decoder.stride8` -> 8."""
+    return int(name.rpartition("stride")[2])
+
+
+def _check_size(x: Tensor) -> None:
+    if x.ndim != 4 or min(x.shape[-2:]) < SMALLEST:
+        raise LesionKDError(f"a network got images of shape {tuple(x.shape)}; wants (N, C, H, W), H and W at least {SMALLEST} px")
+
+
+def _two_convolutions(inputs: int, outputs: int, bias: bool) -> nn.Sequential:
+    """3x3 convolution, BN, ReLU, 3x3 convolution, BN: the last ReLU is left to the caller."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=bias), nn.BatchNorm2d(outputs),
+    )
+
+
+class UNet(nn.Module):
+    """U-Net of width c: the student (c = 4) and the paper's reference teacher (c = 64).
+
+    Encoder blocks of c, 2c, 4c, 8c, 8c channels at strides 1 to 16, decoder blocks of 4c, 2c, c, c
+    at strides 8 to 1, transposed 2x2 convolutions on the way up, a 1x1 head.
+
+    Source: METHOD, Student; TinyUnet (2022).
+    """
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 1, width: int = 64) -> None:
+        super().__init__()
+        down = [width, 2 * width, 4 * width, 8 * width, 8 * width]
+        up = [4 * width, 2 * width, width, width]
+        self.encoder = nn.ModuleList(
+            _two_convolutions(i, o, bias=True) for i, o in zip([in_channels, *down], down)
+        )
+        below = [down[-1], *up]
+        self.upsample = nn.ModuleList(nn.ConvTranspose2d(c, c, 2, stride=2) for c in below[:-1])
+        self.decoder = nn.ModuleList(
+            _two_convolutions(b + s, o, bias=True) for b, s, o in zip(below, down[-2::-1], up)
+        )
+        self.head = nn.Conv2d(width, out_channels, 1)
+
+    def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
+        """{map: the BatchNorm that gives it}."""
+        names = [f"encoder.stride{2**i}" for i in range(5)] + [f"decoder.stride{2**i}" for i in (3, 2, 1, 0)]
+        return dict(zip(names, [block[-1] for block in (*self.encoder, *self.decoder)]))
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (N, out, H, W) and all maps before their last ReLU, {name: (N, C, H/stride, W/stride)}."""
+        _check_size(x)
+        maps, skips = {}, []
+        for level, block in enumerate(self.encoder):
+            if level:
+                x = F.max_pool2d(x, 2)
+            maps[f"encoder.stride{2**level}"] = x = block(x)
+            skips.append(x := F.relu(x))
+        for level, up, block in zip((3, 2, 1, 0), self.upsample, self.decoder):
+            x = block(torch.cat([skips[level], _pad_to(up(x), skips[level])], dim=1))
+            maps[f"decoder.stride{2**level}"] = x
+            x = F.relu(x)
+        return self.head(x), maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> logits (N, out, H, W), any size from 32 px up."""
+        return self.forward_features(x)[0]
+
+
+def _pad_to(x: Tensor, like: Tensor) -> Tensor:
+    """Zeros around an upsampled map where an odd size was rounded down."""
+    rows, columns = like.shape[-2] - x.shape[-2], like.shape[-1] - x.shape[-1]
+    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)) if rows or columns else x
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside the identity; gives the sum before its ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        else:
+            self.downsample = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, H/stride, W/stride), pre-ReLU."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.bn2(self.conv2(y)) + self.downsample(x)
+
+
+class ResNet34Encoder(nn.Module):
+    """ResNet-34 without its classifier; names as torchvision's `resnet34`, whose weight file loads."""
+
+    def __init__(self, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        channels = [64, 64, 128, 256, 512]
+        for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+            first = BasicBlock(channels[stage - 1], channels[stage], stride=1 if stage == 1 else 2)
+            rest = [BasicBlock(channels[stage], channels[stage], stride=1) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """The stem at stride 2 and the four stages at strides 4 to 32, each before its last ReLU."""
+        maps = {"encoder.stride2": self.bn1(self.conv1(x))}
+        x = F.max_pool2d(F.relu(maps["encoder.stride2"]), 3, 2, 1)
+        for stage, stride in enumerate((4, 8, 16, 32), start=1):
+            for i, block in enumerate(getattr(self, f"layer{stage}")):
+                x = block(F.relu(x) if i else x)
+            maps[f"encoder.stride{stride}"] = x
+            x = F.relu(x)
+        return maps
+
+
+class ResNet34UNet(nn.Module):
+    """The teacher (step S1): ResNet-34 encoder, four decoder blocks, the patent's maps F1 to F9.
+
+    Decoder blocks of 256, 128, 64, 32 channels at strides 16, 8, 4, 2, each after a bilinear 2x
+    upsample and the skip one stride up; a 1x1 head, upsampled 2x to full size.
+
+    Source: METHOD, Teacher; patent step S1.
+    """
+
+    STRIDES = (16, 8, 4, 2)
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 1) -> None:
+        super().__init__()
+        self.encoder = ResNet34Encoder(in_channels)
+        self.decoder = nn.ModuleList(
+            _two_convolutions(b + s, o, bias=False)
+            for b, s, o in zip((512, 256, 128, 64), (256, 128, 64, 64), (256, 128, 64, 32))
+        )
+        self.head = nn.Conv2d(32, out_channels, 1)
+
+    def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
+        """{map: the BatchNorm that gives it}; of a residual stage, the last block's second one."""
+        norms = {"encoder.stride2": self.encoder.bn1}
+        for stage, stride in enumerate((4, 8, 16, 32), start=1):
+            norms[f"encoder.stride{stride}"] = getattr(self.encoder, f"layer{stage}")[-1].bn2
+        return norms | {f"decoder.stride{s}": block[-1] for s, block in zip(self.STRIDES, self.decoder)}
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (N, out, H, W) and all maps before their last ReLU, {name: (N, C, H/stride, W/stride)}."""
+        _check_size(x)
+        size = x.shape[-2:]
+        maps = self.encoder(x)
+        x = F.relu(maps["encoder.stride32"])
+        for stride, block in zip(self.STRIDES, self.decoder):
+            skip = F.relu(maps[f"encoder.stride{stride}"])
+            x = block(torch.cat([_upsample_to(x, skip.shape[-2:]), skip], dim=1))
+            maps[f"decoder.stride{stride}"] = x
+            x = F.relu(x)
+        return _upsample_to(self.head(x), size), maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> logits (N, out, H, W), any size from 32 px up."""
+        return self.forward_features(x)[0]
+
+
+def _upsample_to(x: Tensor, size) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+TEACHERS = {"resnet34_unet": ResNet34UNet, "unet64": UNet}
+
+
+def match_levels(student: nn.Module, teacher: nn.Module, levels: tuple[str, ...]) -> list[tuple[str, str]]:
+    """`('a', 'b:c')` -> [('a', 'a'), ('b', 'c')]: student's and teacher's map of every level.
+
+    Raises
+    ------
+    LesionKDError
+        An unknown map, or a pair of unequal strides; names both shapes.
+    """
+    pairs = []
+    for level in levels:
+        names = tuple(level.split(":")) if ":" in level else (level, level)
+        norms = [student.feature_norms(), teacher.feature_norms()]
+        for who, name, known in zip(("student", "teacher"), names, norms):
+            if name not in known:
+                raise LesionKDError(f"feature level {level!r}: the {who} has no map {name!r}; {nearest(name, known)}")
+        strides = [stride_of(name) for name in names]
+        if strides[0] != strides[1]:
+            shapes = [f"({norm[name].num_features}, H/{s}, W/{s})" for norm, name, s in zip(norms, names, strides)]
+            raise LesionKDError(f"feature level {level!r}: the student's map is {shapes[0]}, the teacher's {shapes[1]}; choose maps of equal stride")
+        pairs.append(names)
+    return pairs

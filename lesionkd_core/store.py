@@ -1,0 +1,233 @@
+"""Where results live: content-addressed folders, written atomically, `DONE` last.
+
+``runs/<stage>/<dataset>-<profile>-s<seed>-<hash8>/`` under LESIONKD_RUNS, else under the checkout.
+A folder without `DONE` is unfinished work: training goes on from it, everything else starts anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .config import LesionKDError, StageConfig
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+class UnfinishedRun(LesionKDError):
+    """A folder is no finished run."""
+
+
+def runs_root() -> Path:
+    """The folder of all results: LESIONKD_RUNS, else `runs` of the checkout."""
+    if named := os.environ.get("LESIONKD_RUNS"):
+        return Path(named).expanduser().resolve()
+    if not (CHECKOUT / "pyproject.toml").is_file():
+        raise LesionKDError(
+            "lesionkd_core runs from an installed copy, not from a checkout, so it knows no place for\n"
+            "results: set LESIONKD_RUNS to a folder."
+        )
+    return CHECKOUT / "runs"
+
+
+def short(path: Path) -> str:
+    """A path as notebooks print it: relative to the results where it can be, never absolute there."""
+    root = runs_root()
+    return f"runs/{path.relative_to(root).as_posix()}" if path.is_relative_to(root) else str(path)
+
+
+def folder(cfg: StageConfig, upstream: str) -> Path:
+    """The folder of the result of `cfg`, made from what has the digest `upstream`."""
+    dataset = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(cfg.dataset).name) or "data"
+    name = f"{dataset}-{cfg.profile}-s{getattr(cfg, cfg.seed_field)}-{cfg.digest(upstream)[:8]}"
+    return runs_root() / cfg.stage / name
+
+
+def is_done(path: Path) -> bool:
+    """Whether the result in `path` is complete."""
+    return (path / "DONE").is_file()
+
+
+@contextmanager
+def lock(path: Path, tell: Callable[[str], None] = print) -> Iterator[None]:
+    """Only one process works on a folder; another waits, and says so. A dead holder's lock is free."""
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    guard = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        guard.acquire(timeout=0.2)
+    except Timeout:
+        tell(f"another process works on {short(path)}; waiting for it")
+        guard.acquire()
+    try:
+        yield
+    finally:
+        guard.release()
+
+
+def begin(path: Path, cfg: StageConfig, upstream: str, keep: bool = False) -> None:
+    """Open an unfinished folder: emptied unless `keep`, with configuration and environment written."""
+    if path.exists() and not keep:
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "config.json", {"stage": cfg.stage, "version": cfg.version, "upstream": upstream, "digest": cfg.digest(upstream), **cfg.model_dump(mode="json")})
+    write_json(path / "env.json", environment(cfg))
+
+
+def finish(path: Path) -> None:
+    """Declare the result complete; nothing is written after this."""
+    write_text(path / "DONE", "")
+
+
+def environment(cfg: StageConfig) -> dict[str, Any]:
+    """Commit, versions, device and threads: what a reader needs to run it again."""
+    import torch
+
+    from importlib.metadata import version
+
+    packages = ("torch", "numpy", "scipy", "pandas", "monai", "lightning-fabric", "scikit-image", "pillow")
+    return {
+        "commit": commit(), "python": platform.python_version(), "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "device": cfg.device, "threads": cfg.threads or torch.get_num_threads(), "argv": [Path(a).name for a in sys.argv[:1]],
+        "seeds": {n: v for n, v in cfg if n.endswith("seed")},
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with `+` where files differ from it; empty outside git."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(CHECKOUT), *args], capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError:
+        return ""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place, flushed, once the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise LesionKDError(f"cannot write {path}: {error.strerror or error}. Free some space or check the permissions; finished results are untouched.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that diffs well."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run, or say that the folder is no run."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnfinishedRun(f"{path.parent} holds no {path.name}: it is not the folder of a run. Finished runs lie in {short(runs_root())}/<stage>/.") from None
+    except ValueError:
+        raise UnfinishedRun(f"{path} is damaged: remove the folder {path.parent} and run again.") from None
+
+
+def write_table(path: Path, table) -> None:
+    """Write a pandas table as CSV, nine significant digits (float32 comes back as it was)."""
+    with replacing(path) as partial:
+        table.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+
+
+def read_table(path: Path):
+    """Read a CSV of a run; empty text stays text, numbers keep their type."""
+    import pandas as pd
+
+    return pd.read_csv(path, dtype={"id": str, "group": str, "split": str}, keep_default_na=False, na_values=["", "nan"])
+
+
+def write_array(path: Path, array) -> None:
+    """Write a .npy file whole or not at all."""
+    import numpy as np
+
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values; `read_checkpoint` loads them with weights_only=True."""
+    import torch
+
+    with replacing(path) as partial:
+        torch.save(content, partial)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint on the CPU without running any code in it."""
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UnfinishedRun(f"{path.parent} holds no {path.name}: the run has not finished an epoch, or this is no training run.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise LesionKDError(f"{path} is no checkpoint that can be trusted: {str(error).splitlines()[0]}") from None
+
+
+class Result:
+    """A finished result: its folder, and what lies in it, read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def _json(self, name: str) -> Any:
+        return read_json(self.path / name)
+
+    @property
+    def digest(self) -> str:
+        """Content address, for what is made from it."""
+        return self._json("config.json")["digest"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every parameter as it was."""
+        return self._json("config.json")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Scores and counts of the run."""
+        return self._json("summary.json")
+
+    @property
+    def history(self):
+        """One row an epoch."""
+        return read_table(self.path / "history.csv")
+
+    @property
+    def per_case(self):
+        """One row a scored case: the only source of every table."""
+        return read_table(self.path / "per_case.csv")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({short(self.path)})"

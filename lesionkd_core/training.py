@@ -1,0 +1,198 @@
+"""One loop for teacher and students: any number of networks at one teacher pass (steps S1 to S6)."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from . import store
+from .batches import epoch_batches, epoch_order
+from .config import LesionKDError, TeacherConfig
+from .edges import edge_label_batch
+from .evaluation import THRESHOLD, score_network, summarize
+from .inference import probabilities
+from .losses import TERMS, Step, segmentation_loss
+from .prepare import Prepared
+from .progress import Progress
+
+
+class TrainingDiverged(LesionKDError):
+    """A loss became infinite or NaN."""
+
+
+def start_fabric(cfg: TeacherConfig) -> Fabric:
+    """Device, precision and threads as the configuration says."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    try:
+        return Fabric(accelerator=cfg.device, devices=1, precision=cfg.precision)
+    except Exception as error:  # whatever Lightning raises for an absent device
+        raise LesionKDError(f"device = {cfg.device!r} cannot be used here: {str(error).splitlines()[0]}; device='auto' takes what there is") from error
+
+
+class Objective(nn.Module):
+    """A network together with the loss terms it is trained by; connectors train along (step S6)."""
+
+    def __init__(self, network: nn.Module, terms: nn.ModuleDict, cfg: TeacherConfig) -> None:
+        super().__init__()
+        self.network, self.terms, self.cfg = network, terms, cfg
+
+    def forward(self, images: Tensor, masks: Tensor, teacher: tuple[Tensor, dict[str, Tensor]] | None) -> dict[str, Tensor]:
+        """Images (N, 3, H, W), masks (N, 1, H, W), the teacher's (logits, maps) -> every term before its weight."""
+        logits, maps = self.network.forward_features(images)
+        losses = {"seg": segmentation_loss(logits, masks)}
+        if self.terms:
+            edge = edge_label_batch(masks, self.cfg.edge_width)
+            step = Step(logits, maps, masks, edge, *teacher)
+            losses |= {name: TERMS[name].compute(module, step, self.cfg) for name, module in self.terms.items()}
+        return losses
+
+    def weights(self) -> dict[str, float]:
+        """Weight of every term in L_total; a network without a teacher has L_seg alone."""
+        return {"seg": getattr(self.cfg, "w_seg", 1.0)} | {name: getattr(self.cfg, TERMS[name].weight) for name in self.terms}
+
+
+@dataclass
+class Learner:
+    """One network in training, in its run folder: what a checkpoint holds."""
+
+    path: Path
+    cfg: TeacherConfig
+    objective: nn.Module  # an Objective, wrapped by Fabric
+    optimizer: Any
+    schedule: torch.optim.lr_scheduler.OneCycleLR
+    epochs: int
+    best: float = -1.0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, fabric: Fabric, path: Path, cfg: TeacherConfig, network: nn.Module, terms: nn.ModuleDict, prepared: Prepared) -> Learner:
+        """A fresh learner, or one that goes on from `checkpoint_last`."""
+        student = hasattr(cfg, "epochs")
+        epochs, lr, seed = (cfg.epochs, cfg.lr, cfg.seed) if student else (cfg.teacher_epochs, cfg.teacher_lr, cfg.teacher_seed)
+        steps = len(epoch_order(len(prepared.index("train")), cfg.batch_size, seed, 0))
+        objective = Objective(network, terms, cfg).to(fabric.device, memory_format=torch.channels_last)
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=cfg.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+        saved = store.read_checkpoint(path / "checkpoint_last") if (path / "checkpoint_last").exists() else None
+        if saved:
+            objective.load_state_dict(saved["objective"])
+        wrapped, fabric_optimizer = fabric.setup(objective, optimizer)
+        learner = cls(path, cfg, wrapped, fabric_optimizer, schedule, epochs)
+        if saved:
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            learner.best, learner.seconds, learner.history = saved["best"], saved["seconds"], saved["history"]
+        return learner
+
+    @property
+    def network(self) -> nn.Module:
+        """The bare network."""
+        return self.objective.module.network
+
+    def step(self, fabric: Fabric, images: Tensor, masks: Tensor, teacher, measure: bool) -> None:
+        """One update of this network (step S6); `measure` also takes each term's gradient norm."""
+        losses = self.objective(images, masks, teacher)
+        weights = self.objective.module.weights()
+        if measure:
+            self.norms = gradient_norms(self.network, {name: weights[name] * loss for name, loss in losses.items()})
+        total = sum(weights[name] * loss for name, loss in losses.items())
+        fabric.backward(total)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        for name, loss in {"total": total, **losses}.items():  # stays on the device: no wait in the loop
+            self.sums[name] = self.sums.get(name, 0.0) + loss.detach()
+
+    def close_epoch(self, steps: int, val_dice: float) -> dict[str, float]:
+        """Write the epoch down: best by validation Dice, then last, then history."""
+        row = {"epoch": len(self.history) + 1, "lr": self.schedule.get_last_lr()[0]}
+        row |= {f"loss_{name}": float(value) / steps for name, value in self.sums.items()}
+        row |= {f"grad_{name}": value for name, value in self.norms.items()} | {"val_dice": val_dice}
+        self.sums = {}
+        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+            raise TrainingDiverged(f"epoch {row['epoch']} of {store.short(self.path)}: {', '.join(bad)} is not finite. A lower learning rate or weight helps; the last good epoch is kept.")
+        self.history.append(row)
+        if val_dice > self.best:
+            self.best = val_dice
+            store.write_checkpoint(self.path / "checkpoint_best", {"network": self.network.state_dict(), "epoch": row["epoch"], "val_dice": val_dice})
+        store.write_checkpoint(self.path / "checkpoint_last", {
+            "objective": self.objective.module.state_dict(), "optimizer": self.optimizer.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(), "best": self.best, "seconds": self.seconds, "history": self.history,
+        })
+        return row
+
+
+def gradient_norms(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, float]:
+    """Norm of every weighted term's gradient at the layers that all terms reach (METHOD, Loss weights)."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    gradients = {name: torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for name, loss in weighted.items() if loss.requires_grad}
+    shared = [i for i in range(len(parameters)) if all(g[i] is not None for g in gradients.values())]
+    return {name: float(torch.stack([g[i].norm() for i in shared]).norm()) if shared else 0.0 for name, g in gradients.items()}
+
+
+def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: nn.Module | None, name: str) -> None:
+    """Train networks on the same batches, the frozen teacher looking once at each (steps S1 to S6).
+
+    All learners stand at the same epoch and share seed, batch size and augmentation.
+    """
+    first = learners[0]
+    cfg, seed = first.cfg, getattr(first.cfg, first.cfg.seed_field)
+    progress = Progress(name, first.epochs, len(first.history))
+    for epoch in range(len(first.history), first.epochs):
+        started, steps = time.perf_counter(), 0
+        for learner in learners:
+            learner.objective.train()
+        for images, masks in epoch_batches(prepared, cfg.batch_size, seed, epoch, cfg.augment, fabric.device):
+            features = _look(fabric, teacher, images) if teacher is not None else None  # Feats_T, step S1
+            for learner in learners:
+                learner.step(fabric, images, masks, features, measure=steps == 0)
+            steps += 1
+        rows = []
+        for learner in learners:
+            learner.seconds += (time.perf_counter() - started) / len(learners)
+            rows.append(learner.close_epoch(steps, validation_dice(learner.network, prepared)))
+        progress.epoch(", ".join(f"{key} {np.mean([row[key] for row in rows]):.3f}" for key in ("loss_total", "val_dice")))
+    progress.close()
+
+
+def _look(fabric: Fabric, teacher: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    with torch.no_grad(), fabric.autocast():
+        return teacher.forward_features(images)
+
+
+def validation_dice(network: nn.Module, prepared: Prepared) -> float:
+    """Mean Dice over validation cases at threshold 0.5; both empty count 1."""
+    rows = prepared.index("val")
+    predicted, truth = probabilities(network, prepared.images[rows]) > THRESHOLD, prepared.masks[rows] > 0
+    hit, size = (predicted & truth).sum((1, 2)), predicted.sum((1, 2)) + truth.sum((1, 2))
+    return float(np.where(size, 2 * hit / np.maximum(size, 1), 1.0).mean())
+
+
+def score_and_finish(learner: Learner, prepared: Prepared) -> None:
+    """Score `checkpoint_best` on validation and test cases and declare the run complete."""
+    import pandas as pd
+
+    best = store.read_checkpoint(learner.path / "checkpoint_best")
+    learner.network.load_state_dict(best["network"])
+    per_case = score_network(learner.network, prepared)
+    store.write_table(learner.path / "history.csv", pd.DataFrame(learner.history))
+    store.write_table(learner.path / "per_case.csv", per_case)
+    store.write_json(learner.path / "summary.json", {
+        **{split: summarize(per_case[per_case["split"] == split]) for split in ("val", "test")},
+        "best_epoch": best["epoch"], "epochs": learner.epochs, "seconds": round(learner.seconds, 1),
+        "parameters": sum(p.numel() for p in learner.network.parameters()), "split_hash": prepared.split_hash,
+    })
+    store.finish(learner.path)
