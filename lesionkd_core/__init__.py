@@ -20,7 +20,7 @@ _HOME = {
     "inference": ("load_network", "load_student", "predict", "probabilities"),
     "evaluation": ("compare_arms", "score_masks", "score_otsu", "summarize"),
     "stages": ("ablate", "distill", "distill_arms", "fit_graph", "train_teacher"),
-    "views": ("edge_views", "feature_maps", "node_views", "spread_of_cases"),
+    "views": ("edge_views", "feature_maps", "mean_responses", "node_views", "refinement_view", "spread_of_cases"),
     "figures": ("figures",),
     "tables": ("tables",),
 }

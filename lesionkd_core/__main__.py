@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, LesionKDError, nearest
+from .config import ConfigError, LesionKDError, StageConfig, nearest
 from .store import CHECKOUT, runs_root
 
 
@@ -40,17 +41,16 @@ def run_notebook(name: str, given: dict[str, str]) -> int:
     stem = Path(name).stem
     if stem not in notebooks:
         raise ConfigError(f"no notebook {name!r}: {nearest(stem, notebooks)}")
-    known = pm.inspect_notebook(str(notebooks[stem]))
     parameters = {n: _literal(v) for n, v in given.items()}
-    for parameter in parameters:
-        if parameter not in known:
-            raise ConfigError(f"{stem} has no parameter {parameter!r}: {nearest(parameter, known)}")
+    configuration(notebooks[stem])(**parameters)  # refuses what is wrong before anything starts
     kept = runs_root() / "notebooks"
     kept.mkdir(parents=True, exist_ok=True)
     label = "-".join([stem, *(f"{n}_{Path(str(v)).name}" for n, v in sorted(parameters.items()))])
     target = kept / f"{label[:120]}.ipynb"
     try:
-        executed = pm.execute_notebook(str(notebooks[stem]), str(target), parameters, kernel_name="python3", log_output=True, progress_bar=False, stdout_file=sys.stdout)
+        executed = pm.execute_notebook(
+            str(notebooks[stem]), str(target), parameters, kernel_name="python3", progress_bar=False, log_output=True, stdout_file=sys.stdout
+        )
     except pm.PapermillExecutionError as error:
         print(f"{error.ename}: {error.evalue}\nThe executed notebook with the error is {target}", file=sys.stderr)
         return 1
@@ -60,6 +60,13 @@ def run_notebook(name: str, given: dict[str, str]) -> int:
         (place / "notebook.ipynb").write_bytes(target.read_bytes())
         print(f"results: {place}")
     return 0
+
+
+def configuration(notebook: Path) -> type[StageConfig]:
+    """The configuration class that a notebook checks its parameters with."""
+    from . import config
+
+    return getattr(config, re.search(r"lkd\.(\w+Config)\.from_notebook", notebook.read_text(encoding="utf-8"))[1])
 
 
 def _literal(value: str) -> Any:
@@ -89,8 +96,8 @@ def predict_images(args: argparse.Namespace) -> int:
     student = load_student(args.run)
 
     def tell(done: int, total: int) -> None:
-        end = "\n" if done == total else "\r"
-        print(f"{done}/{total} images", end=end if sys.stdout.isatty() or done == total else "", flush=True)
+        if sys.stdout.isatty() or done == total:
+            print(f"{done}/{total} images", end="\n" if done == total else "\r", flush=True)
 
     unreadable = predict_folder(student, args.images, args.out, args.threshold, args.overlays, tell)
     print(f"masks: {args.out}")

@@ -16,8 +16,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {  # seconds on a laptop's CPU: shows that everything works, proves nothing
-        "pixels": 64, "cases": 240, "batch_size": 8,
-        "teacher_epochs": 14, "graph_epochs": 3, "epochs": 14,
+        "pixels": 64, "cases": 200, "batch_size": 8,
+        "teacher_epochs": 12, "graph_epochs": 3, "epochs": 10,
     },
     "cpu": {  # about an hour on two cores
         "pixels": 128, "cases": 0, "batch_size": 16,
@@ -58,6 +58,8 @@ def _names(value: Any) -> Any:
 def _seeds(value: Any) -> Any:
     """3 -> (0, 1, 2); '0, 7' -> (0, 7)."""
     if isinstance(value, int) and not isinstance(value, bool):
+        if value > 1000:
+            raise ValueError(f"n = {value} means seeds 0 to {value - 1}; one seed alone is the string '{value}'")
         return tuple(range(value))
     return tuple(int(part) for part in _names(value)) if isinstance(value, str) else _names(value)
 
@@ -69,8 +71,8 @@ def _distinct(values: tuple) -> tuple:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_distinct)]
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_seeds), AfterValidator(_distinct), Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), AfterValidator(_distinct), Field(min_length=1)]
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -97,7 +99,7 @@ class StageConfig(BaseModel):
     @classmethod
     def _fill_from_profile(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in values.items() if value is not None}
-        filled = PROFILES.get(given.get("profile", "smoke"), {})
+        filled = PROFILES.get(str(given.get("profile", "smoke")), {})
         return {name: value for name, value in filled.items() if name in cls.model_fields} | given
 
     @classmethod
@@ -118,6 +120,14 @@ class StageConfig(BaseModel):
         cfg = cls(**{name: namespace[name] for name in names})
         namespace["_lesionkd_parameters"] = frozenset(names)
         return cfg
+
+    @classmethod
+    def parameters(cls):
+        """A table of all fields: name, default and help."""
+        import pandas as pd
+
+        rows = [(n, PROFILES["smoke"].get(n, f.default), f.description) for n, f in cls.model_fields.items()]
+        return pd.DataFrame(rows, columns=["parameter", "default", "help"])
 
     def upstream(self, stage: type[StageConfig]) -> Any:
         """The configuration of a stage this one stands on."""
@@ -183,7 +193,7 @@ class TeacherConfig(PrepareConfig):
     seed_field = "teacher_seed"
     teacher: Literal["resnet34_unet", "unet64"] = Field("resnet34_unet", description="teacher network: the patent's or the paper's plain U-Net")
     teacher_seed: Seed = Field(0, description="seed of the teacher's initialization and batch order, and of the graph")
-    teacher_epochs: int = Field(14, ge=1, description="passes over the training cases, teacher")
+    teacher_epochs: int = Field(12, ge=1, description="passes over the training cases, teacher")
     teacher_lr: float = Field(1e-3, gt=0, description="peak learning rate of the one-cycle schedule, teacher")
     batch_size: int = Field(8, ge=2, description="cases in a batch")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's decoupled weight decay")
@@ -217,14 +227,14 @@ class DistillConfig(GraphConfig):
     terms: Names = Field(("feat", "edge"), description="loss terms beside BCE, comma-separated: feat, edge; empty trains the student alone")
     seed: Seed = Field(0, description="seed of the student's initialization and batch order")
     width: int = Field(4, ge=1, le=64, description="channels of the student's first block; 4 is the paper's")
-    epochs: int = Field(14, ge=1, description="passes over the training cases, student")
+    epochs: int = Field(10, ge=1, description="passes over the training cases, student")
     lr: float = Field(5e-3, gt=0, description="peak learning rate of the one-cycle schedule, student and connectors")
     w_seg: Weight = Field(1.0, description="weight of L_seg (step S6)")
     w_feat: Weight = Field(1.0, description="weight of L_feat (step S6)")
     w_edge: Weight = Field(0.1, description="weight of L_edge (step S6)")
     feature_levels: Names = Field(
         ("decoder.stride8", "decoder.stride4", "decoder.stride2"), min_length=1,
-        description="Feats lists, shallowest last; 'a' takes both networks' map a, 'a:b' the student's a and the teacher's b",
+        description="Feats lists: 'a' is both networks' map a, 'a:b' the student's a, the teacher's b",
     )
     level_weights: Literal["mean", "area", "halving"] = Field("mean", description="how L_feat sums over levels; halving is the original")
     shuffle_edges: bool = Field(False, description="control: every case gets the edge label of another case")

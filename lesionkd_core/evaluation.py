@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,10 @@ def _surface_scores(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarra
     both = np.flatnonzero(some_p & some_t)
     if len(both):
         p, t = (torch.from_numpy(m[both]).unsqueeze(1).float() for m in (predicted, truth))
-        hd95[both] = compute_hausdorff_distance(p, t, include_background=True, percentile=95)[:, 0].numpy()
-        surface[both] = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)[:, 0].numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument of its own
+            hd95[both] = compute_hausdorff_distance(p, t, include_background=True, percentile=95)[:, 0].numpy()
+            surface[both] = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)[:, 0].numpy()
     return hd95, surface
 
 
@@ -115,7 +118,8 @@ def summarize(per_case: pd.DataFrame) -> dict[str, Any]:
     for name in METRICS:
         values = per_case[name]
         low, high = bootstrap_mean(values.to_numpy(), per_case["group"].to_numpy())
-        result[name] = {"mean": _number(values.mean()), "low": _number(low), "high": _number(high), "median": _number(values.median()), "undefined": int(values.isna().sum())}
+        numbers = {"mean": values.mean(), "low": low, "high": high, "median": values.median()}
+        result[name] = {key: _number(value) for key, value in numbers.items()} | {"undefined": int(values.isna().sum())}
     return result
 
 
@@ -140,10 +144,11 @@ def differences(per_case: pd.DataFrame, arm: str, other: str, metric: str = "dic
 
     `per_case` has the columns arm, seed, id, group; both arms are scored on the same cases.
     """
-    tables = [per_case[per_case["arm"] == a].pivot(index=["group", "id"], columns="seed", values=metric) for a in (arm, other)]
-    if not tables[0].index.equals(tables[1].index) or not tables[0].columns.equals(tables[1].columns):
+    index = ["group", "id", "seed"]
+    values = [per_case[per_case["arm"] == a].set_index(index)[metric] for a in (arm, other)]
+    if set(values[0].index) != set(values[1].index):
         raise ValueError(f"differences: arms {arm!r} and {other!r} were not scored on the same cases and seeds")
-    return (tables[0] - tables[1]).groupby("group").mean()
+    return (values[0] - values[1]).unstack("seed").groupby("group").mean()
 
 
 def compare_arms(per_case: pd.DataFrame, method: str = "method", metric: str = "dice", draws: int = 5000) -> pd.DataFrame:

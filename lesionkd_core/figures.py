@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,6 +59,18 @@ def save(fig: Figure, name: str, folder: Path, data: pd.DataFrame | None = None)
     return folder / f"{name}.png"
 
 
+def display(fig: Figure) -> None:
+    """Show a figure in a notebook and close it: JPEG where it holds pictures, which keeps notebooks small, else PNG."""
+    from IPython.display import Image
+    from IPython.display import display as show_in_notebook
+
+    drawn, pictures = io.BytesIO(), any(axis.images for axis in fig.axes)
+    with style():
+        fig.savefig(drawn, format="jpeg" if pictures else "png", dpi=110, pil_kwargs={"quality": 88} if pictures else None)
+    plt.close(fig)
+    show_in_notebook(Image(drawn.getvalue()))
+
+
 def panels(rows: int, columns: int, width: float = TWO_COLUMNS, ratio: float = 1.0) -> tuple[Figure, np.ndarray]:
     """A grid of square image panels without axes; axes always (rows, columns)."""
     fig, axes = plt.subplots(rows, columns, figsize=(width, width / columns * rows * ratio), squeeze=False)
@@ -88,14 +101,20 @@ def cases(prepared, rows, columns: int = 6) -> Figure:
 
 
 def edges(prepared, rows, levels: dict[str, np.ndarray]) -> Figure:
-    """Image, and its edge label at each named resolution: rows are cases."""
+    """Columns are cases: the image, and beneath it its edge label at each named resolution."""
     with style():
-        fig, axes = panels(len(rows), 1 + len(levels), ratio=1.06)
-        for i, row in enumerate(rows):
-            show(axes[i, 0], prepared.images[row], "image" if i == len(rows) - 1 else "", truth=prepared.masks[row])
-            for axis, (name, stack) in zip(axes[i, 1:], levels.items()):
-                show(axis, stack[i], name if i == len(rows) - 1 else "")
+        fig, axes = panels(1 + len(levels), len(rows), ratio=1.04)
+        for column, row in enumerate(rows):
+            show(axes[0, column], prepared.images[row], truth=prepared.masks[row])
+            for axis, stack in zip(axes[1:, column], levels.values()):
+                show(axis, stack[column])
+        _name_rows(axes, ("image", *levels))
     return fig
+
+
+def _name_rows(axes: np.ndarray, names) -> None:
+    for axis, name in zip(axes[:, 0], names):
+        axis.text(-0.05, 0.5, name, transform=axis.transAxes, rotation=90, ha="right", va="center")
 
 
 def training_curves(histories: dict[str, pd.DataFrame], losses: dict[str, str]) -> Figure:
@@ -111,6 +130,8 @@ def training_curves(histories: dict[str, pd.DataFrame], losses: dict[str, str]) 
         for (column, label), line in zip(losses.items(), ("-", "--", "-.", ":")):
             right.plot(history["epoch"], history[column], line, label=label)
         right.set(xlabel="Epoch", ylabel="Loss before its weight", yscale="log")
+        for axis in (left, right):
+            axis.xaxis.get_major_locator().set_params(integer=True)
         right.legend()
     return fig
 
@@ -124,8 +145,7 @@ def segmentations(prepared, rows, predicted: dict[str, np.ndarray]) -> Figure:
             show(axes[0, column], image)
             for axis, (name, masks) in zip(axes[1:, column], predicted.items()):
                 show(axis, image, truth=mask, **{name: masks[column]})
-        for axis, name in zip(axes[:, 0], ("image", *predicted)):
-            axis.text(-0.05, 0.5, name, transform=axis.transAxes, rotation=90, ha="right", va="center")
+        _name_rows(axes, ("image", *predicted))
     return fig
 
 
@@ -196,17 +216,20 @@ def ablation(per_case: pd.DataFrame, comparison: pd.DataFrame, metric: str = "di
             means = seeds.mean(axis=1)
             low, high = bootstrap_mean(means.to_numpy(), means.index.get_level_values("group").to_numpy())
             left.plot(seeds.mean(), [y - 0.22] * seeds.shape[1], "|", color=colour, markersize=5)
-            left.errorbar(means.mean(), y, xerr=[[means.mean() - low], [high - means.mean()]], fmt=marker, color="black", markerfacecolor=colour, capsize=2.5)
+            _interval(left, y, means.mean(), low, high, marker, colour)
         for row in comparison.itertuples():
             _, colour, marker, _ = STYLES[row.other]
-            y = places[row.other]
-            right.errorbar(row.difference, y, xerr=[[row.difference - row.low], [row.high - row.difference]], fmt=marker, color="black", markerfacecolor=colour, capsize=2.5)
+            _interval(right, places[row.other], row.difference, row.low, row.high, marker, colour)
         right.axvline(0, color="black", linewidth=0.6)
         left.set_yticks(list(places.values()), [STYLES[arm][0] for arm in places])
         better = "higher" if HIGHER_IS_BETTER[metric] else "lower"
         left.set_xlabel(f"{METRIC_LABELS[metric]}, mean over test cases ({better} is better)")
         right.set_xlabel(f"Method minus arm, {METRIC_LABELS[metric]}")
     return fig
+
+
+def _interval(axis, y: float, mean: float, low: float, high: float, marker: str, colour: str) -> None:
+    axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt=marker, color="black", markerfacecolor=colour, capsize=2.5)
 
 
 def overview(stack: dict[str, dict[str, np.ndarray]], image: np.ndarray, edge: np.ndarray) -> Figure:

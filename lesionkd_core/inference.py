@@ -60,14 +60,17 @@ def load_network(run: str | Path) -> TrainedNetwork:
     UnfinishedRun, LesionKDError
         The folder is no finished training run, or its checkpoint is not of this network.
     """
-    path = Path(getattr(run, "path", run)).expanduser().resolve()
+    path = Path(getattr(run, "path", run)).expanduser()
+    if not path.exists() and path.parts[:1] == ("runs",):  # as notebooks print it
+        path = store.runs_root().joinpath(*path.parts[1:])
+    path = path.resolve()
     cfg = read_config(path)
     if not store.is_done(path):
         raise store.UnfinishedRun(f"{path} is not finished (no DONE in it); start its notebook again to go on with it.")
     network = build(cfg)
     try:
         network.load_state_dict(store.read_checkpoint(path / "checkpoint_best")["network"])
-    except (RuntimeError, KeyError):
+    except (RuntimeError, KeyError, TypeError):
         raise LesionKDError(f"{path / 'checkpoint_best'} holds weights of another network than config.json beside it describes") from None
     return TrainedNetwork(network.eval().requires_grad_(False), cfg.pixels, path)
 
@@ -151,7 +154,7 @@ def predict_folder(
     paths = images_in(images)
     if not paths:
         raise LesionKDError(f"{images} holds no images (.png, .jpg, .bmp, .tif, .webp)")
-    out.mkdir(parents=True, exist_ok=True)
+    store.make_folder(out)
     stems = [path.stem for path in paths]
     unreadable = []
     for done, path in enumerate(paths, start=1):
@@ -167,7 +170,7 @@ def predict_folder(
             mask = probability if threshold is None else (probability > threshold).astype(np.float32)
             _save(out / f"{name}.png", np.rint(mask * 255).astype(np.uint8))
             if overlays:
-                _save(out / f"{name}_overlay.png", overlay(image, probability > (threshold or 0.5)))
+                _save(out / f"{name}_overlay.png", overlay(image, probability > (0.5 if threshold is None else threshold)))
         tell(done, len(paths))
     return unreadable
 
@@ -182,6 +185,3 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = 
     drawn = image.copy()
     drawn[edge_label(mask, width=max(1, round(max(mask.shape) * 0.002)))] = colour
     return drawn
-
-
-__all__ = ["TrainedNetwork", "build", "load_network", "load_student", "overlay", "predict", "predict_folder", "probabilities", "read_config"]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from . import store
 from .config import LesionKDError, PrepareConfig
-from .datasets import Case, DatasetNotFound, UnreadableFile, fingerprint, phantom, read_case
+from .datasets import Case, UnreadableFile, fingerprint, phantom, read_case
 from .edges import edge_label
 
 SPLITS = ("train", "val", "test")
@@ -28,7 +28,7 @@ class Prepared(store.Result):
     @cached_property
     def cases(self) -> pd.DataFrame:
         """One row a case: id, group, label, split, lesion_share, height, width (of the original, px)."""
-        return store.read_table(self.path / "cases.csv").fillna({"label": "", "group": ""})
+        return store.read_table(self.path / "cases.csv")
 
     @cached_property
     def report(self) -> pd.DataFrame:
@@ -136,10 +136,10 @@ def _phantom(cfg: PrepareConfig):
 
 def _files(cfg: PrepareConfig, raw: list[Case]):
     """Read in parallel (decoding frees the interpreter lock), in the release's order."""
+    repeated = pd.Series([case.id for case in raw]).duplicated(keep=False).to_numpy()
     if cfg.cases and cfg.cases < len(raw):
-        chosen = np.random.default_rng(cfg.split_seed).permutation(len(raw))[: cfg.cases]
-        raw = [raw[i] for i in sorted(chosen)]
-    repeated = pd.Series([case.id for case in raw]).duplicated(keep=False)
+        chosen = np.sort(np.random.default_rng(cfg.split_seed).permutation(len(raw))[: cfg.cases])
+        raw, repeated = [raw[i] for i in chosen], repeated[chosen]
 
     def read(job: tuple[Case, bool]):
         case, twice = job
@@ -210,8 +210,7 @@ def split_cases(cases: pd.DataFrame, cfg: PrepareConfig) -> list[str]:
             placed[group] = split
     splits = cases["group"].map(placed)
     if missing := set(SPLITS) - set(splits):
-        raise LesionKDError(f"{cfg.dataset}: {len(table)} groups of cases are too few to fill {', '.join(sorted(missing))}; near-duplicates and frames of one video count once.")
+        raise LesionKDError(
+            f"{cfg.dataset}: {len(table)} groups of cases are too few to fill {', '.join(sorted(missing))}; near-duplicates and frames of one video count once."
+        )
     return splits.tolist()
-
-
-__all__ = ["SPLITS", "DatasetNotFound", "Prepared", "group_cases", "perceptual_hash", "prepare", "resize_image", "resize_mask", "split_cases"]

@@ -20,7 +20,7 @@ from .evaluation import compare_arms
 from .inference import build, load_network
 from .losses import EdgeGraph, EdgeHead, FittedGraph, build_terms
 from .networks import match_levels, stride_of
-from .prepare import PrepareConfig, Prepared, prepare
+from .prepare import Prepared, prepare
 from .progress import Progress
 from .training import Learner, score_and_finish, start_fabric, train
 
@@ -186,7 +186,7 @@ def _train_pending(pending: dict[Path, DistillConfig], prepared: Prepared, tell)
     fabric = start_fabric(any_cfg)
     teacher = None
     if any(cfg.terms for cfg in pending.values()):
-        teacher = load_network(train_teacher(any_cfg, tell)).network.to(fabric.device, memory_format=torch.channels_last)
+        teacher = _teacher_of(train_teacher(any_cfg, tell), prepared).to(fabric.device, memory_format=torch.channels_last)
     by_epoch: dict[int, list[Learner]] = {}
     for path, cfg in pending.items():
         store.begin(path, cfg, _upstream(cfg, prepared, tell), keep=True)
@@ -199,6 +199,16 @@ def _train_pending(pending: dict[Path, DistillConfig], prepared: Prepared, tell)
         train(fabric, prepared, learners, teacher if needs_teacher else None, "student" if len(learners) == 1 else f"{len(learners)} arms")
         for learner in learners:
             score_and_finish(learner, prepared)
+
+
+def _teacher_of(run: Run, prepared: Prepared) -> nn.Module:
+    """The frozen teacher, refused where it was trained on another split: it may have seen our test cases."""
+    if run.summary["split_hash"] != prepared.split_hash:
+        raise LesionKDError(
+            f"the teacher {store.short(run.path)} was trained on split {run.summary['split_hash']}, the student's is {prepared.split_hash}; "
+            "train a teacher on this split (notebook 03)"
+        )
+    return load_network(run).network
 
 
 class Ablation(store.Result):
@@ -251,5 +261,3 @@ def _collect(path: Path, runs: dict[tuple[str, int], Run]) -> None:
         "runs": [{"arm": a, "seed": s, "path": run.path.relative_to(root).as_posix(), "summary": run.summary["test"]} for (a, s), run in runs.items()],
     })
 
-
-__all__ = ["Ablation", "Graph", "PrepareConfig", "Run", "ablate", "distill", "distill_arms", "fit_graph", "train_teacher"]

@@ -6,6 +6,7 @@ A folder without `DONE` is unfinished work: training goes on from it, everything
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -57,12 +58,20 @@ def is_done(path: Path) -> bool:
     return (path / "DONE").is_file()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder where there is none, or say why it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LesionKDError(f"cannot make the folder {path}: {error.strerror}. Choose another; LESIONKD_RUNS names that of all results.") from error
+
+
 @contextmanager
 def lock(path: Path, tell: Callable[[str], None] = print) -> Iterator[None]:
     """Only one process works on a folder; another waits, and says so. A dead holder's lock is free."""
     from filelock import FileLock, Timeout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     guard = FileLock(path.with_name(path.name + ".lock"))
     try:
         guard.acquire(timeout=0.2)
@@ -79,8 +88,9 @@ def begin(path: Path, cfg: StageConfig, upstream: str, keep: bool = False) -> No
     """Open an unfinished folder: emptied unless `keep`, with configuration and environment written."""
     if path.exists() and not keep:
         shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "config.json", {"stage": cfg.stage, "version": cfg.version, "upstream": upstream, "digest": cfg.digest(upstream), **cfg.model_dump(mode="json")})
+    make_folder(path)
+    identity = {"stage": cfg.stage, "version": cfg.version, "upstream": upstream, "digest": cfg.digest(upstream)}
+    write_json(path / "config.json", identity | cfg.model_dump(mode="json"))
     write_json(path / "env.json", environment(cfg))
 
 
@@ -91,9 +101,9 @@ def finish(path: Path) -> None:
 
 def environment(cfg: StageConfig) -> dict[str, Any]:
     """Commit, versions, device and threads: what a reader needs to run it again."""
-    import torch
-
     from importlib.metadata import version
+
+    import torch
 
     packages = ("torch", "numpy", "scipy", "pandas", "monai", "lightning-fabric", "scikit-image", "pillow")
     return {
@@ -118,7 +128,7 @@ def commit() -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, flushed, once the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -126,7 +136,9 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise LesionKDError(f"cannot write {path}: {error.strerror or error}. Free some space or check the permissions; finished results are untouched.") from error
+        raise LesionKDError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or check the permissions; finished results are untouched."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -147,7 +159,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UnfinishedRun(f"{path.parent} holds no {path.name}: it is not the folder of a run. Finished runs lie in {short(runs_root())}/<stage>/.") from None
+        raise UnfinishedRun(f"{path.parent} holds no {path.name}: it is not the folder of a run. Finished runs lie in {runs_root()}/<stage>/.") from None
     except ValueError:
         raise UnfinishedRun(f"{path} is damaged: remove the folder {path.parent} and run again.") from None
 
@@ -162,7 +174,9 @@ def read_table(path: Path):
     """Read a CSV of a run; empty text stays text, numbers keep their type."""
     import pandas as pd
 
-    return pd.read_csv(path, dtype={"id": str, "group": str, "split": str}, keep_default_na=False, na_values=["", "nan"])
+    text = dict.fromkeys(("id", "group", "split", "label", "file", "reason", "arm", "other"), str)
+    numbers = [name for name in pd.read_csv(path, nrows=0).columns if name not in text]
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
 
 
 def write_array(path: Path, array) -> None:
@@ -177,22 +191,22 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values; `read_checkpoint` loads them with weights_only=True."""
     import torch
 
+    buffer = io.BytesIO()  # torch's own file writer reports a full disk as a RuntimeError of its C++
+    torch.save(content, buffer)
     with replacing(path) as partial:
-        torch.save(content, partial)
+        partial.write_bytes(buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint on the CPU without running any code in it."""
-    import pickle
-
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UnfinishedRun(f"{path.parent} holds no {path.name}: the run has not finished an epoch, or this is no training run.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise LesionKDError(f"{path} is no checkpoint that can be trusted: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # damaged bytes make torch's unpickler fail in many ways
+        raise LesionKDError(f"{path} is no checkpoint that can be trusted: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
 
 
 class Result:

@@ -52,7 +52,8 @@ def in_words(comparison: pd.DataFrame) -> str:
     lines = []
     for row in comparison.itertuples():
         other = STYLES[row.other][0]
-        numbers = f"{row.difference:+.3f} Dice, 95 % interval {row.low:+.3f} to {row.high:+.3f}, p (Holm) {row.p_holm:.2g}, {row.groups} groups, {row.seeds} seed{'s' * (row.seeds > 1)}"
+        size = f"{row.groups} groups, {row.seeds} seed{'s' * (row.seeds > 1)}"
+        numbers = f"{row.difference:+.3f} Dice, 95 % interval {row.low:+.3f} to {row.high:+.3f}, p (Holm) {row.p_holm:.2g}, {size}"
         if row.low <= 0 <= row.high or row.p_holm > 0.05:
             lines.append(f"Method against {other}: no difference seen ({numbers}).")
         else:

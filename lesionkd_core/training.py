@@ -123,7 +123,10 @@ class Learner:
         row |= {f"grad_{name}": value for name, value in self.norms.items()} | {"val_dice": val_dice}
         self.sums = {}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-            raise TrainingDiverged(f"epoch {row['epoch']} of {store.short(self.path)}: {', '.join(bad)} is not finite. A lower learning rate or weight helps; the last good epoch is kept.")
+            raise TrainingDiverged(
+                f"epoch {row['epoch']} of {store.short(self.path)}: {', '.join(bad)} is not finite. "
+                "A lower learning rate or weight helps; the last good epoch is kept."
+            )
         self.history.append(row)
         if val_dice > self.best:
             self.best = val_dice

@@ -11,10 +11,11 @@ from torch import Tensor
 from .batches import normalize
 from .config import EdgeConfig, GraphConfig
 from .edges import edge_at_stride, edge_label, edge_label_batch
-from .inference import TrainedNetwork
-from .losses import EdgeGraph, FittedGraph
+from .inference import TrainedNetwork, build, read_config
+from .losses import EdgeGraph, FeatureRefinement, FittedGraph, margin_relu
 from .networks import stride_of
 from .prepare import Prepared
+from .store import Result, read_checkpoint
 
 
 def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
@@ -56,3 +57,32 @@ def node_views(cfg: GraphConfig, teacher: TrainedNetwork, fitted: FittedGraph, i
     edge = edge_at_stride(full, stride_of(name))
     _, projection = fitted.graph.project(feature_maps(teacher, images)[1][name], edge)
     return [NodeView(e[0].numpy(), p.unflatten(1, edge.shape[-2:]).numpy()) for e, p in zip(edge, projection)]
+
+
+@torch.no_grad()
+def mean_responses(networks: dict[str, TrainedNetwork], images: np.ndarray, levels: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Mean over channels of |map| for the first of `images`: {network: {level: (h, w)}}; 'a:b' as in `match_levels`."""
+    shown = {}
+    for side, (who, trained) in enumerate(networks.items()):  # the teacher's name of a level comes last
+        names = [level.rpartition(":")[2] if side == 0 else level.partition(":")[0] for level in levels]
+        maps = feature_maps(trained, images)[1]
+        shown[who] = {name: maps[name][0].abs().mean(0).numpy() for name in names}
+    return shown
+
+
+@torch.no_grad()
+def refinement_view(run: Result, teacher: TrainedNetwork, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """T, T' = max(T, m) and connected S of the shallowest level for the first image, each (C, h, w), and the
+    channel of T's largest mean response. Network and connectors are those of the last epoch (step S3)."""
+    cfg = read_config(run.path)
+    student = build(cfg)
+    saved = read_checkpoint(run.path / "checkpoint_last")["objective"]
+    loss = FeatureRefinement(student, teacher.network, cfg.feature_levels, cfg.level_weights)
+    for module, prefix in ((student, "network."), (loss, "terms.feat.")):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
+        module.eval()
+    name_s, name_t = loss.pairs[0]
+    t = feature_maps(teacher, images)[1][name_t]
+    s = loss.connectors[0](student.forward_features(normalize(images))[1][name_s])
+    channel = int(t[0].clamp_min(0).mean((1, 2)).argmax())
+    return t[0].numpy(), margin_relu(t, loss.margin0)[0].numpy(), s[0].numpy(), channel

@@ -1,12 +1,12 @@
-"""Shared fixtures: results of tests go to a folder of their own, and oracles are read by name."""
+"""Results of tests go to a folder of their own, kernels of notebooks included; oracles are read by name."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,11 +17,13 @@ def oracle(name: str):
     return json.loads((ROOT / "tests" / "oracles" / f"{file}.json").read_text())[key]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def runs(tmp_path_factory) -> Path:
-    """Every result of this test session, away from the user's."""
-    folder = Path(os.environ.get("LESIONKD_TEST_RUNS") or tmp_path_factory.mktemp("runs"))
-    before = os.environ.get("LESIONKD_RUNS")
-    os.environ["LESIONKD_RUNS"] = str(folder)
-    yield folder
-    os.environ.pop("LESIONKD_RUNS") if before is None else os.environ.update(LESIONKD_RUNS=before)
+def pytest_configure(config):
+    """LESIONKD_RUNS for the whole session: set before a kernel starts, removed at the end."""
+    kept = os.environ.get("LESIONKD_TEST_RUNS")  # keeps results between sessions while developing
+    config.lesionkd_runs = None if kept else tempfile.mkdtemp(prefix="lesionkd-tests-")
+    os.environ["LESIONKD_RUNS"] = kept or config.lesionkd_runs
+
+
+def pytest_unconfigure(config):
+    if config.lesionkd_runs:
+        shutil.rmtree(config.lesionkd_runs, ignore_errors=True)

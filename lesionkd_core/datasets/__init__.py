@@ -64,9 +64,8 @@ def find(dataset: str) -> tuple[Release, Path]:
         root = data_root()
         for place in (root / release.folder, root, *(sorted(root.iterdir()) if root.is_dir() else ())):
             for path in (place, place / release.folder):
-                if all((path / name).is_dir() for name in release.holds):
-                    if release.cases is not paired.cases or path.name == release.folder:
-                        return release, path
+                if all((path / name).is_dir() for name in release.holds) and (release.cases is not paired.cases or path.name == release.folder):
+                    return release, path
         raise DatasetNotFound(
             f"{dataset}: no folder {release.folder!r} with {', '.join(map(repr, release.holds))} in it under {root}.\n"
             f"Download it from the page in data/{dataset}.md ({release.get}), unpack it there,\n"
@@ -105,7 +104,7 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
         raise DatasetNotFound(f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty.")
     digest = hashlib.sha256(release.name.encode() if release.name in CATALOGUE else b"own")
     for case in cases:
-        digest.update(f"{case.id}|{case.group}|{case.label}|{case.image.name}|{case.image.stat().st_size}".encode())
+        digest.update(f"{case.id}|{case.group}|{case.label}|{case.image.name}|{case.image.stat().st_size if case.image.is_file() else 0}".encode())
         for mask in case.masks:
-            digest.update(mask.name.encode() + hashlib.sha256(mask.read_bytes()).digest())
+            digest.update(mask.name.encode() + hashlib.sha256(mask.read_bytes() if mask.is_file() else b"").digest())
     return digest.hexdigest(), cases

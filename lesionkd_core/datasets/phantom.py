@@ -13,11 +13,13 @@ is rendered, never where the lesion lies. In each look a rule tells lesions from
 
 import numpy as np
 
+from .phantom_ct import ct
 from .phantom_texture import (
     border_of,
     capsules,
     cover,
     field,
+    from_to,
     grid,
     lesion_border,
     lesion_outlines,
@@ -26,29 +28,23 @@ from .phantom_texture import (
     rayleigh,
     ridges,
     scattered_discs,
+    shown_of,
     strokes,
-    vessel_tree,
 )
 
 LOOKS = ("phantom-dermoscopy", "phantom-ultrasound", "phantom-ct")
 VERSION = 1  # raise when a case comes out differently
 
 # absorption in red, green, blue
-SPECTRA = np.array(
-    [
-        [0.50, 0.95, 1.35],  # melanin
-        [0.08, 0.75, 0.60],  # blood
-        [1.00, 1.00, 1.00],  # shade
-        [1.20, 0.85, 0.25],  # ink
-    ],
-    np.float32,
-)
-AIR, FAT, MUSCLE, BONE = 0.13, 0.62, 0.80, 1.00  # grey of a lung-window CT
+SPECTRA = np.array([
+    [0.50, 0.95, 1.35],  # melanin
+    [0.08, 0.75, 0.60],  # blood
+    [1.00, 1.00, 1.00],  # shade
+    [1.20, 0.85, 0.25],  # ink
+], np.float32)
 
 
-def draw(
-    look: str, seed: int, index: int, pixels: int = 128, difficulty: float = 0.5
-) -> tuple[np.ndarray, np.ndarray]:
+def draw(look: str, seed: int, index: int, pixels: int = 128, difficulty: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
     """Draw one phantom case.
 
     Parameters
@@ -92,15 +88,6 @@ def _check(look, seed, index, pixels, difficulty):
         raise ValueError(f"difficulty is {difficulty!r}; give a number from 0 (easy) to 1 (hard).")
 
 
-def _from_to(easy: float, hard: float, difficulty: float) -> float:
-    return easy + (hard - easy) * difficulty
-
-
-def _shown(rng, most: int, difficulty: float) -> int:
-    """How many of `most` distractors to show: at half the luck, difficulty decides."""
-    return round(most * rng.uniform(0.2, 1) * _from_to(0.15, 1, difficulty))
-
-
 # --- dermoscopy ---------------------------------------------------------------------------
 
 
@@ -120,19 +107,19 @@ def dermoscopy(outlines, scene, noise, pixels, difficulty):
     _add_hairs(amounts, scene, pixels, difficulty)
     absorbed = np.tensordot(amounts, SPECTRA, axes=(0, 0))
     grain = noise.standard_normal((pixels, pixels, 3), dtype=np.float32)
-    return np.exp(-absorbed) + np.float32(_from_to(0.01, 0.04, difficulty)) * grain, border
+    return np.exp(-absorbed) + np.float32(from_to(0.01, 0.04, difficulty)) * grain, border
 
 
 def _melanin(border, rng, pixels, difficulty):
     skin = rng.uniform(0.08, 0.5) * (1 + 0.15 * field(rng, pixels, 5))
     lines = 0.05 * ridges(rng, pixels, 32) + 0.03 * field(rng, pixels, 64)
-    depth = _from_to(1.1, 0.4, difficulty) * rng.uniform(0.7, 1.4)
-    width = _from_to(0.006, 0.022, difficulty) * rng.uniform(0.5, 1.5)
+    depth = from_to(1.1, 0.4, difficulty) * rng.uniform(0.7, 1.4)
+    width = from_to(0.006, 0.022, difficulty) * rng.uniform(0.5, 1.5)
     blotch = np.clip(1 + 0.4 * field(rng, pixels, 6), 0.45, 2)
     network = ridges(rng, pixels, int(rng.choice([24, 30, 36])))
     lesion = depth * cover(border, width) * blotch * (0.65 + 0.9 * network)
     ends, radii = scattered_discs(rng, 14, 0.006, 0.02)
-    shown = _shown(rng, 14, difficulty)
+    shown = shown_of(rng, 14, difficulty)
     freckles = capsules(ends[:shown], radii[:shown], pixels)
     return skin + lines + lesion + 0.35 * freckles
 
@@ -147,7 +134,7 @@ def _add_stain(amounts, rng, pixels, difficulty):
     middle = rng.uniform(-0.42, 0.42, 2)
     stain = random_outline(rng, rng.uniform(0.02, 0.1), middle, decay=(1.5, 3))
     patch = cover(border_of(stain, *grid(pixels)), rng.uniform(0.01, 0.03))
-    brown, depth = rng.uniform(0, 1) ** 2, rng.uniform(0.15, 0.6) * _from_to(0.3, 1.2, difficulty)
+    brown, depth = rng.uniform(0, 1) ** 2, rng.uniform(0.15, 0.6) * from_to(0.3, 1.2, difficulty)
     amounts[0] += brown * depth * patch
     amounts[1] += (1 - brown) * depth * patch
 
@@ -155,20 +142,20 @@ def _add_stain(amounts, rng, pixels, difficulty):
 def _shade(rng, pixels, difficulty):
     """Uneven light, dark corners, diffuse shadow and, as negative shade, bubbles."""
     x, y = grid(pixels)
-    uneven = _from_to(0.04, 0.16, difficulty)
+    uneven = from_to(0.04, 0.16, difficulty)
     tilt = uneven * 3 * rng.standard_normal(2)
     light = 0.12 + np.float32(tilt[0]) * x + np.float32(tilt[1]) * y
     light = light + uneven * field(rng, pixels, 3)
     radius, edge = rng.uniform(0.5, 0.75), rng.uniform(0.01, 0.07)
     center = rng.uniform(-0.06, 0.06, 2).astype(np.float32)
     corners = cover(radius - np.hypot(x - center[0], y - center[1]), edge)
-    dark = rng.uniform(0.3, 2.2) * (rng.uniform() < _from_to(0.1, 0.8, difficulty))
+    dark = rng.uniform(0.3, 2.2) * (rng.uniform() < from_to(0.1, 0.8, difficulty))
     shadow = rng.uniform(-0.5, 0.5, 2).astype(np.float32)
     diffuse = np.exp(-((x - shadow[0]) ** 2 + (y - shadow[1]) ** 2) / 0.05)
     ends, radii = scattered_discs(rng, 5, 0.008, 0.035)
-    shown = _shown(rng, 5, difficulty)
+    shown = shown_of(rng, 5, difficulty)
     bubbles = capsules(ends[:shown], radii[:shown], pixels, rim=True)
-    strength = rng.uniform(0, 0.5) * _from_to(0.3, 1, difficulty)
+    strength = rng.uniform(0, 0.5) * from_to(0.3, 1, difficulty)
     return light + dark * corners + strength * diffuse - 0.15 * bubbles
 
 
@@ -179,17 +166,15 @@ def _ink(rng, pixels, difficulty):
     mark = np.array([side, height, *(np.array([side, height]) + run)])
     mark = mark if rng.uniform() < 0.5 else mark[[1, 0, 3, 2]]
     radius, chance = rng.uniform(0.01, 0.025), rng.uniform()
-    if chance > _from_to(0.1, 0.4, difficulty):
+    if chance > from_to(0.1, 0.4, difficulty):
         return 0
     return 1.1 * capsules(mark[None], np.array([radius]), pixels, soft=0.006)
 
 
 def _add_hairs(amounts, rng, pixels, difficulty):
-    hairs = rng.uniform(
-        [-0.5, -0.5, -0.6, -1.2, 0.1, 0.002], [0.5, 0.5, 0.6, 1.2, 0.6, 0.0045], (14, 6)
-    )
+    hairs = rng.uniform([-0.5, -0.5, -0.6, -1.2, 0.1, 0.002], [0.5, 0.5, 0.6, 1.2, 0.6, 0.0045], (14, 6))
     hairs[:, 2] += rng.uniform(0, np.pi)  # hairs lie in about one direction
-    lines = strokes(hairs[: _shown(rng, 14, difficulty)], *grid(pixels))
+    lines = strokes(hairs[: shown_of(rng, 14, difficulty)], *grid(pixels))
     darkness = rng.uniform(0.3, 1.2)
     amounts[0] += darkness * lines
     amounts[2] += 0.5 * darkness * lines
@@ -208,9 +193,9 @@ def ultrasound(outlines, scene, noise, pixels, difficulty):
     echo = _tissue(scene, pixels)
     echo = _with_lesion(echo, border, scene, pixels, difficulty)
     echo = _with_decoys(echo, scene, pixels, difficulty)
-    slope = scene.uniform(-0.5, 0.15) * _from_to(0.4, 1, difficulty)
+    slope = scene.uniform(-0.5, 0.15) * from_to(0.4, 1, difficulty)
     gain = scene.uniform(0.5, 0.62) + np.float32(slope) * y + 0.04 * field(scene, pixels, 3)
-    speckle = _from_to(0.09, 0.2, difficulty) * np.log(rayleigh(noise, pixels) + 0.2)
+    speckle = from_to(0.09, 0.2, difficulty) * np.log(rayleigh(noise, pixels) + 0.2)
     return gain + echo + speckle, border
 
 
@@ -219,8 +204,7 @@ def _tissue(rng, pixels):
     _, y = grid(pixels)
     depths = np.array([-0.45, rng.uniform(-0.34, -0.2), rng.uniform(0.2, 0.36)])
     skin, fat, gland = (
-        y - np.float32(depth) - wave * profile(rng, pixels, 4)
-        for depth, wave in zip(depths, (0.006, 0.025, 0.025), strict=True)
+        y - np.float32(depth) - wave * profile(rng, pixels, 4) for depth, wave in zip(depths, (0.006, 0.025, 0.025), strict=True)
     )
     lobes = 0.05 * field(rng, pixels, 14, 8)
     septa = 0.14 * ridges(rng, pixels, 6) * cover(fat, 0.01)
@@ -232,9 +216,9 @@ def _tissue(rng, pixels):
 
 def _with_lesion(echo, border, rng, pixels, difficulty):
     """Hypoechoic lesion with a bright rim, and a shadow or enhancement behind it."""
-    width = _from_to(0.006, 0.02, difficulty) * rng.uniform(0.6, 1.4)
+    width = from_to(0.006, 0.02, difficulty) * rng.uniform(0.6, 1.4)
     inside = cover(border, width)
-    drop = _from_to(0.42, 0.18, difficulty) * rng.uniform(0.85, 1.25)
+    drop = from_to(0.42, 0.18, difficulty) * rng.uniform(0.85, 1.25)
     within = -drop * (1 + 0.2 * field(rng, pixels, 8))
     halo = rng.uniform(0, 0.14) * np.exp(-(((border - 0.02) / 0.02) ** 2))
     path = np.cumsum(inside, axis=0) / pixels  # lesion crossed by the beam so far
@@ -247,89 +231,21 @@ def _with_decoys(echo, rng, pixels, difficulty):
     x, y = grid(pixels)
     ends, radii = scattered_discs(rng, 4, 0.012, 0.035)
     ends[:, 2:] += rng.uniform([-0.08, -0.02], [0.08, 0.02], (4, 2))  # vessels run across
-    shown = _shown(rng, 4, difficulty)
+    shown = shown_of(rng, 4, difficulty)
     vessels = capsules(ends[:shown], radii[:shown], pixels, soft=0.007)
     bright = 0.9 * np.cumsum(vessels, axis=0) / pixels * (1 - vessels)  # fluid hardly absorbs
     lobule = random_outline(rng, rng.uniform(0.01, 0.06), rng.uniform(-0.4, 0.4, 2), (0.03, 0.08))
     capsule = border_of(lobule, x, y)
     fat = -0.05 * cover(capsule, 0.008) + 0.2 * np.exp(-((capsule / 0.012) ** 2))
-    fat = fat * (rng.uniform() < _from_to(0.3, 0.8, difficulty))
+    fat = fat * (rng.uniform() < from_to(0.3, 0.8, difficulty))
     starts, places = rng.uniform(-0.4, 0.3, 3), rng.uniform(-0.5, 0.5, 3)
     depths, widths = rng.uniform(0.08, 0.28, 3), rng.uniform(0.03, 0.1, 3)
     ray = x / (1 + np.float32(0.3) * y)  # beams of a curved probe fan out
     shadows = np.zeros_like(x)
-    for k in range(_shown(rng, 3, difficulty)):
+    for k in range(shown_of(rng, 3, difficulty)):
         across = np.exp(-(((ray - np.float32(places[k])) / np.float32(widths[k])) ** 2))
         shadows += np.float32(depths[k]) * across * cover(np.float32(starts[k]) - y, 0.03)
     return echo - 0.5 * vessels + bright + fat - shadows
-
-
-# --- ct -----------------------------------------------------------------------------------
-
-
-def ct(outlines, scene, noise, pixels, difficulty):
-    """Lung window: air, haze of the lesions, then whatever is solid on top, then the wall.
-
-    Returns the image (pixels, pixels) in [0, 1] and the border function (pixels, pixels).
-    """
-    x, y = grid(pixels)
-    pleura = random_outline(
-        outlines, outlines.uniform(0.75, 1.4), outlines.uniform(-0.12, 0.12, 2), (0.02, 0.07)
-    )
-    wall = border_of(pleura, x, y)
-    border = lesion_border(lesion_outlines(outlines, spread=0.65), x, y)
-    border = np.maximum(border, wall)  # a lesion ends at the pleura
-    lung = _lung(border, scene, pixels, difficulty)
-    lung = np.maximum(lung, _solids(scene, pixels, difficulty))
-    body = _body(wall, pleura, scene, pixels)
-    image = lung + (body - lung) * cover(-wall, 0.006)
-    grain = field(noise, pixels, 90) + noise.standard_normal((pixels, pixels), dtype=np.float32)
-    return image + np.float32(_from_to(0.015, 0.045, difficulty)) * grain, border
-
-
-def _lung(border, rng, pixels, difficulty):
-    """Aerated lung with its dependent haze, and the ground glass of the lesions."""
-    _, y = grid(pixels)
-    air = AIR + 0.025 * field(rng, pixels, 5) + 0.025 * field(rng, pixels, 40)
-    sag = rng.uniform(0, 0.2) * _from_to(0.4, 1, difficulty)
-    dependent = sag * cover(np.float32(0.3) - y, 0.09)
-    width = _from_to(0.008, 0.024, difficulty) * rng.uniform(0.6, 1.4)
-    density = _from_to(0.5, 0.18, difficulty) * rng.uniform(0.8, 1.25)
-    patchy = 1 + 0.22 * field(rng, pixels, 8) + 0.18 * field(rng, pixels, 28)
-    return air + dependent + density * cover(border, width) * np.clip(patchy, 0.4, 1.8)
-
-
-def _solids(rng, pixels, difficulty):
-    """Vessels, end-on vessels and nodules, and a fissure; grey where solid, else 0."""
-    ends, radii = vessel_tree(rng)
-    vessels = capsules(ends, radii, pixels, strength=0.3 + 0.42 * np.sqrt(radii / radii.max()))
-    spots, sizes = scattered_discs(rng, 14, 0.003, 0.008)
-    dots = 0.5 * capsules(spots, sizes, pixels)
-    balls, girths = scattered_discs(rng, 4, 0.015, 0.05, within=0.36)
-    shown = _shown(rng, 4, difficulty)
-    nodules = 0.72 * capsules(balls[:shown], girths[:shown], pixels, soft=0.006)
-    dense = random_outline(
-        rng, rng.uniform(0.004, 0.03), rng.uniform(-0.36, 0.36, 2), decay=(1.5, 3)
-    )
-    present = rng.uniform() < _from_to(0.1, 0.6, difficulty)
-    consolidation = 0.75 * present * cover(border_of(dense, *grid(pixels)), 0.007)
-    fissure = rng.uniform([[-0.2, -0.2, 0, -0.5, 0.3, 0.002]], [[0.2, 0.2, 3.1, 0.5, 0.6, 0.004]])
-    line = rng.uniform(0.2, 0.45) * strokes(fissure, *grid(pixels))
-    return np.maximum.reduce([vessels, dots, nodules, consolidation, line])
-
-
-def _body(wall, pleura, rng, pixels):
-    """Chest wall: muscle next to the pleura, a row of ribs, fat farther out."""
-    depth = wall + 0.012 * field(rng, pixels, 6)
-    soft = MUSCLE + (FAT - MUSCLE) * cover(0.1 - depth, 0.012) + 0.02 * field(rng, pixels, 24)
-    turn = rng.uniform(0, 1) + np.arange(9) * 0.7
-    long, short = (pleura.radius.mean() + 0.05) * np.array([pleura.stretch, 1 / pleura.stretch])
-    cos, sin = np.cos(pleura.tilt), np.sin(pleura.tilt)
-    axes = np.array([[cos, sin], [-sin, cos]])
-    middle = np.stack([long * np.cos(turn), short * np.sin(turn)], 1) @ axes + pleura.center
-    along = 0.03 * np.stack([-np.sin(turn), np.cos(turn)], 1) @ axes
-    ribs = capsules(np.hstack([middle - along, middle + along]), np.full(9, 0.018), pixels)
-    return soft + (BONE - soft) * ribs
 
 
 PAINTERS = dict(zip(LOOKS, (dermoscopy, ultrasound, ct), strict=True))

@@ -229,12 +229,7 @@ def _windows(ends, radii, pixels, margin):
 
 
 def capsules(
-    ends: np.ndarray,
-    radii: np.ndarray,
-    pixels: int,
-    soft: float = 0.004,
-    rim: bool = False,
-    strength: np.ndarray | None = None,
+    ends: np.ndarray, radii: np.ndarray, pixels: int, soft: float = 0.004, rim: bool = False, strength: np.ndarray | None = None
 ) -> np.ndarray:
     """Paint round-ended segments; one of length 0 is a disc.
 
@@ -298,8 +293,15 @@ def vessel_tree(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         turns = rng.choice([-1, 1]) * np.array([0.25, -0.75]) if forked else (0.0,)
         shrinks = (0.82, 0.62) if forked else (0.9,)
         tips += [
-            (far_x, far_y, angle + turn, radius * shrink)
-            for turn, shrink in zip(turns, shrinks, strict=True)
-            if radius * shrink > 0.003
+            (far_x, far_y, angle + turn, radius * shrink) for turn, shrink in zip(turns, shrinks, strict=True) if radius * shrink > 0.003
         ]
     return np.array(ends), np.array(radii)
+
+
+def from_to(easy: float, hard: float, difficulty: float) -> float:
+    return easy + (hard - easy) * difficulty
+
+
+def shown_of(rng, most: int, difficulty: float) -> int:
+    """How many of `most` distractors to show: at half the luck, difficulty decides."""
+    return round(most * rng.uniform(0.2, 1) * from_to(0.15, 1, difficulty))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..edges import edge_at_stride
 from ..networks import match_levels, stride_of
-from .feature_refinement import connector
+from .feature_refinement import connector, require_same_size
 
 
 def grid_cells(edge: Tensor, grid: int, frame: str = "image") -> Tensor:
@@ -180,6 +180,7 @@ class EdgeReasoning(nn.Module):
     def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], edge: Tensor) -> Tensor:
         """Maps by name and the full-size edge label (N, 1, H, W) -> L_edge, ()."""
         x, target = self.connector(student_maps[self.student_map]), teacher_maps[self.teacher_map].detach()
+        require_same_size(x, target)
         edge = edge_at_stride(edge, self.stride).to(x.dtype)
         with torch.no_grad():
             reasoned = self.graph(target, edge)

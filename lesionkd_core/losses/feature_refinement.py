@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import LesionKDError
 from ..networks import match_levels, stride_of
 
 
@@ -25,12 +26,12 @@ def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
 
     Source: Heo et al. 2019, margin ReLU; METHOD, L_feat.
     """
-    sigma, mu = bn.weight.detach().double().abs(), bn.bias.detach().double()
+    sigma, mu = bn.weight.detach().cpu().double().abs(), bn.bias.detach().cpu().double()
     z = mu / sigma.clamp_min(torch.finfo(torch.float64).tiny)
     negative_share = torch.special.ndtr(-z)
     mean_below_zero = mu - sigma * torch.exp(-(z**2) / 2) / (math.sqrt(2 * math.pi) * negative_share.clamp_min(1e-300))
     margin = torch.where(negative_share > 0.001, mean_below_zero, -3 * sigma)
-    return torch.where(sigma == 0, mu.clamp_max(0), margin).float()
+    return torch.where(sigma == 0, mu.clamp_max(0), margin).float().to(bn.weight.device)
 
 
 def margin_relu(x: Tensor, margin: Tensor) -> Tensor:
@@ -53,6 +54,15 @@ def margin_relu(x: Tensor, margin: Tensor) -> Tensor:
     return torch.maximum(x, margin.view(1, -1, 1, 1))
 
 
+def require_same_size(student: Tensor, teacher: Tensor) -> None:
+    """Both maps (N, C, H, W) of one shape, or an error that names both and the cure."""
+    if student.shape != teacher.shape:
+        raise LesionKDError(
+            f"the student's map is {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}. The two networks round odd sizes "
+            "differently: distillation takes images whose sides are multiples of 32 px"
+        )
+
+
 def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     """Distance that leaves the student alone where both it and the teacher are below zero.
 
@@ -71,6 +81,7 @@ def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
 
     Source: Heo et al. 2019, "partial L2"; METHOD, L_feat.
     """
+    require_same_size(student, teacher)
     target = margin_relu(teacher.detach(), margin)
     counts = (student > target) | (target > 0)
     return ((student - target).square() * counts).sum()

@@ -1,0 +1,26 @@
+PY := .venv/bin/python
+SETUP := .venv/.done
+NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
+
+.PHONY: run test lab notebooks bench
+run: $(SETUP)  ## distil a student on the built-in data
+	$(PY) -m lesionkd_core run 04_distill
+
+test: $(SETUP)  ## unit, method, notebook and fault tests; nbval compares the committed outputs
+	$(PY) -m pytest --nbval
+
+lab: $(SETUP)  ## read and run the notebooks
+	$(PY) -m jupyterlab notebooks
+
+notebooks: $(SETUP)  ## execute all notebooks with the smoke profile and save them, then the README's index
+	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	$(PY) -m tests.readme_index
+
+bench: $(SETUP)  ## ratios of times, in one run
+	$(PY) -m pytest tests/benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-group-by=func
+
+$(SETUP): requirements.lock pyproject.toml
+	python3 -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,71 @@
+"""Label_edge against its oracle, a brute-force loop and its batch form."""
+
+import numpy as np
+import pytest
+import torch
+
+from lesionkd_core.edges import edge_at_stride, edge_label, edge_label_batch
+from tests.conftest import oracle
+
+
+def brute_force(mask: np.ndarray) -> np.ndarray:
+    edge = np.zeros(mask.shape, bool)
+    height, width = mask.shape
+    for y in range(height):
+        for x in range(width):
+            for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if 0 <= v < height and 0 <= u < width and mask[v, u] != mask[y, x]:
+                    edge[y, x] = True
+    return edge
+
+
+def test_the_originals_rule():
+    case = oracle("eagr.edge_label")
+    assert (edge_label(np.array(case["label"])) == np.array(case["edge"]) / 255).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 5), (16, 16)])
+def test_edge_equals_a_loop_over_neighbours(shape):
+    for seed in range(10):
+        mask = np.random.default_rng(seed).random(shape) < 0.4
+        assert (edge_label(mask) == brute_force(mask)).all()
+
+
+def test_leading_axes_are_cases():
+    masks = np.random.default_rng(0).random((2, 3, 8, 8)) < 0.5
+    assert (edge_label(masks)[1, 2] == brute_force(masks[1, 2])).all()
+
+
+@pytest.mark.parametrize("fill", [0, 1])
+def test_the_image_border_is_no_edge(fill):
+    assert not edge_label(np.full((6, 6), fill)).any()
+
+
+def test_width_dilates_by_the_four_neighbours():
+    mask = np.zeros((9, 9), bool)
+    mask[4, 4] = True
+    distance = np.abs(np.arange(9) - 4)[:, None] + np.abs(np.arange(9) - 4)
+    for width in (1, 2, 3):
+        assert (edge_label(mask, width) == (distance <= width)).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_the_batch_form_is_the_same_rule(width):
+    masks = np.random.default_rng(1).random((4, 1, 12, 10)) < 0.3
+    batch = edge_label_batch(torch.from_numpy(masks).float(), width)
+    assert (batch.numpy() == edge_label(masks, width)).all()
+
+
+def test_pooling_keeps_every_edge_pixel():
+    edge = torch.zeros(1, 1, 16, 16)
+    edge[0, 0, 5, 11] = 1
+    pooled = edge_at_stride(edge, 4)
+    assert pooled.sum() == 1 and pooled[0, 0, 1, 2] == 1
+    assert edge_at_stride(edge, 1) is edge
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("mask", "word"), [(np.array([[0, 255]]), "threshold"), (np.zeros(4), "H, W")])
+def test_a_mask_that_is_none_is_refused(mask, word):
+    with pytest.raises(ValueError, match=word):
+        edge_label(mask)

@@ -1,0 +1,133 @@
+"""The house of DESIGN.md: rooms import only rooms above them, files stay small, environments agree, imports are quick."""
+
+import ast
+import re
+import subprocess
+import sys
+import tokenize
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+CORE = ROOT / "lesionkd_core"
+ROOMS = [
+    "config", "store", "datasets", "edges", "prepare", "batches", "networks", "losses", "progress", "inference",
+    "evaluation", "training", "stages", "views", "figures", "tables", "__main__",
+]
+"""From the top of the house to its ground floor."""
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(CORE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Rooms that a module imports, at its top or in a function."""
+    found, depth = set(), len(path.relative_to(CORE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in CORE.rglob("*.py") if p != CORE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(CORE).as_posix())
+def test_a_room_imports_only_rooms_above_it(path):
+    room = room_of(path)
+    below = {name for name in imports_of(path) if name in ROOMS and ROOMS.index(name) > ROOMS.index(room)}
+    assert not below
+
+
+def test_every_module_lies_in_a_known_room():
+    assert {room_of(path) for path in modules()} == set(ROOMS)
+
+
+def code_lines(path: Path) -> int:
+    """Lines with code: docstrings, comments and blanks not counted."""
+    kept = set()
+    tree = ast.parse(path.read_text())
+    docstrings = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
+    with open(path, "rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER):
+                kept |= set(range(token.start[0], token.end[0] + 1))
+    return len(kept - docstrings)
+
+
+def test_the_core_stays_thin():
+    assert sum(map(code_lines, CORE.rglob("*.py"))) < 4000
+
+
+def test_files_and_functions_stay_short():
+    for path in CORE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 320, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert length <= 45, (path, node.name)
+
+
+def test_importing_the_package_leaves_the_heavy_rest_for_later():
+    code = "import sys, lesionkd_core; print([m for m in ('torch', 'pandas', 'numpy', 'matplotlib', 'monai', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_every_public_name_is_there():
+    import lesionkd_core
+
+    for name in lesionkd_core.__all__:
+        assert getattr(lesionkd_core, name) is not None
+    with pytest.raises(AttributeError, match="no 'predikt'"):
+        lesionkd_core.predikt  # noqa: B018
+
+
+def lock() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().split()
+    return dict(line.lower().replace("_", "-").split("==") for line in lines)
+
+
+def test_the_lock_pins_every_dependency_exactly():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.match(r"[A-Za-z0-9-]+", line)[0].lower() for line in wanted}
+    assert names <= set(lock())
+    assert lock()["torch"] == "2.13.0"
+    assert not any(name.startswith("nvidia") for name in lock())
+
+
+def test_the_conda_door_opens_on_the_same_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    [pip] = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert pip == ["-r requirements.lock", "-e ."]
+    [python] = [d for d in environment["dependencies"] if str(d).startswith("python=")]
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert tuple(map(int, python.split("=")[1].split("."))) >= tuple(map(int, required.removeprefix(">=").split(".")))
+    assert "pip" in environment["dependencies"]
+
+
+def test_what_is_installed_is_what_the_lock_says():
+    from importlib.metadata import version
+
+    for name in ("torch", "monai", "pandas", "papermill", "nbval"):
+        assert version(name).split("+")[0] == lock()[name]
+
+
+@pytest.mark.parametrize("name", ["busi", "isic2018", "cvc-clinicdb", "kvasir-seg"])
+def test_every_release_of_the_catalogue_has_a_card(name):
+    from lesionkd_core.datasets import CATALOGUE
+
+    card = (ROOT / "data" / f"{name}.md").read_text()
+    assert all(folder in card for folder in CATALOGUE[name].holds)
+    assert "https://" in card and "Licence" in card

@@ -1,0 +1,138 @@
+"""The notebooks: template, parameters, outputs worth comparing, and each once through papermill with changed parameters."""
+
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+
+from lesionkd_core import config
+from lesionkd_core.__main__ import configuration
+from tests.conftest import ROOT
+from tests.readme_index import with_index
+
+PATHS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+by_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path) -> list:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+@by_notebook
+def test_a_notebook_follows_the_template(path):
+    cells, code = read(path).cells, code_cells(path)
+    assert cells[0].source.startswith(f"# {path.stem[:2]} · ") and len(cells[0].source.splitlines()) == 2
+    assert all(word in cells[1].source for word in ("**In:**", "**Out:**", "**Time"))
+    assert tags(code[0]) == ["parameters"] and "from_notebook(globals())" in code[1].source
+    assert any(cell.source.startswith("## What this shows, and what it does not") for cell in cells)
+    assert code[-1].source.endswith('print("DONE")') and code[-1].outputs[0].text.endswith("DONE\n")
+    assert any("assert " in cell.source for cell in code)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert path.stat().st_size < 300_000 and read(path).metadata.kernelspec.name == "python3"
+
+
+@by_notebook
+def test_cells_are_short_and_plain(path):
+    for cell in code_cells(path):
+        assert len(cell.source.splitlines()) <= (30 if "parameters" in tags(cell) else 15), cell.source
+        assert not re.search(r"^\s*[!%]|^class |;$", cell.source, re.M)
+        assert not re.search(r"[\"'](/|[A-Z]:\\)", cell.source)
+
+
+@by_notebook
+def test_outputs_hold_no_error_no_stderr_and_no_absolute_path(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", cell.source
+            assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", json.dumps(output.get("text", "") or output.get("data", {}).get("text/plain", "")))
+
+
+@by_notebook
+def test_parameters_are_fields_with_the_same_defaults(path):
+    cls = configuration(path)
+    profile_decides = set().union(*config.PROFILES.values())
+    for name, parameter in papermill.inspect_notebook(str(path)).items():
+        value = eval(parameter["default"])
+        if name in profile_decides:
+            assert value is None
+        else:
+            assert getattr(cls(**{name: value}), name) == getattr(cls(), name)
+        assert parameter["help"] == cls.model_fields[name].description
+
+
+@by_notebook
+def test_enough_cells_are_compared(path):
+    """Cells that nbval compares: they print something and are not tagged to be ignored."""
+    shown = [cell for cell in code_cells(path) if cell.outputs]
+    compared = [cell for cell in shown if "nbval-ignore-output" not in tags(cell)]
+    assert len(compared) >= 2
+    assert any("True" in str(cell.outputs) or "disjoint" in str(cell.outputs) for cell in compared)
+
+
+def test_the_readmes_index_is_made_from_the_notebooks():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_index(readme) == readme
+
+
+TINY = {"dataset": "phantom-ultrasound", "pixels": 32, "cases": 48}
+SHORT = {"teacher_epochs": 2, "batch_size": 8}
+CHANGED = {
+    "01_data_prep": TINY | {"split_seed": 3},
+    "02_edge_labels": TINY | {"grid": 3, "edge_width": 2},
+    "03_teacher": TINY | SHORT,
+    "04_distill": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "width": 2, "seed": 5},
+    "05_ablations": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2},
+    "06_paper_figures": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2},
+}
+
+
+def through_papermill(path, parameters: dict, folder) -> subprocess.CompletedProcess:
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", str(path), str(folder / "out.ipynb"), "--no-progress-bar", "-k", "python3", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+@by_notebook
+def test_a_notebook_runs_from_another_folder_with_changed_parameters(path, tmp_path):
+    done = through_papermill(path, CHANGED[path.stem], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = code_cells(tmp_path / "out.ipynb")[-1].outputs[0].text
+    assert last.endswith("DONE\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"], "results never go to the working folder"
+    assert not any(o.get("name") == "stderr" for cell in code_cells(tmp_path / "out.ipynb") for o in cell.outputs)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [({"datset": "busi"}, "did you mean 'dataset'"), ({"split_seed": "abc"}, "split_seed"), ({"dataset": "no-such-set"}, "neither in the catalogue")],
+)
+def test_papermill_shows_one_clear_error_and_keeps_the_notebook(parameters, words, tmp_path):
+    done = through_papermill(PATHS[0], parameters, tmp_path)
+    assert done.returncode != 0
+    [error] = [o for cell in code_cells(tmp_path / "out.ipynb") for o in cell.outputs if o.output_type == "error"]
+    assert words in error.evalue and len(error.traceback) == 1
+
+
+def test_nbval_sees_a_wrong_number(tmp_path):
+    """A committed output that is not what the cell prints must fail."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)", execution_count=1)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for text, expected in (("42\n", 0), ("43\n", 1)):
+        notebook.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
+        nbformat.write(notebook, tmp_path / "copy.ipynb")
+        command = [sys.executable, "-m", "pytest", "-q", "--nbval", "-p", "no:cacheprovider", "copy.ipynb"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        assert done.returncode == expected, done.stdout.decode()[-2000:]

@@ -1,0 +1,227 @@
+"""One loop: lockstep equals alone, a resumed run equals an undisturbed one, batches are a function of seed and epoch."""
+
+import numpy as np
+import pytest
+import torch
+
+from lesionkd_core import store
+from lesionkd_core.batches import MEAN, STD, augment, epoch_batches, epoch_order, normalize
+from lesionkd_core.config import AblationConfig, DistillConfig, LesionKDError
+from lesionkd_core.inference import build, load_network, load_student, predict
+from lesionkd_core.prepare import prepare
+from lesionkd_core.stages import ablate, distill, distill_arms, fit_graph, train_teacher
+from lesionkd_core.training import TrainingDiverged, gradient_norms
+
+TINY = {"dataset": "phantom-ct", "pixels": 32, "cases": 40, "batch_size": 6, "teacher_epochs": 2, "graph_epochs": 1, "epochs": 2, "threads": 1, "device": "cpu"}
+
+
+def silent(*_):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path_factory, monkeypatch, shared_runs):
+    monkeypatch.setenv("LESIONKD_RUNS", str(shared_runs))
+
+
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return store.read_checkpoint(run.path / "checkpoint_last")["objective"]
+
+
+def remake(monkeypatch, tmp_path, cfgs):
+    """The same students once more, in an empty place, upstream results copied."""
+    import shutil
+
+    for stage in ("prepare", "teacher", "graph"):
+        shutil.copytree(store.runs_root() / stage, tmp_path / stage)
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
+    return distill_arms(cfgs, silent)
+
+
+def test_lockstep_equals_alone_to_the_bit(monkeypatch, tmp_path):
+    cfg = AblationConfig(**TINY, seed=1)
+    arms = [cfg.arm(arm, 1) for arm in ("alone", "feat", "shuffled")]
+    together = [weights(run) for run in distill_arms(arms, silent)]
+    for arm, expected in zip(arms, together):
+        [run] = remake(monkeypatch, tmp_path / f"{arm.terms}{arm.shuffle_edges}", [arm])
+        got = weights(run)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[k], expected[k]) for k in expected)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(monkeypatch, tmp_path):
+    cfg = DistillConfig(**TINY, seed=2)
+    undisturbed = distill(cfg, silent)
+    kept, saved = store.write_checkpoint, []
+
+    def killed_in_epoch_two(path, content):
+        if path.name == "checkpoint_last" and len(saved) == 1:
+            raise KeyboardInterrupt
+        saved.extend([path] if path.name == "checkpoint_last" else [])
+        kept(path, content)
+
+    monkeypatch.setattr(store, "write_checkpoint", killed_in_epoch_two)
+    with pytest.raises(KeyboardInterrupt):
+        remake(monkeypatch, tmp_path, [cfg])
+    assert not any(tmp_path.glob("distill/*/DONE"))
+    monkeypatch.setattr(store, "write_checkpoint", kept)
+    resumed = distill(cfg, silent)
+    assert resumed.path != undisturbed.path
+    assert (resumed.path / "per_case.csv").read_bytes() == (undisturbed.path / "per_case.csv").read_bytes()
+    assert (resumed.path / "history.csv").read_bytes() == (undisturbed.path / "history.csv").read_bytes()
+
+
+def test_a_finished_run_is_found_and_another_seed_reuses_the_teacher():
+    first = distill(DistillConfig(**TINY, seed=2), silent)
+    before = {p: p.stat().st_mtime_ns for p in store.runs_root().rglob("*") if p.is_file() and p.suffix != ".lock"}
+    assert distill(DistillConfig(**TINY, seed=2), silent).path == first.path
+    distill(DistillConfig(**TINY, seed=3), silent)
+    after = {p: p.stat().st_mtime_ns for p in before}
+    assert before == after
+    assert len(list((store.runs_root() / "teacher").glob("*/DONE"))) == 1
+
+
+def test_every_run_folder_holds_what_design_says():
+    run = distill(DistillConfig(**TINY, seed=2), silent)
+    expected = {"config.json", "env.json", "history.csv", "per_case.csv", "summary.json", "checkpoint_last", "checkpoint_best", "DONE"}
+    assert expected <= {p.name for p in run.path.iterdir()}
+    prepared = prepare(DistillConfig(**TINY), silent)
+    assert set(run.per_case["id"]) == set(prepared.cases["id"].iloc[np.r_[prepared.index("val"), prepared.index("test")]])
+    columns = {"loss_total", "loss_seg", "loss_feat", "loss_edge", "grad_seg", "grad_feat", "grad_edge", "val_dice", "lr"}
+    assert columns <= set(run.history) and len(run.history) == TINY["epochs"]
+    assert run.history["val_dice"].max() == pytest.approx(run.summary["val"]["dice"]["mean"], abs=1e-5)
+
+
+def test_arms_of_one_seed_start_from_the_same_student():
+    cfg = AblationConfig(**TINY)
+    starts = [build(cfg.arm(arm, 5)).state_dict() for arm in ("alone", "method")]
+    assert all(torch.equal(starts[0][k], starts[1][k]) for k in starts[0])
+    other = build(cfg.arm("alone", 6)).state_dict()
+    assert not torch.equal(starts[0]["encoder.0.0.weight"], other["encoder.0.0.weight"])
+
+
+def test_the_teacher_never_changes():
+    teacher_run = train_teacher(DistillConfig(**TINY), silent)
+    before = (teacher_run.path / "checkpoint_best").read_bytes()
+    distill(DistillConfig(**TINY, seed=4), silent)
+    assert (teacher_run.path / "checkpoint_best").read_bytes() == before
+
+
+def test_ablation_pairs_the_arms_and_adds_one_later():
+    cfg = AblationConfig(**TINY, arms="alone, method", seeds="2, 3")
+    small = ablate(cfg, silent)
+    assert set(small.per_case.groupby(["arm", "seed"]).size().index) == {(a, s) for a in ("alone", "method") for s in (2, 3)}
+    before = {run.path: (run.path / "DONE").stat().st_mtime_ns for run in small.runs.values()}
+    large = ablate(AblationConfig(**TINY, arms="alone, method, feat", seeds="2, 3"), silent)
+    assert large.path != small.path and large.comparison["other"].tolist() == ["alone", "feat"]
+    assert all(path.joinpath("DONE").stat().st_mtime_ns == time for path, time in before.items())
+    test = large.per_case[large.per_case["split"] == "test"]
+    means = test.groupby("arm")["dice"].mean()
+    assert large.table.set_index("arm")["dice"].to_dict() == pytest.approx(means.to_dict(), abs=1e-6)
+
+
+def test_a_finished_student_predicts_as_it_was_scored():
+    cfg = DistillConfig(**TINY, seed=2)
+    run, prepared = distill(cfg, silent), prepare(cfg, silent)
+    rows = prepared.index("test")
+    masks = np.stack(predict(load_student(run), prepared.images[rows])) > 0.5
+    truth = prepared.masks[rows] > 0
+    dice = 2 * (masks & truth).sum((1, 2)) / np.maximum(masks.sum((1, 2)) + truth.sum((1, 2)), 1)
+    per_case = run.per_case[run.per_case["split"] == "test"]
+    assert per_case["dice"].tolist() == pytest.approx(dice.tolist(), abs=1e-6)
+
+
+def test_the_fitted_graph_knows_the_spread_of_the_teachers_h():
+    cfg = DistillConfig(**TINY)
+    graph = fit_graph(cfg, silent)
+    fitted = graph.load()
+    assert fitted.std.shape == (cfg.states,) and (fitted.std > 0).all()
+    assert 1 <= graph.summary["live_nodes"] <= cfg.grid**2
+    assert not any(p.requires_grad for p in fitted.graph.parameters())
+    assert not any("head" in name for name in store.read_checkpoint(graph.path / "checkpoint_best")["graph"])
+
+
+def test_gradient_norms_are_taken_where_all_terms_reach():
+    shared, own = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False)
+    network = torch.nn.Sequential(shared, own)
+    x = torch.ones(1, 2)
+    hidden = shared(x)
+    norms = gradient_norms(network, {"a": hidden.sum() * 3, "b": own(hidden).sum()})
+    assert norms["a"] == pytest.approx(3 * 2.0)  # d/dW of 3 sum(W x), x = (1, 1): four entries of 3
+    assert norms["b"] == pytest.approx((2 * own.weight.detach().square().sum().item()) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.fault
+def test_a_loss_that_explodes_stops_the_run_and_names_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("lesionkd_core.training.segmentation_loss", lambda logits, masks: (logits * torch.nan).mean())
+    cfg = DistillConfig(**TINY, seed=9, terms="")
+    with pytest.raises(TrainingDiverged, match=r"epoch 1 .* loss_seg"):
+        distill(cfg, silent)
+    monkeypatch.undo()
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(LesionKDError, match="device = 'cuda'"):
+        distill(DistillConfig(**TINY | {"device": "cuda"}, seed=8, terms=""), silent)
+
+
+@pytest.mark.fault
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    run = distill(DistillConfig(**TINY, seed=2), silent)
+    import shutil
+
+    copy = shutil.copytree(run.path, tmp_path / "run")
+    store.write_checkpoint(copy / "checkpoint_best", {"network": {"weight": torch.zeros(1)}})
+    with pytest.raises(LesionKDError, match="another network"):
+        load_network(copy)
+
+
+def test_an_epochs_order_holds_every_case_once_and_no_batch_of_one():
+    batches = epoch_order(13, 4, seed=0, epoch=3)
+    assert [len(b) for b in batches] == [4, 4, 4]  # the thirteenth would be alone: BatchNorm needs two
+    assert sorted(np.concatenate(epoch_order(14, 4, 0, 3))) == list(range(14))
+    assert not np.array_equal(epoch_order(14, 4, 0, 3)[0], epoch_order(14, 4, 0, 4)[0])
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    prepared = prepare(DistillConfig(**TINY), silent)
+    once, again, other = (list(epoch_batches(prepared, 6, 1, epoch, "flip_rotate")) for epoch in (2, 2, 3))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(once, again))
+    assert not torch.equal(once[0][0], other[0][0])
+
+
+def test_augmentation_moves_image_and_mask_together():
+    masks = torch.zeros(16, 1, 48, 48)
+    masks[:, :, 10:30, 14:22] = 1
+    images = masks.expand(-1, 3, -1, -1).clone()
+    moved, moved_masks = augment(images, masks, torch.Generator().manual_seed(0))
+    assert set(moved_masks.unique().tolist()) == {0.0, 1.0}
+    for image, mask in zip(moved[:, 0], moved_masks[:, 0]):
+        half = (image.max() + image.min()) / 2  # contrast and brightness changed, the shape must not
+        assert ((image > half) == (mask > 0.5)).float().mean() > 0.999
+    assert len({int(m.sum()) for m in moved_masks}) > 8  # zoom and rotation differ from case to case
+
+
+def test_normalization_by_hand():
+    x = normalize(np.full((1, 2, 2, 3), 128, np.uint8))
+    assert x[0, :, 0, 0].tolist() == pytest.approx([(128 / 255 - m) / s for m, s in zip(MEAN, STD)], rel=1e-5)
+
+
+@pytest.mark.fault
+def test_a_teacher_of_another_split_is_refused(monkeypatch):
+    cfg = DistillConfig(**TINY, seed=7, terms="feat")
+    teacher_run = train_teacher(cfg, silent)
+    summary = teacher_run.summary
+    store.write_json(teacher_run.path / "summary.json", summary | {"split_hash": "0badbad0"})
+    try:
+        with pytest.raises(LesionKDError, match="0badbad0"):
+            distill(cfg, silent)
+    finally:
+        store.write_json(teacher_run.path / "summary.json", summary)
