@@ -16,7 +16,7 @@ _HOME = {
     "store": ("short",),
     "datasets": ("CATALOGUE",),
     "edges": ("edge_label",),
-    "prepare": ("prepare",),
+    "prepare": ("prepare_data",),
     "inference": ("load_network", "load_student", "predict", "probabilities"),
     "evaluation": ("compare_arms", "score_masks", "score_otsu", "summarize"),
     "stages": ("ablate", "distill", "distill_arms", "fit_graph", "train_teacher"),

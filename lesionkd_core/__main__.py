@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -45,8 +46,8 @@ def run_notebook(name: str, given: dict[str, str]) -> int:
     configuration(notebooks[stem])(**parameters)  # refuses what is wrong before anything starts
     kept = runs_root() / "notebooks"
     kept.mkdir(parents=True, exist_ok=True)
-    label = "-".join([stem, *(f"{n}_{Path(str(v)).name}" for n, v in sorted(parameters.items()))])
-    target = kept / f"{label[:120]}.ipynb"
+    mark = hashlib.sha256(repr(sorted(parameters.items())).encode()).hexdigest()[:8]
+    target = kept / f"{stem}-{mark}.ipynb"
     try:
         executed = pm.execute_notebook(
             str(notebooks[stem]), str(target), parameters, kernel_name="python3", progress_bar=False, log_output=True, stdout_file=sys.stdout

@@ -43,7 +43,7 @@ def epoch_batches(
 
 
 def augment(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Flip both ways, rotate by up to 30 degrees, zoom by up to 10 %, change contrast and brightness by up to 20 %.
+    """Flip both ways, rotate by up to 30 degrees, zoom by up to 10 %, contrast by up to 20 %, brightness by up to 0.2 deviations.
 
     Image (N, 3, H, W) and mask (N, 1, H, W) move together in one resampling; what comes in at the
     border is the mirrored image. The mask stays 0/1.

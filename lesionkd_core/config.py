@@ -73,6 +73,9 @@ def _distinct(values: tuple) -> tuple:
 Names = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_distinct)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), AfterValidator(_distinct), Field(min_length=1)]
+Level = Annotated[str, Field(pattern=r"^(en|de)coder\.stride(1|2|4|8|16|32)(:(en|de)coder\.stride(1|2|4|8|16|32))?$")]
+Levels = Annotated[tuple[Level, ...], BeforeValidator(_names), AfterValidator(_distinct), Field(min_length=1)]
+EdgeLevel = Annotated[Level, BeforeValidator(lambda v: {"low": "encoder.stride4", "deep": "encoder.stride16"}.get(v, v) if isinstance(v, str) else v)]
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -181,7 +184,7 @@ class EdgeConfig(PrepareConfig):
     """What makes Label_edge and the cells it falls into; no stage of its own, edges are made in training."""
 
     edge_width: int = Field(1, ge=1, le=8, description="edge label: 1 is the 4-neighbour rule (two pixels wide), w dilates it w - 1 times, px")
-    edge_level: str = Field("encoder.stride4", description="map that the graph reads; METHOD 'low' = encoder.stride4, 'deep' = encoder.stride16")
+    edge_level: EdgeLevel = Field("encoder.stride4", description="map that the graph reads; low is encoder.stride4, deep is encoder.stride16")
     grid: int = Field(4, ge=1, le=16, description="k: the graph has K = k x k nodes")
     grid_frame: Literal["image", "lesion"] = Field("image", description="what the grid of cells covers: the image or the lesions' bounding box")
 
@@ -198,7 +201,7 @@ class TeacherConfig(PrepareConfig):
     batch_size: int = Field(8, ge=2, description="cases in a batch")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's decoupled weight decay")
     augment: Literal["none", "flip_rotate"] = Field("flip_rotate", description="flips, rotation, zoom and intensity of the training cases")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("32-true", description="Lightning Fabric's name of the arithmetic")
+    precision: Literal["32-true", "bf16-mixed"] = Field("32-true", description="Lightning Fabric's name of the arithmetic")
 
 
 class GraphConfig(TeacherConfig, EdgeConfig):
@@ -210,6 +213,12 @@ class GraphConfig(TeacherConfig, EdgeConfig):
     normalize: Literal["mass", "none", "size"] = Field("mass", description="nodes divided by their mass, not at all, or by H x W (EAGR)")
     graph_epochs: int = Field(3, ge=1, description="passes over the training cases, fitting the graph on the teacher")
     graph_lr: float = Field(1e-2, gt=0, description="Adam's learning rate, fitting the graph")
+
+    @model_validator(mode="after")
+    def _eagr_has_its_own_grid(self) -> Self:
+        if self.anchors == "eagr" and self.grid_frame == "lesion":
+            raise ValueError("anchors = 'eagr' pools over the image, so grid_frame must be 'image'")
+        return self
 
 
 TERM_FIELDS = {
@@ -232,8 +241,8 @@ class DistillConfig(GraphConfig):
     w_seg: Weight = Field(1.0, description="weight of L_seg (step S6)")
     w_feat: Weight = Field(1.0, description="weight of L_feat (step S6)")
     w_edge: Weight = Field(0.1, description="weight of L_edge (step S6)")
-    feature_levels: Names = Field(
-        ("decoder.stride8", "decoder.stride4", "decoder.stride2"), min_length=1,
+    feature_levels: Levels = Field(
+        ("decoder.stride8", "decoder.stride4", "decoder.stride2"),
         description="Feats lists: 'a' is both networks' map a, 'a:b' the student's a, the teacher's b",
     )
     level_weights: Literal["mean", "area", "halving"] = Field("mean", description="how L_feat sums over levels; halving is the original")
@@ -271,6 +280,17 @@ class AblationConfig(DistillConfig):
     stage = "ablation"
     arms: Names = Field(tuple(ARMS), min_length=1, description=f"arms, comma-separated: {', '.join(ARMS)}")
     seeds: Seeds = Field((0,), description="an integer n means seeds 0 to n - 1; a string lists them")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arms_decide(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if given := {"seed", "terms", "shuffle_edges"} & {name for name, value in values.items() if value is not None}:
+            raise ValueError(f"{', '.join(sorted(given))}: the arms and seeds of an ablation decide this; give arms and seeds instead")
+        return values
+
+    def hashed(self) -> dict[str, Any]:
+        """Everything but what the arms decide."""
+        return {name: value for name, value in StageConfig.hashed(self).items() if name not in ("seed", "terms", "shuffle_edges")}
 
     @model_validator(mode="after")
     def _known_arms(self) -> Self:

@@ -165,7 +165,8 @@ def compare_arms(per_case: pd.DataFrame, method: str = "method", metric: str = "
     from scipy.stats import wilcoxon
 
     rows = []
-    for other in [a for a in per_case["arm"].unique() if a != method]:
+    arms = list(per_case["arm"].unique())
+    for other in [arm for arm in arms if arm != method] if method in arms else []:
         table = differences(per_case, method, other, metric)
         by_group, values = table.mean(axis=1), table.to_numpy()
         rng = np.random.default_rng(0)
@@ -174,12 +175,11 @@ def compare_arms(per_case: pd.DataFrame, method: str = "method", metric: str = "
         p = wilcoxon(by_group, zero_method="pratt").pvalue if by_group.any() else 1.0
         low, high = np.percentile(means, [2.5, 97.5])
         rows.append({
-            "other": other, "difference": by_group.mean(), "low": low, "high": high, "p": float(p),
+            "other": other, "difference": by_group.mean(), "low": low, "high": high, "p": float(p), "p_holm": np.nan,
             "better": int((by_group > 0).sum()), "worse": int((by_group < 0).sum()), "groups": len(table), "seeds": table.shape[1],
         })
-    result = pd.DataFrame(rows)
-    if len(result):
-        result.insert(5, "p_holm", holm(result["p"].to_numpy()))
+    result = pd.DataFrame(rows, columns=["other", "difference", "low", "high", "p", "p_holm", "better", "worse", "groups", "seeds"])
+    result["p_holm"] = holm(result["p"].to_numpy(float))
     return result
 
 

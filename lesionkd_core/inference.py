@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,10 +156,10 @@ def predict_folder(
     if not paths:
         raise LesionKDError(f"{images} holds no images (.png, .jpg, .bmp, .tif, .webp)")
     store.make_folder(out)
-    stems = [path.stem for path in paths]
+    stems = Counter(path.stem for path in paths)
     unreadable = []
     for done, path in enumerate(paths, start=1):
-        name = path.stem if stems.count(path.stem) == 1 else path.name
+        name = path.stem if stems[path.stem] == 1 else path.name
         try:
             image = read_image(path)
             if min(image.shape[:2]) < 2:

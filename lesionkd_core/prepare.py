@@ -64,7 +64,7 @@ class Prepared(store.Result):
         return f"Prepared({store.short(self.path)}: {counts}, split {self.split_hash})"
 
 
-def prepare(cfg: PrepareConfig, tell=print) -> Prepared:
+def prepare_data(cfg: PrepareConfig, tell=print) -> Prepared:
     """Find or make the prepared arrays of `cfg`.
 
     Raises

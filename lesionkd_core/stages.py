@@ -15,12 +15,12 @@ from torch import nn
 from . import store
 from .batches import epoch_batches, normalize
 from .config import AblationConfig, DistillConfig, GraphConfig, LesionKDError, TeacherConfig
-from .edges import edge_at_stride, edge_label_batch
+from .edges import edge_label_batch
 from .evaluation import compare_arms
 from .inference import build, load_network
 from .losses import EdgeGraph, EdgeHead, FittedGraph, build_terms
-from .networks import match_levels, stride_of
-from .prepare import Prepared, prepare
+from .networks import TEACHERS, UNet, match_levels, stride_of
+from .prepare import Prepared, prepare_data
 from .progress import Progress
 from .training import Learner, score_and_finish, start_fabric, train
 
@@ -45,7 +45,7 @@ class Run(store.Result):
 def train_teacher(cfg: TeacherConfig, tell=print) -> Run:
     """Find or train the teacher (before step S1)."""
     cfg = cfg.upstream(TeacherConfig)
-    prepared = prepare(cfg, tell)
+    prepared = prepare_data(cfg, tell)
     path = store.folder(cfg, prepared.digest)
     with ExitStack() as stack:
         if not store.is_done(path):
@@ -71,13 +71,20 @@ class Graph(store.Result):
         return FittedGraph(graph.eval().requires_grad_(False), saved["std"])
 
 
+def check_levels(cfg: GraphConfig, levels: tuple[str, ...]) -> None:
+    """Refuse maps that the networks do not have or that differ in stride, before anything is trained."""
+    with torch.device("meta"):
+        match_levels(UNet(width=getattr(cfg, "width", 4)), TEACHERS[cfg.teacher](), levels)
+
+
 def fit_graph(cfg: GraphConfig, tell=print) -> Graph:
     """Find or fit the graph on the frozen teacher: re-projection, 1x1 head, BCE against Label_edge (step S4).
 
     The head is dropped; graph and per-channel deviation of the teacher's H are kept.
     """
     cfg = cfg.upstream(GraphConfig)
-    prepared, teacher_run = prepare(cfg, tell), train_teacher(cfg, tell)
+    check_levels(cfg, (cfg.edge_level,))
+    prepared, teacher_run = prepare_data(cfg, tell), train_teacher(cfg, tell)
     path = store.folder(cfg, teacher_run.digest)
     if store.is_done(path):
         return Graph(path)
@@ -93,7 +100,7 @@ def fit_graph(cfg: GraphConfig, tell=print) -> Graph:
 def _fit(path: Path, cfg: GraphConfig, prepared: Prepared, teacher: nn.Module) -> None:
     fabric = start_fabric(cfg)
     teacher = teacher.to(fabric.device)
-    [(_, name)] = match_levels(teacher, teacher, (cfg.edge_level.rpartition(":")[2],))
+    name = cfg.edge_level.rpartition(":")[2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.teacher_seed)
         graph = EdgeGraph(teacher.feature_norms()[name].num_features, cfg.states, cfg.grid, cfg.anchors, cfg.normalize, cfg.grid_frame)
@@ -103,7 +110,9 @@ def _fit(path: Path, cfg: GraphConfig, prepared: Prepared, teacher: nn.Module) -
     for epoch in range(cfg.graph_epochs):
         losses, rarity = [], []
         for images, masks in epoch_batches(prepared, cfg.batch_size, cfg.teacher_seed, epoch, cfg.augment, fabric.device):
-            edge = edge_at_stride(edge_label_batch(masks, cfg.edge_width), stride_of(name))
+            edge = graph.edge_at(edge_label_batch(masks, cfg.edge_width), stride_of(name))
+            if not edge.any():
+                continue
             with torch.no_grad():
                 x = teacher.forward_features(images)[1][name]
             loss = fitted["head"](graph, x, edge)
@@ -111,7 +120,9 @@ def _fit(path: Path, cfg: GraphConfig, prepared: Prepared, teacher: nn.Module) -
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-            rarity.append(edge[edge.flatten(1).amax(1) > 0].mean() if edge.any() else edge.mean())
+            rarity.append(edge[edge.flatten(1).amax(1) > 0].mean())
+        if not losses:
+            raise LesionKDError("no training case has a lesion edge, so there is no graph to fit; terms = 'feat' does without")
         share = float(torch.stack(rarity).mean())
         row = {"epoch": epoch + 1, "loss_edge_bce": float(torch.stack(losses).mean()), "bce_of_the_edge_share": _entropy(share)}
         history.append(row)
@@ -137,15 +148,13 @@ def _spread(prepared: Prepared, teacher: nn.Module, graph: EdgeGraph, name: str,
     for i in range(0, len(rows), 16):
         batch = rows[i : i + 16]
         masks = torch.from_numpy(prepared.masks[batch]).to(device).float().unsqueeze(1)
-        edge = edge_at_stride(edge_label_batch(masks, width), stride_of(name))
+        edge = graph.edge_at(edge_label_batch(masks, width), stride_of(name))
         h = graph(teacher.forward_features(normalize(prepared.images[batch], device))[1][name], edge)
         live = graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
         reasoned.append(h.transpose(1, 2)[live].cpu())
         counts.append(live.sum(1).cpu())
     counts = torch.cat(counts).float()
     with_edge = counts[counts > 0]
-    if not len(with_edge):
-        raise LesionKDError("no training case has a lesion edge, so there is no graph to fit; terms='feat' does without")
     live = {"live_nodes": float(with_edge.mean()), "single_node_share": float((with_edge == 1).float().mean())}
     return torch.cat(reasoned).std(0, correction=0), live
 
@@ -161,14 +170,22 @@ def distill_arms(cfgs: Sequence[DistillConfig], tell=print) -> list[Run]:
     Each has its own run folder; finished ones are found, unfinished ones go on where they were.
     """
     cfgs = [cfg.upstream(DistillConfig) for cfg in cfgs]
-    prepared = prepare(cfgs[0], tell)
-    paths = [store.folder(cfg, _upstream(cfg, prepared, tell)) for cfg in cfgs]
+    shared = {(cfg.upstream(TeacherConfig), cfg.seed, cfg.epochs) for cfg in cfgs}
+    if len(shared) != 1:
+        raise LesionKDError("arms in lockstep share data, teacher, seed, batches and epochs; start what differs there as runs of their own")
+    for cfg in cfgs:
+        check_levels(cfg, (*cfg.feature_levels * ("feat" in cfg.terms), *(cfg.edge_level,) * ("edge" in cfg.terms)))
+    prepared = prepare_data(cfgs[0], tell)
+    upstreams = [_upstream(cfg, prepared, tell) for cfg in cfgs]
+    paths = [store.folder(cfg, upstream) for cfg, upstream in zip(cfgs, upstreams)]
     if all(map(store.is_done, paths)):
         return [Run(path) for path in paths]
     with ExitStack() as stack:
         for path in sorted(set(paths)):  # one order for everybody, so that nobody waits in a circle
             stack.enter_context(store.lock(path, tell))
-        _train_pending({path: cfg for path, cfg in zip(paths, cfgs) if not store.is_done(path)}, prepared, tell)
+        pending = {path: (cfg, upstream) for path, cfg, upstream in zip(paths, cfgs, upstreams) if not store.is_done(path)}
+        if pending:
+            _train_pending(pending, prepared, tell)
     return [Run(path) for path in paths]
 
 
@@ -179,17 +196,15 @@ def _upstream(cfg: DistillConfig, prepared: Prepared, tell) -> str:
     return train_teacher(cfg, tell).digest if cfg.terms else prepared.digest
 
 
-def _train_pending(pending: dict[Path, DistillConfig], prepared: Prepared, tell) -> None:
-    if not pending:
-        return
-    any_cfg = next(iter(pending.values()))
+def _train_pending(pending: dict[Path, tuple[DistillConfig, str]], prepared: Prepared, tell) -> None:
+    any_cfg = next(iter(pending.values()))[0]
     fabric = start_fabric(any_cfg)
     teacher = None
-    if any(cfg.terms for cfg in pending.values()):
+    if any(cfg.terms for cfg, _ in pending.values()):
         teacher = _teacher_of(train_teacher(any_cfg, tell), prepared).to(fabric.device, memory_format=torch.channels_last)
     by_epoch: dict[int, list[Learner]] = {}
-    for path, cfg in pending.items():
-        store.begin(path, cfg, _upstream(cfg, prepared, tell), keep=True)
+    for path, (cfg, upstream) in pending.items():
+        store.begin(path, cfg, upstream, keep=True)
         student, fitted = build(cfg), fit_graph(cfg, tell).load() if "edge" in cfg.terms else None
         learner = Learner.start(fabric, path, cfg, student, build_terms(cfg, student, teacher, fitted), prepared)
         by_epoch.setdefault(len(learner.history), []).append(learner)
@@ -254,8 +269,7 @@ def _collect(path: Path, runs: dict[tuple[str, int], Run]) -> None:
     counts = test.groupby("arm")[["missed", "false_alarm"]].sum() / test["seed"].nunique()
     store.write_table(path / "per_case.csv", per_case)
     store.write_table(path / "table.csv", means.join(seeds).join(counts).reset_index())
-    comparison = compare_arms(test) if "method" in set(test["arm"]) else pd.DataFrame(columns=["other"])
-    store.write_table(path / "comparison.csv", comparison)
+    store.write_table(path / "comparison.csv", compare_arms(test))
     root = store.runs_root()
     store.write_json(path / "summary.json", {
         "runs": [{"arm": a, "seed": s, "path": run.path.relative_to(root).as_posix(), "summary": run.summary["test"]} for (a, s), run in runs.items()],

@@ -13,7 +13,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +48,9 @@ def short(path: Path) -> str:
 def folder(cfg: StageConfig, upstream: str) -> Path:
     """The folder of the result of `cfg`, made from what has the digest `upstream`."""
     dataset = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(cfg.dataset).name) or "data"
-    name = f"{dataset}-{cfg.profile}-s{getattr(cfg, cfg.seed_field)}-{cfg.digest(upstream)[:8]}"
-    return runs_root() / cfg.stage / name
+    stage, mark = runs_root() / cfg.stage, cfg.digest(upstream)[:8]
+    same = (path for path in sorted(stage.glob(f"*-{mark}")) if is_done(path))  # perhaps from another profile
+    return next(same, stage / f"{dataset}-{cfg.profile}-s{getattr(cfg, cfg.seed_field)}-{mark}")
 
 
 def is_done(path: Path) -> bool:
@@ -91,11 +91,13 @@ def begin(path: Path, cfg: StageConfig, upstream: str, keep: bool = False) -> No
     make_folder(path)
     identity = {"stage": cfg.stage, "version": cfg.version, "upstream": upstream, "digest": cfg.digest(upstream)}
     write_json(path / "config.json", identity | cfg.model_dump(mode="json"))
-    write_json(path / "env.json", environment(cfg))
+    env = path / "env.json"
+    before = [read_json(env)] if env.exists() else []
+    write_json(env, environment(cfg) | {"resumed_from": before})
 
 
 def finish(path: Path) -> None:
-    """Declare the result complete; nothing is written after this."""
+    """Declare the result complete; what is drawn from it may be added, nothing of it changes."""
     write_text(path / "DONE", "")
 
 
@@ -105,11 +107,13 @@ def environment(cfg: StageConfig) -> dict[str, Any]:
 
     import torch
 
+    device = "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu")
     packages = ("torch", "numpy", "scipy", "pandas", "monai", "lightning-fabric", "scikit-image", "pillow")
     return {
         "commit": commit(), "python": platform.python_version(), "platform": platform.platform(),
         "packages": {name: version(name) for name in packages},
-        "device": cfg.device, "threads": cfg.threads or torch.get_num_threads(), "argv": [Path(a).name for a in sys.argv[:1]],
+        "device": torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device,
+        "threads": cfg.threads or torch.get_num_threads(),
         "seeds": {n: v for n, v in cfg if n.endswith("seed")},
     }
 

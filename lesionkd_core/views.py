@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batches import normalize
 from .config import EdgeConfig, GraphConfig
-from .edges import edge_at_stride, edge_label, edge_label_batch
+from .edges import edge_label, edge_label_batch
 from .inference import TrainedNetwork, build, read_config
 from .losses import EdgeGraph, FeatureRefinement, FittedGraph, margin_relu
 from .networks import stride_of
@@ -36,8 +36,9 @@ def edge_views(cfg: EdgeConfig, masks: np.ndarray) -> tuple[dict[str, np.ndarray
     """Masks (N, S, S) 0/1 -> edge labels at full size and at the graph's stride, and live nodes of each case (N,)."""
     stride = stride_of(cfg.edge_level.partition(":")[0])
     full = edge_label(masks, cfg.edge_width)
-    edge = edge_at_stride(torch.from_numpy(full).float().unsqueeze(1), stride)
-    live = EdgeGraph(1, 1, cfg.grid, frame=cfg.grid_frame).live_nodes(edge).sum(1).numpy()
+    graph = EdgeGraph(1, 1, cfg.grid, frame=cfg.grid_frame)
+    edge = graph.edge_at(torch.from_numpy(full).float().unsqueeze(1), stride)
+    live = graph.live_nodes(edge).sum(1).numpy()
     return {"edge, 1:1": full, f"edge at stride {stride}": edge[:, 0].numpy()}, live
 
 
@@ -54,7 +55,7 @@ def node_views(cfg: GraphConfig, teacher: TrainedNetwork, fitted: FittedGraph, i
     """Where the teacher's pixels go in the graph: images (N, S, S, 3) uint8, masks (N, S, S) 0/1 (step S4)."""
     name = cfg.edge_level.rpartition(":")[2]
     full = edge_label_batch(torch.from_numpy(np.asarray(masks)).float().unsqueeze(1), cfg.edge_width)
-    edge = edge_at_stride(full, stride_of(name))
+    edge = fitted.graph.edge_at(full, stride_of(name))
     _, projection = fitted.graph.project(feature_maps(teacher, images)[1][name], edge)
     return [NodeView(e[0].numpy(), p.unflatten(1, edge.shape[-2:]).numpy()) for e, p in zip(edge, projection)]
 

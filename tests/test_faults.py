@@ -14,7 +14,7 @@ from lesionkd_core import store
 from lesionkd_core.__main__ import main
 from lesionkd_core.config import AblationConfig, ConfigError, DistillConfig, LesionKDError
 from lesionkd_core.datasets import DatasetNotFound
-from lesionkd_core.prepare import PrepareConfig, prepare
+from lesionkd_core.prepare import PrepareConfig, prepare_data
 
 from .conftest import ROOT
 from .test_datasets import lesion, own_folder, picture, save
@@ -60,7 +60,7 @@ SPOILT = {  # what is wrong: how it is made, the file that the report names, wor
 def test_a_spoilt_case_is_left_out_and_reported(tmp_path, what):
     spoil, file, words = SPOILT[what]
     spoil(own_folder(tmp_path / "mine", 14))
-    result = prepare(config(tmp_path / "mine"), quiet)
+    result = prepare_data(config(tmp_path / "mine"), quiet)
     assert result.cases["id"].tolist() == [f"case_{i:03d}" for i in range(14) if i != 3]
     assert set(result.report["id"]) == {"case_003"} and file in set(result.report["file"])
     assert all(word in result.report["reason"].iloc[0] for word in words), result.report["reason"].iloc[0]
@@ -69,7 +69,7 @@ def test_a_spoilt_case_is_left_out_and_reported(tmp_path, what):
 @pytest.mark.parametrize("seed", range(4))
 def test_two_images_of_one_stem_are_left_out_even_where_one_of_them_is_drawn(tmp_path, seed):
     save(own_folder(tmp_path / "mine", 14) / "images/case_003.jpg", picture(99))  # whose mask is case_003.png?
-    assert "case_003" not in set(prepare(config(tmp_path / "mine", cases=13, split_seed=seed), quiet).cases["id"])
+    assert "case_003" not in set(prepare_data(config(tmp_path / "mine", cases=13, split_seed=seed), quiet).cases["id"])
 
 
 def busi_without_normal(root):
@@ -96,7 +96,7 @@ def test_an_absent_data_set_says_what_was_looked_for_and_where(tmp_path, monkeyp
     (tmp_path / "raw").mkdir()
     make(tmp_path / "raw")
     with pytest.raises(DatasetNotFound) as error:
-        prepare(config(dataset), quiet)
+        prepare_data(config(dataset), quiet)
     assert all(word in str(error.value) for word in [*words, str(tmp_path / "raw")]), str(error.value)
     assert not runs.exists()
 
@@ -104,7 +104,7 @@ def test_an_absent_data_set_says_what_was_looked_for_and_where(tmp_path, monkeyp
 def test_a_mistyped_lesionkd_data_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("LESIONKD_DATA", str(tmp_path / "dta"))
     with pytest.raises(DatasetNotFound, match="dta"):
-        prepare(config("cvc-clinicdb"), quiet)
+        prepare_data(config("cvc-clinicdb"), quiet)
 
 
 def test_too_few_usable_cases_are_an_error_until_they_are_mended(tmp_path, runs):
@@ -112,11 +112,11 @@ def test_too_few_usable_cases_are_an_error_until_they_are_mended(tmp_path, runs)
     for i in range(4):
         cut(folder / "images" / f"case_{i:03d}.png")
     with pytest.raises(LesionKDError, match="8 usable cases, wants at least 10") as error:
-        prepare(config(folder), quiet)
+        prepare_data(config(folder), quiet)
     assert all(f"case_{i:03d}.png: cannot be read" in str(error.value) for i in range(4))
     assert not list(runs.rglob("DONE"))
     own_folder(folder, 12)
-    assert len(prepare(config(folder), quiet).cases) == 12
+    assert len(prepare_data(config(folder), quiet).cases) == 12
 
 
 def test_one_group_cannot_be_split(tmp_path):
@@ -124,7 +124,7 @@ def test_one_group_cannot_be_split(tmp_path):
         save(tmp_path / "mine/images" / f"{i}.png", picture(1))
         save(tmp_path / "mine/masks" / f"{i}.png", lesion(9))
     with pytest.raises(LesionKDError, match="1 groups of cases are too few to fill test, val"):
-        prepare(config(tmp_path / "mine"), quiet)
+        prepare_data(config(tmp_path / "mine"), quiet)
 
 
 WRONG = [  # parameters, words of the message
@@ -157,7 +157,7 @@ WRONG = [  # parameters, words of the message
 @pytest.mark.parametrize(("values", "words"), WRONG, ids=[str(values) for values, _ in WRONG])
 def test_a_wrong_parameter_is_refused_with_its_name_and_what_fits(values, words):
     with pytest.raises(ConfigError) as error:
-        AblationConfig(**values)
+        (AblationConfig if {"arms", "seeds"} & set(values) else DistillConfig)(**values)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -204,11 +204,11 @@ def test_an_interrupted_preparation_starts_anew_and_ends_as_if_undisturbed(tmp_p
 
     monkeypatch.setattr(store, "write_array", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(cfg, quiet)
+        prepare_data(cfg, quiet)
     assert calls[0].is_file() and not list(runs.rglob("DONE"))
-    after = prepare(cfg, quiet)
+    after = prepare_data(cfg, quiet)
     monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "undisturbed"))
-    undisturbed = prepare(cfg, quiet)
+    undisturbed = prepare_data(cfg, quiet)
     for name in ("split.csv", "images.npy", "masks.npy", "cases.csv"):
         assert (after.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
 
@@ -216,14 +216,14 @@ def test_an_interrupted_preparation_starts_anew_and_ends_as_if_undisturbed(tmp_p
 CHILD = """
 import time
 from lesionkd_core import store
-from lesionkd_core.prepare import PrepareConfig, prepare
+from lesionkd_core.prepare import PrepareConfig, prepare_data
 write = store.write_array
 def write_and_wait(path, array):
     write(path, array)
     print("written", flush=True)
     time.sleep(600)
 store.write_array = write_and_wait
-prepare(PrepareConfig(cases=60, pixels=32))
+prepare_data(PrepareConfig(cases=60, pixels=32))
 """
 
 
@@ -233,7 +233,7 @@ def test_another_process_waits_and_goes_on_when_the_first_is_killed(runs):
         try:
             assert any("written" in line for line in iter(child.stdout.readline, ""))
             [half] = runs.glob("prepare/*/images.npy")
-            waiting = pool.submit(prepare, PrepareConfig(cases=60, pixels=32), said.put)
+            waiting = pool.submit(prepare_data, PrepareConfig(cases=60, pixels=32), said.put)
             assert "another process works on runs/prepare/" in said.get(timeout=60)
             assert not list(runs.rglob("DONE"))
         finally:
@@ -246,12 +246,12 @@ def test_a_preparation_goes_through_once_there_is_space(tmp_path, monkeypatch, r
     monkeypatch.setattr(store, "commit", lambda: "")  # git must not meet the limit
     cfg = config(own_folder(tmp_path / "mine"))
     with full_disk(20_000), pytest.raises(LesionKDError, match=r"images\.npy"):
-        prepare(cfg, quiet)
+        prepare_data(cfg, quiet)
     assert not list(runs.rglob("DONE")) and not list(runs.rglob("*.partial"))
-    assert len(prepare(cfg, quiet).images) == 24
+    assert len(prepare_data(cfg, quiet).images) == 24
 
 
 def test_a_results_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LESIONKD_RUNS", str(save(tmp_path / "a_file.png", lesion(9))))
     with pytest.raises(LesionKDError, match=r"a_file\.png"):
-        prepare(PrepareConfig(cases=20, pixels=32), quiet)
+        prepare_data(PrepareConfig(cases=20, pixels=32), quiet)

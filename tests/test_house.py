@@ -87,8 +87,9 @@ def test_importing_the_package_leaves_the_heavy_rest_for_later():
 def test_every_public_name_is_there():
     import lesionkd_core
 
-    for name in lesionkd_core.__all__:
-        assert getattr(lesionkd_core, name) is not None
+    for _ in range(2):  # importing a room must not hide a function of its name
+        for name in set(lesionkd_core.__all__) - {"figures", "tables", "CATALOGUE"}:
+            assert callable(getattr(lesionkd_core, name)), name
     with pytest.raises(AttributeError, match="no 'predikt'"):
         lesionkd_core.predikt  # noqa: B018
 

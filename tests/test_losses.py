@@ -199,7 +199,16 @@ def test_the_head_fits_an_edge_that_the_features_show():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * first
-    assert head(graph, x, torch.zeros_like(edge)).item() == 0
+    nothing = head(graph, x, torch.zeros_like(edge))
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_eagr_reads_the_edge_by_nearest_and_the_others_by_maximum():
+    edge = torch.zeros(1, 1, 8, 8)
+    edge[0, 0, 1, 5] = 1
+    assert EdgeGraph(1, anchors="eagr").edge_at(edge, 4).sum() == 0
+    assert EdgeGraph(1).edge_at(edge, 4).tolist() == [[[[0, 1], [0, 0]]]]
 
 
 def test_segmentation_loss_is_binary_cross_entropy():

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lesionkd_core import store
-from lesionkd_core.prepare import SPLITS, PrepareConfig, group_cases, prepare, resize_image, resize_mask, split_cases
+from lesionkd_core.prepare import SPLITS, PrepareConfig, group_cases, prepare_data, resize_image, resize_mask, split_cases
 
 from .test_datasets import SIZE, lesion, own_folder, picture, save
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(folder):
-    return prepare(config(folder), quiet)
+    return prepare_data(config(folder), quiet)
 
 
 def test_arrays_hold_every_case_at_the_asked_size(prepared):
@@ -103,7 +103,7 @@ def test_a_duplicate_is_found_however_far_away_it_lies():
 
 
 def test_the_split_follows_its_seed(folder, prepared, runs):
-    again, other = (prepare(config(folder, split_seed=seed), quiet) for seed in (0, 1))
+    again, other = (prepare_data(config(folder, split_seed=seed), quiet) for seed in (0, 1))
     assert again.path != prepared.path and again.split_hash == prepared.split_hash != other.split_hash
     assert (again.path / "split.csv").read_bytes() == (prepared.path / "split.csv").read_bytes()
 
@@ -144,7 +144,7 @@ NORMALS = (2, 9, 10, 21)
 
 @pytest.mark.parametrize("normals", ["drop", "keep", "test"])
 def test_cases_without_a_lesion_go_where_they_are_sent(tmp_path, runs, normals):
-    result = prepare(config(own_folder(tmp_path / "mine", empty=NORMALS), normals=normals), quiet)
+    result = prepare_data(config(own_folder(tmp_path / "mine", empty=NORMALS), normals=normals), quiet)
     names = [f"case_{i:03d}" for i in NORMALS]
     splits = result.cases.set_index("id")["split"].reindex(names).dropna()
     dropped = result.report[result.report["reason"].str.contains("no lesion")]
@@ -185,34 +185,34 @@ def snapshot(root):
 
 def test_the_second_call_finds_the_result_and_writes_nothing(tmp_path, runs):
     folder, said = own_folder(tmp_path / "mine", 12), []
-    first = prepare(config(folder), said.append)
+    first = prepare_data(config(folder), said.append)
     before = snapshot(runs)
-    assert prepare(config(folder), said.append).path == first.path
+    assert prepare_data(config(folder), said.append).path == first.path
     assert snapshot(runs) == before and len(said) == 1
     assert store.read_json(first.path / "config.json")["stage"] == "prepare" and store.is_done(first.path)
 
 
 def test_what_was_corrected_is_prepared_anew_and_what_was_moved_is_not(tmp_path, runs):
     folder = own_folder(tmp_path / "mine", 12)
-    first = prepare(config(folder), quiet)
+    first = prepare_data(config(folder), quiet)
     os.utime(folder / "masks" / "case_003.png")
     moved = folder.rename(tmp_path / "elsewhere")
-    assert prepare(config(moved), quiet).digest == first.digest
+    assert prepare_data(config(moved), quiet).digest == first.digest
     (tmp_path / "disk").mkdir()
     moved = moved.rename(tmp_path / "disk" / "mine")
-    assert prepare(config(moved), quiet).path == first.path
+    assert prepare_data(config(moved), quiet).path == first.path
     save(moved / "masks" / "case_003.png", lesion(9, top=5))  # as large as before, one pixel lower
-    corrected = prepare(config(moved), quiet)
+    corrected = prepare_data(config(moved), quiet)
     assert corrected.path != first.path and (corrected.masks[3] != first.masks[3]).any()
 
 
 def test_some_cases_are_drawn_by_the_split_seed(folder, runs):
-    drawn = [prepare(config(folder, cases=15, split_seed=seed), quiet).cases["id"].tolist() for seed in (0, 1)]
+    drawn = [prepare_data(config(folder, cases=15, split_seed=seed), quiet).cases["id"].tolist() for seed in (0, 1)]
     assert [len(set(ids)) for ids in drawn] == [15, 15] and drawn[0] != drawn[1]
 
 
 def test_the_phantom_needs_no_files_and_repeats_nothing(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("LESIONKD_DATA", str(tmp_path / "nowhere"))
-    result = prepare(PrepareConfig(dataset="phantom-ct", cases=30, pixels=32, normals="keep"), quiet)
+    result = prepare_data(PrepareConfig(dataset="phantom-ct", cases=30, pixels=32, normals="keep"), quiet)
     assert result.cases["group"].nunique() == len(result.cases) == 30
     assert len({image.tobytes() for image in result.images}) == 30

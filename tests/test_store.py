@@ -19,26 +19,28 @@ CHANGED = {  # every other parameter, with a value that is not the smoke profile
     "edge_width": 2, "edge_level": "encoder.stride16", "grid": 6, "grid_frame": "lesion",
     "teacher": "unet64", "teacher_seed": 1, "teacher_epochs": 3, "teacher_lr": 0.002, "batch_size": 4,
     "weight_decay": 0.0, "augment": "none", "precision": "bf16-mixed",
-    "states": 8, "anchors": "eagr", "normalize": "size", "graph_epochs": 4, "graph_lr": 0.02,
+    "states": 8, "anchors": "masked_cosine", "normalize": "size", "graph_epochs": 4, "graph_lr": 0.02,
     "terms": (), "seed": 1, "width": 8, "epochs": 3, "lr": 0.001, "w_seg": 2.0, "w_feat": 2.0, "w_edge": 1.0,
     "feature_levels": ("decoder.stride8",), "level_weights": "area", "shuffle_edges": True,
     "arms": ("alone", "method"), "seeds": (0, 1),
 }
+BY_ARMS = {"seed", "terms", "shuffle_edges"}  # the arms of an ablation decide these
 OF_FEAT = {"w_feat", "feature_levels", "level_weights"}
 OF_EDGE = {"w_edge", "shuffle_edges", "edge_width", "edge_level", "grid", "grid_frame", "states", "anchors", "normalize", "graph_epochs", "graph_lr"}
 OF_TEACHER = {"teacher", "teacher_seed", "teacher_epochs", "teacher_lr"}
 
 
 def with_change(cfg, name, value):
-    return type(cfg)(**cfg.model_dump() | {name: value})
+    kept = {n: v for n, v in cfg if not (isinstance(cfg, AblationConfig) and n in BY_ARMS)}
+    return type(cfg)(**kept | {name: value})
 
 
 def that_count(cfg):
     """Parameters whose change gives another digest."""
     changed = {**CHANGED, **NOWHERE}
-    if isinstance(cfg, DistillConfig):
-        changed["terms"] = ("edge",) if cfg.terms == ("feat",) else ("feat",)
-    return {name for name in type(cfg).model_fields if with_change(cfg, name, changed[name]).digest("u") != cfg.digest("u")}
+    changed["terms"] = ("edge",) if getattr(cfg, "terms", ()) == ("feat",) else ("feat",)
+    names = set(type(cfg).model_fields) - (BY_ARMS if isinstance(cfg, AblationConfig) else set())
+    return {name for name in names if with_change(cfg, name, changed[name]).digest("u") != cfg.digest("u")}
 
 
 def test_the_folder_is_named_by_data_profile_seed_and_digest():
@@ -64,7 +66,8 @@ def test_each_stage_shows_its_own_seed_and_a_plain_name(cfg, start):
 
 @pytest.mark.parametrize("stage", [PrepareConfig, TeacherConfig, GraphConfig, AblationConfig])
 def test_every_parameter_counts_but_where_it_ran_and_where_the_data_lay(stage):
-    assert that_count(stage()) == set(stage.model_fields) - set(NOWHERE)
+    decided = BY_ARMS if stage is AblationConfig else set()
+    assert that_count(stage()) == set(stage.model_fields) - set(NOWHERE) - decided
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_a_value_given_by_name_goes_before_the_profile():
 @pytest.mark.parametrize("stage", [PrepareConfig, EdgeConfig, TeacherConfig, GraphConfig, DistillConfig])
 def test_upstream_hands_on_exactly_what_concerns_the_stage(stage):
     values = {**CHANGED, "profile": "cpu", "dataset": "busi", "terms": ("edge",)}
-    handed = AblationConfig(**values).upstream(stage)
+    handed = DistillConfig(**{name: value for name, value in values.items() if name in DistillConfig.model_fields}).upstream(stage)
     assert handed == stage(**{name: value for name, value in values.items() if name in stage.model_fields})
     assert handed.upstream(stage) == handed
 

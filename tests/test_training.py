@@ -8,7 +8,7 @@ from lesionkd_core import store
 from lesionkd_core.batches import MEAN, STD, augment, epoch_batches, epoch_order, normalize
 from lesionkd_core.config import AblationConfig, DistillConfig, LesionKDError
 from lesionkd_core.inference import build, load_network, load_student, predict
-from lesionkd_core.prepare import prepare
+from lesionkd_core.prepare import prepare_data
 from lesionkd_core.stages import ablate, distill, distill_arms, fit_graph, train_teacher
 from lesionkd_core.training import TrainingDiverged, gradient_norms
 
@@ -44,7 +44,7 @@ def remake(monkeypatch, tmp_path, cfgs):
 
 
 def test_lockstep_equals_alone_to_the_bit(monkeypatch, tmp_path):
-    cfg = AblationConfig(**TINY, seed=1)
+    cfg = AblationConfig(**TINY)
     arms = [cfg.arm(arm, 1) for arm in ("alone", "feat", "shuffled")]
     together = [weights(run) for run in distill_arms(arms, silent)]
     for arm, expected in zip(arms, together):
@@ -90,7 +90,7 @@ def test_every_run_folder_holds_what_design_says():
     run = distill(DistillConfig(**TINY, seed=2), silent)
     expected = {"config.json", "env.json", "history.csv", "per_case.csv", "summary.json", "checkpoint_last", "checkpoint_best", "DONE"}
     assert expected <= {p.name for p in run.path.iterdir()}
-    prepared = prepare(DistillConfig(**TINY), silent)
+    prepared = prepare_data(DistillConfig(**TINY), silent)
     assert set(run.per_case["id"]) == set(prepared.cases["id"].iloc[np.r_[prepared.index("val"), prepared.index("test")]])
     columns = {"loss_total", "loss_seg", "loss_feat", "loss_edge", "grad_seg", "grad_feat", "grad_edge", "val_dice", "lr"}
     assert columns <= set(run.history) and len(run.history) == TINY["epochs"]
@@ -127,7 +127,7 @@ def test_ablation_pairs_the_arms_and_adds_one_later():
 
 def test_a_finished_student_predicts_as_it_was_scored():
     cfg = DistillConfig(**TINY, seed=2)
-    run, prepared = distill(cfg, silent), prepare(cfg, silent)
+    run, prepared = distill(cfg, silent), prepare_data(cfg, silent)
     rows = prepared.index("test")
     masks = np.stack(predict(load_student(run), prepared.images[rows])) > 0.5
     truth = prepared.masks[rows] > 0
@@ -191,7 +191,7 @@ def test_an_epochs_order_holds_every_case_once_and_no_batch_of_one():
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
-    prepared = prepare(DistillConfig(**TINY), silent)
+    prepared = prepare_data(DistillConfig(**TINY), silent)
     once, again, other = (list(epoch_batches(prepared, 6, 1, epoch, "flip_rotate")) for epoch in (2, 2, 3))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(once, again))
     assert not torch.equal(once[0][0], other[0][0])
@@ -225,3 +225,51 @@ def test_a_teacher_of_another_split_is_refused(monkeypatch):
             distill(cfg, silent)
     finally:
         store.write_json(teacher_run.path / "summary.json", summary)
+
+
+def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss():
+    """With batches in which no case has an edge the graph is fitted on the others."""
+    cfg = DistillConfig(**TINY | {"cases": 60, "batch_size": 2}, normals="keep", seed=1)
+    run = distill(cfg, silent)
+    assert (prepare_data(cfg, silent).cases["lesion_share"] == 0).any()
+    assert run.history.notna().all(axis=None)
+
+
+def test_one_arm_alone_is_an_ablation_without_a_comparison():
+    ablation = ablate(AblationConfig(**TINY, arms="method", seeds="2"), silent)
+    assert len(ablation.comparison) == 0 and ablation.table["arm"].tolist() == ["method"]
+
+
+def test_another_profile_with_the_same_fields_finds_the_result():
+    small = DistillConfig(**TINY, seed=2)
+    same = DistillConfig(**TINY, seed=2, profile="cpu")
+    assert distill(same, silent).path == distill(small, silent).path
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("options", [{"seed": 8}, {"teacher_seed": 8}, {"epochs": 3}])
+def test_arms_that_do_not_share_their_batches_are_refused(options):
+    with pytest.raises(LesionKDError, match="lockstep"):
+        distill_arms([DistillConfig(**TINY), DistillConfig(**TINY | options)], silent)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"feature_levels": "decoder.stride1"}, "no map"), ({"edge_level": "encoder.stride1"}, "no map"),
+        ({"feature_levels": "encoder.stride2:encoder.stride4"}, "stride"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused_before_the_teacher_trains(options, words, monkeypatch, tmp_path):
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
+    with pytest.raises(LesionKDError, match=words):
+        distill(DistillConfig(**TINY | options), silent)
+    assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("options", [{"seed": 7}, {"terms": "feat"}, {"shuffle_edges": True}])
+def test_an_ablation_refuses_what_its_arms_decide(options):
+    with pytest.raises(LesionKDError, match="arms and seeds"):
+        AblationConfig(**options)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ..config import LesionKDError, PrepareConfig, nearest
@@ -93,8 +94,8 @@ def _own_folder(dataset: str) -> tuple[Release, Path]:
 def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
     """What the release holds, as a digest, and its cases (none for the phantom, which is drawn).
 
-    Masks count with their content, since annotations get corrected; images, which may be many
-    gigabytes, with name and size.
+    Masks count with their content, since annotations get corrected, and so do the images of own data;
+    images of an official release, which may be many gigabytes, with name and size.
     """
     if cfg.dataset in phantom.LOOKS:
         return f"{cfg.dataset} version {phantom.VERSION}", []
@@ -102,9 +103,23 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
     cases = release.cases(folder)
     if not cases:
         raise DatasetNotFound(f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty.")
-    digest = hashlib.sha256(release.name.encode() if release.name in CATALOGUE else b"own")
+    official = release.name in CATALOGUE
+    digest = hashlib.sha256(release.name.encode() if official else b"own")
     for case in cases:
-        digest.update(f"{case.id}|{case.group}|{case.label}|{case.image.name}|{case.image.stat().st_size if case.image.is_file() else 0}".encode())
-        for mask in case.masks:
-            digest.update(mask.name.encode() + hashlib.sha256(mask.read_bytes() if mask.is_file() else b"").digest())
+        size = case.image.stat().st_size if case.image.is_file() else 0
+        digest.update(f"{case.id}|{case.group}|{case.label}|{case.image.name}|{size}".encode())
+        for path in case.masks if official else (case.image, *case.masks):
+            digest.update(path.name.encode() + _content(path))
     return digest.hexdigest(), cases
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():
+        return hashlib.sha256().digest()
+    stat = path.stat()
+    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1_000_000)  # every stage asks again
+def _hash_file(path: Path, size: int, changed: int) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()

@@ -11,8 +11,6 @@ def cases(folder: Path) -> list[Case]:
     """`benign (1).png` with `benign (1)_mask.png`, `_mask_1.png`, ...: several masks, several lesions."""
     found = []
     for label in CLASSES:
-        if not (folder / label).is_dir():
-            continue
         files = images_in(folder / label)
         masks: dict[str, list[Path]] = {}
         for path in files:

@@ -32,6 +32,7 @@ class Case:
     masks: tuple[Path, ...]
     group: str = ""
     label: str = ""
+    one_mask: bool = False  # a layout in which two masks of one name are a mistake, not two lesions
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -86,13 +87,14 @@ def read_mask(path: Path) -> np.ndarray:
     palette = image.mode in ("P", "PA")
     if palette or image.mode in ("RGBA", "LA"):
         image = image.convert("RGBA").convert("RGB")  # alpha says nothing about the lesion
-    if image.mode not in ("1", "L", "I", "I;16", "I;16B", "I;16L", "F"):
-        image = image.convert("L")
+    if image.mode not in ("1", "L", "RGB", "I", "I;16", "I;16B", "I;16L", "F"):
+        image = image.convert("RGB")
     values = np.asarray(image)
+    values = values.max(-1) if values.ndim == 3 else values  # a red mask is a mask too
     if values.dtype == bool:
         return values
     top = values.max(initial=0)
-    known_scale = image.mode == "L" and not palette and top > 1
+    known_scale = values.dtype == np.uint8 and not palette and top > 1
     return values > (127 if known_scale else top / 2)
 
 
@@ -102,6 +104,8 @@ def read_case(case: Case) -> tuple[np.ndarray, np.ndarray]:
     union = np.zeros(image.shape[:2], dtype=bool)
     if not case.masks:
         raise UnreadableFile(f"{case.image.name}: no mask belongs to this image")
+    if case.one_mask and len(case.masks) > 1:
+        raise UnreadableFile(f"{case.image.name}: {', '.join(path.name for path in case.masks)} are masks of one name; keep one")
     for path in case.masks:
         mask = read_mask(path)
         if mask.shape != union.shape:

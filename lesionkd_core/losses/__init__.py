@@ -44,9 +44,8 @@ class FittedGraph:
 
 @dataclass(frozen=True)
 class Term:
-    """A loss term: its name in formulas, the field of its weight, its module and how it reads a step."""
+    """A loss term: the field of its weight, its module and how it reads a step."""
 
-    label: str
     weight: str
     build: Callable[[DistillConfig, nn.Module, nn.Module, FittedGraph | None], nn.Module]
     compute: Callable[[nn.Module, Step, DistillConfig], Tensor]
@@ -61,16 +60,16 @@ def _reasoning(cfg: DistillConfig, student: nn.Module, teacher: nn.Module, fitte
 
 
 TERMS: dict[str, Term] = {
-    "feat": Term("L_feat", "w_feat", _refinement, lambda module, step, cfg: module(step.maps, step.teacher_maps)),
+    "feat": Term("w_feat", _refinement, lambda module, step, cfg: module(step.maps, step.teacher_maps)),
     "edge": Term(
-        "L_edge", "w_edge", _reasoning,
+        "w_edge", _reasoning,
         lambda module, step, cfg: module(step.maps, step.teacher_maps, derange(step.edge) if cfg.shuffle_edges else step.edge),
     ),
 }
 
 
 def build_terms(cfg: DistillConfig, student: nn.Module, teacher: nn.Module | None, fitted: FittedGraph | None) -> nn.ModuleDict:
-    """The modules of the terms that `cfg` names; each one's initialization depends on its name and the seed alone."""
+    """The modules of the terms that `cfg` names; each one's initialization depends on the seed alone, not on the other terms."""
     modules = nn.ModuleDict()
     for name, term in TERMS.items():
         if name in cfg.terms:

@@ -68,6 +68,10 @@ class EdgeGraph(nn.Module):
         self.node_mixing = nn.Linear(grid * grid, grid * grid)
         self.state_mixing = nn.Linear(states, states, bias=False)
 
+    def edge_at(self, edge: Tensor, stride: int) -> Tensor:
+        """The full-size edge (N, 1, H, W) at a map's stride: max pooled, or by nearest in 'eagr' as in the original."""
+        return edge[..., ::stride, ::stride] if self.anchors == "eagr" else edge_at_stride(edge, stride)
+
     def live_nodes(self, edge: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, K) bool: cells that hold an edge pixel; in 'eagr' every cell."""
         if self.anchors == "eagr":
@@ -99,7 +103,8 @@ class EdgeGraph(nn.Module):
         states : (N, s, L)
             V0 = phi(X), L = H W.
         projection : (N, K, L)
-            Columns sum to 1; 0 in cells without an edge, all 0 in an image without one.
+            Columns sum to 1; 0 in cells without an edge, all 0 in an image without one (but for
+            'eagr', which knows no empty cells).
         """
         keys = self.theta(x)
         anchors, flat = self._anchors(keys, edge), keys.flatten(2)
@@ -139,7 +144,7 @@ class EdgeHead(nn.Module):
         has_edge = edge.flatten(1).amax(1) > 0
         x, edge = x[has_edge], edge[has_edge]
         if not len(x):
-            return x.sum() * 0.0
+            return self.head.weight.sum() * 0.0
         states, projection = graph.project(x, edge)
         reasoned = graph.reason(graph.build_graph(states, projection)).relu()
         logits = self.head((reasoned @ projection).unflatten(2, x.shape[-2:]))
@@ -181,11 +186,12 @@ class EdgeReasoning(nn.Module):
         """Maps by name and the full-size edge label (N, 1, H, W) -> L_edge, ()."""
         x, target = self.connector(student_maps[self.student_map]), teacher_maps[self.teacher_map].detach()
         require_same_size(x, target)
-        edge = edge_at_stride(edge, self.stride).to(x.dtype)
-        with torch.no_grad():
-            reasoned = self.graph(target, edge)
-            live = self.graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
-        squared = ((self.graph(x, edge) - reasoned) / self.std).square().mean(1)  # (N, K), mean over states
+        edge = self.graph.edge_at(edge, self.stride).float()
+        with torch.autocast(x.device.type, enabled=False):  # sums over many pixels: half precision is off by half
+            with torch.no_grad():
+                reasoned = self.graph(target.float(), edge)
+                live = self.graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
+            squared = ((self.graph(x.float(), edge) - reasoned) / self.std).square().mean(1)  # (N, K), mean over states
         per_image = (squared * live).sum(1) / live.sum(1).clamp_min(1)
         return per_image.mean()
 
