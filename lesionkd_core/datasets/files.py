@@ -62,7 +62,8 @@ def _open(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise UnreadableFile(f"{path.name}: file is missing") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableFile(f"{path.name}: cannot be read as an image ({str(error).split(' <')[0]})") from None
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise UnreadableFile(f"{path.name}: cannot be read as an image{why}") from None
 
 
 def read_image(path: Path) -> np.ndarray:
