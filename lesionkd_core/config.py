@@ -16,16 +16,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {  # seconds on a laptop's CPU: shows that everything works, proves nothing
-        "pixels": 64, "cases": 200, "batch_size": 8,
-        "teacher_epochs": 12, "graph_epochs": 3, "epochs": 10,
+        "pixels": 64, "cases": 200, "batch_size": 8, "teacher_epochs": 12, "graph_epochs": 3, "epochs": 10,
     },
     "cpu": {  # about an hour on two cores
-        "pixels": 128, "cases": 0, "batch_size": 16,
-        "teacher_epochs": 40, "graph_epochs": 5, "epochs": 40,
+        "pixels": 128, "cases": 0, "batch_size": 16, "teacher_epochs": 40, "graph_epochs": 5, "epochs": 40,
     },
     "paper": {  # wants a GPU
-        "pixels": 256, "cases": 0, "batch_size": 16,
-        "teacher_epochs": 100, "graph_epochs": 10, "epochs": 200,
+        "pixels": 256, "cases": 0, "batch_size": 16, "teacher_epochs": 100, "graph_epochs": 10, "epochs": 200,
     },
 }
 """What the profile decides; a value given by name goes before it."""
@@ -260,8 +257,7 @@ class DistillConfig(GraphConfig):
         absent = {name for term, names in TERM_FIELDS.items() if term not in self.terms for name in names}
         if not self.terms:  # no teacher looks on either
             absent |= {n for n in TeacherConfig.model_fields if n.startswith("teacher")}
-        fields = {name: value for name, value in super().hashed().items() if name not in absent}
-        return fields | {"terms": sorted(self.terms)}
+        return {name: value for name, value in super().hashed().items() if name not in absent} | {"terms": sorted(self.terms)}
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -301,5 +297,4 @@ class AblationConfig(DistillConfig):
 
     def arm(self, name: str, seed: int) -> DistillConfig:
         """The configuration of one arm with one seed."""
-        fields = {n: getattr(self, n) for n in DistillConfig.model_fields}
-        return DistillConfig(**fields | ARMS[name] | {"seed": seed})
+        return DistillConfig(**{n: getattr(self, n) for n in DistillConfig.model_fields} | ARMS[name] | {"seed": seed})

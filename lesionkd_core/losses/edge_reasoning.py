@@ -187,7 +187,7 @@ class EdgeReasoning(nn.Module):
         x, target = self.connector(student_maps[self.student_map]), teacher_maps[self.teacher_map].detach()
         require_same_size(x, target)
         edge = self.graph.edge_at(edge, self.stride).float()
-        with torch.autocast(x.device.type, enabled=False):  # sums over many pixels: half precision is off by half
+        with torch.autocast(x.device.type, enabled=False):  # sums over many pixels lose too much in half precision
             with torch.no_grad():
                 reasoned = self.graph(target.float(), edge)
                 live = self.graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
