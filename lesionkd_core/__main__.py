@@ -1,4 +1,4 @@
-"""`python -m lesionkd_core run NOTEBOOK -p NAME VALUE` and `... predict RUN IMAGES --out MASKS`."""
+"""`python -m lesionkd_core run NOTEBOOK -p NAME VALUE`, `... predict RUN IMAGES --out MASKS` and `... download NAME`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,28 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     predict = commands.add_parser("predict", help="segment a folder of images with a trained student (step S7)")
     predict.add_argument("run", type=Path, help="folder of a finished run, such as runs/distill/...")
-    predict.add_argument("images", type=Path, help="folder of images")
+    predict.add_argument("images", type=Path, help="folder of images, NIfTI volumes, folders of DICOM series")
     predict.add_argument("--out", type=Path, required=True, help="folder for the masks; made if absent")
-    predict.add_argument("--threshold", type=float, help="write masks of 0 and 255 cut here (0..1) instead of probability x 255")
+    predict.add_argument("--threshold", type=float, help="write masks of 0 and 255 cut here (0..1) instead of probability x 255; volumes: 0 and 1")
     predict.add_argument("--overlays", action="store_true", help="also write images with the contour drawn in")
+    fetch = commands.add_parser("download", help="fetch a release of the catalogue, check it and unpack it")
+    fetch.add_argument("name", nargs="?", help="such as kvasir-seg")
+    fetch.add_argument("--list", action="store_true", help="show the catalogue and what is there")
+    fetch.add_argument("--yes", action="store_true", help="accept the licence terms without being asked")
+    fetch.add_argument("--mirror", default="", metavar="URL", help="address of a folder with the same files")
+    fetch.add_argument("--archive", default="", metavar="FILE", help="an archive on this machine, or a folder of them, instead of a download")
+    fetch.add_argument("--to", metavar="FOLDER", help="where data sets lie, instead of LESIONKD_DATA")
     args = parser.parse_args(argv)
     try:
-        return run_notebook(args.notebook, dict(args.parameter)) if args.command == "run" else predict_images(args)
+        if args.command == "run":
+            return run_notebook(args.notebook, dict(args.parameter))
+        return predict_images(args) if args.command == "predict" else download_release(args)
     except LesionKDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 def run_notebook(name: str, given: dict[str, str]) -> int:
@@ -105,6 +118,30 @@ def predict_images(args: argparse.Namespace) -> int:
     if unreadable:
         print(f"{len(unreadable)} not read:\n" + "\n".join(f"  {line}" for line in unreadable), file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def download_release(args: argparse.Namespace) -> int:
+    """Fetch a release once its terms are agreed to, or show the catalogue."""
+    from .datasets import CATALOGUE
+    from .datasets.download import download, found
+
+    root = Path(args.to).expanduser().resolve() if args.to else None
+    if args.list or not args.name:
+        rows = [(r.name, r.modality, f"{r.count or '?'}", r.licence or "none stated", "yes" if found(r, root) else "no") for r in CATALOGUE.values()]
+        rows = [("name", "modality", "images", "licence", "found"), *rows]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        print("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+        return 0 if args.list else 2
+
+    def agree() -> bool:
+        if not args.yes and not sys.stdin.isatty():
+            raise ConfigError("no terminal to ask in: read the terms above and add --yes if you accept them")
+        if not args.yes:
+            print("Go on? [y/N] ", end="", flush=True)
+        return args.yes or sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    download(args.name, root, args.mirror, args.archive, partial(print, flush=True), agree)
+    return 0
 
 
 if __name__ == "__main__":

@@ -55,20 +55,26 @@ def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
 
 def _surface_scores(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """hd95 (N,) px and surface Dice (N,); MONAI where both masks have a surface, the rule of DESIGN elsewhere."""
-    import torch
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-
     some_p, some_t = predicted.any((1, 2)), truth.any((1, 2))
     hd95 = np.where(some_p | some_t, np.hypot(*truth.shape[1:]), 0.0)
     surface = np.where(some_p | some_t, 0.0, 1.0)
     both = np.flatnonzero(some_p & some_t)
     if len(both):
-        p, t = (torch.from_numpy(m[both]).unsqueeze(1).float() for m in (predicted, truth))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument of its own
-            hd95[both] = compute_hausdorff_distance(p, t, include_background=True, percentile=95)[:, 0].numpy()
-            surface[both] = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)[:, 0].numpy()
+        hd95[both], surface[both] = surface_scores(predicted[both], truth[both], SURFACE_TOLERANCE)
     return hd95, surface
+
+
+def surface_scores(predicted: np.ndarray, truth: np.ndarray, tolerance: float, spacing: tuple[float, ...] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """hd95 and surface Dice, each (N,), of masks (N, H, W) or (N, D, H, W) that are not empty; in px, or mm with a `spacing`."""
+    import torch
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    p, t = (torch.from_numpy(mask).unsqueeze(1).float() for mask in (predicted, truth))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument of its own
+        hd95 = compute_hausdorff_distance(p, t, include_background=True, percentile=95, spacing=spacing and list(spacing))
+        surface = compute_surface_dice(p, t, [tolerance], include_background=True, spacing=spacing and list(spacing))
+    return hd95[:, 0].numpy(), surface[:, 0].numpy()
 
 
 def score_network(network, prepared: Prepared, splits: tuple[str, ...] = ("val", "test")) -> pd.DataFrame:
@@ -76,8 +82,8 @@ def score_network(network, prepared: Prepared, splits: tuple[str, ...] = ("val",
     from .inference import probabilities
 
     rows = np.concatenate([prepared.index(split) for split in splits])
-    predicted = probabilities(network, prepared.images[rows]) > THRESHOLD
-    return _with_cases(prepared, rows, predicted)
+    blocks = [rows[i : i + 256] for i in range(0, len(rows), 256)]  # a large test set is never in memory as a whole
+    return pd.concat([_with_cases(prepared, block, probabilities(network, prepared.images[block]) > THRESHOLD) for block in blocks], ignore_index=True)
 
 
 def _with_cases(prepared: Prepared, rows: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +17,28 @@ from . import store
 from .batches import normalize
 from .config import DistillConfig, LesionKDError, StageConfig, TeacherConfig
 from .datasets import UnreadableFile, read_image
+from .datasets.files import is_volume, sources_in, stem_of
 from .edges import edge_label
 from .networks import TEACHERS, UNet
-from .prepare import resize_image
+from .prepare.pixels import prepare_image, restore
 
 SETTINGS = {"teacher": TeacherConfig, "distill": DistillConfig}
+BATCH = 16
+"""Slices of a volume in memory at a time."""
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A finished network and what it was trained on; `predict` takes it."""
+    """A finished network and the configuration of its run, which says how images are prepared; `predict` takes it."""
 
     network: nn.Module
-    pixels: int
+    cfg: StageConfig
     path: Path
+
+    @property
+    def pixels(self) -> int:
+        """Side of the square that it was trained on, px."""
+        return self.cfg.pixels
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.network.parameters())
@@ -73,13 +82,13 @@ def load_network(run: str | Path) -> TrainedNetwork:
         network.load_state_dict(store.read_checkpoint(path / "checkpoint_best")["network"])
     except (RuntimeError, KeyError, TypeError):
         raise LesionKDError(f"{path / 'checkpoint_best'} holds weights of another network than config.json beside it describes") from None
-    return TrainedNetwork(network.eval().requires_grad_(False), cfg.pixels, path)
+    return TrainedNetwork(network.eval().requires_grad_(False), cfg, path)
 
 
 def load_student(run: str | Path) -> TrainedNetwork:
     """The trained student of a finished `distill` run (a `Run` or its folder): all that step S7 needs."""
     student = load_network(run)
-    if not isinstance(read_config(student.path), DistillConfig):
+    if not isinstance(student.cfg, DistillConfig):
         raise LesionKDError(f"{student.path} holds a teacher, not a student; wants a folder of runs/distill")
     return student
 
@@ -106,7 +115,7 @@ def predict(student: TrainedNetwork, images: np.ndarray | Sequence[np.ndarray]) 
     student : TrainedNetwork
         From `load_student`.
     images : (N, H, W, 3) uint8, or a sequence of (H, W, 3) uint8
-        RGB of any size; brought to the training size and back.
+        RGB of any size; prepared as for the training (size, padding, grey, equalization, gamma), and brought back.
 
     Returns
     -------
@@ -118,28 +127,25 @@ def predict(student: TrainedNetwork, images: np.ndarray | Sequence[np.ndarray]) 
             raise LesionKDError(f"predict: image {i} has shape {image.shape} and type {image.dtype}; wants (H, W, 3) uint8")
     if not len(images):
         return []
-    small = np.stack([resize_image(image, student.pixels) for image in images])
-    return [_resize(p, image.shape[:2]) for p, image in zip(probabilities(student.network, small), images)]
-
-
-def _resize(probability: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if probability.shape == size:
-        return probability
-    resized = Image.fromarray(probability).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(resized).clip(0, 1)
+    small = np.stack([prepare_image(image, student.cfg) for image in images])
+    return [restore(p, *image.shape[:2], student.cfg) for p, image in zip(probabilities(student.network, small), images)]
 
 
 def predict_folder(
     student: TrainedNetwork, images: Path, out: Path, threshold: float | None = None, overlays: bool = False, tell=lambda *_: None
 ) -> list[str]:
-    """Write a mask for every image of a folder, at the image's own size (step S7).
+    """Write a mask for every image and volume of a folder, at its own size (step S7).
+
+    Images give `NAME.png`. NIfTI and DICOM files and folders of DICOM series give `NAME.nii.gz` in the
+    space of the scan; they are shown to the network in the `window` of the run's configuration.
 
     Parameters
     ----------
     threshold : float, optional
-        In 0..1: masks are 0 and 255; without it they are probability x 255.
+        In 0..1: masks are 0 and 255 (NIfTI: 0 and 1, uint8); without it they are probability x 255
+        (NIfTI: probability, float32).
     overlays : bool
-        Also write `NAME_overlay.png` with the contour drawn in.
+        Also write `NAME_overlay.png` with the contour drawn in; of a volume, the slice with most lesion.
     tell : callable(done, total)
         Called after every image.
 
@@ -148,32 +154,50 @@ def predict_folder(
     list of str
         One line for every file that could not be read; the others are written.
     """
-    from .datasets.files import images_in
+    from .datasets.volumes import is_dicom
 
     if not images.is_dir():
         raise LesionKDError(f"{images} is no folder of images")
-    paths = images_in(images)
+    paths = [path for path in sources_in(images) if not path.is_dir() or is_dicom(path)]
     if not paths:
-        raise LesionKDError(f"{images} holds no images (.png, .jpg, .bmp, .tif, .webp)")
+        raise LesionKDError(f"{images} holds no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .dcm, or folders of DICOM series)")
     store.make_folder(out)
-    stems = Counter(path.stem for path in paths)
+    stems = Counter(map(stem_of, paths))
     unreadable = []
     for done, path in enumerate(paths, start=1):
-        name = path.stem if stems[path.stem] == 1 else path.name
         try:
-            image = read_image(path)
-            if min(image.shape[:2]) < 2:
-                raise UnreadableFile(f"{path.name}: {image.shape[1]} x {image.shape[0]} px is no image to segment")
+            _predict_file(student, path, out, stem_of(path) if stems[stem_of(path)] == 1 else path.name, threshold, overlays)
         except UnreadableFile as error:
             unreadable.append(str(error))
-        else:
-            [probability] = predict(student, [image])
-            mask = probability if threshold is None else (probability > threshold).astype(np.float32)
-            _save(out / f"{name}.png", np.rint(mask * 255).astype(np.uint8))
-            if overlays:
-                _save(out / f"{name}_overlay.png", overlay(image, probability > (0.5 if threshold is None else threshold)))
         tell(done, len(paths))
     return unreadable
+
+
+def _predict_file(student: TrainedNetwork, path: Path, out: Path, name: str, threshold: float | None, overlays: bool) -> None:
+    """Write the mask of an image, or of all slices of a volume."""
+    from .datasets.volumes import read_volume, write_mask
+
+    volume = read_volume(path) if is_volume(path) else None
+    image = None if volume else read_image(path)
+    shape = volume.space.shape if volume else (1, *image.shape[:2])
+    if min(shape[1:]) < 2:
+        raise UnreadableFile(f"{path.name}: {shape[2]} x {shape[1]} px is no image to segment")
+    slices = volume.images(student.cfg.window) if volume else iter([image])
+    written = np.empty(shape, np.float32 if threshold is None else bool)
+    z, most = 0, -1
+    while batch := list(islice(slices, BATCH)):
+        for image, probability in zip(batch, predict(student, batch)):
+            lesion = probability > (0.5 if threshold is None else threshold)
+            written[z] = probability if threshold is None else lesion
+            z += 1
+            if overlays and lesion.sum() > most:
+                most, drawn = lesion.sum(), overlay(image, lesion)
+    if volume:
+        write_mask(out / f"{name}.nii.gz", written, path)
+    else:
+        _save(out / f"{name}.png", np.rint(written[0] * np.float32(255)).astype(np.uint8))
+    if overlays:
+        _save(out / f"{name}_overlay.png", drawn)
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from .batches import epoch_batches, normalize
 from .config import AblationConfig, DistillConfig, GraphConfig, LesionKDError, TeacherConfig
 from .edges import edge_label_batch
 from .evaluation import compare_arms
+from .external import score_external, with_test_dataset
 from .inference import build, load_network
 from .losses import EdgeGraph, EdgeHead, FittedGraph, build_terms
 from .networks import TEACHERS, UNet, match_levels, stride_of
@@ -231,12 +232,12 @@ class Ablation(store.Result):
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row an arm: mean test scores over seeds, the Dice of every seed, missed lesions."""
+        """One row a test data set and arm: mean test scores over seeds, the Dice of every seed, missed lesions."""
         return store.read_table(self.path / "table.csv")
 
     @cached_property
     def comparison(self) -> pd.DataFrame:
-        """The method against every other arm, test Dice; see `compare_arms`."""
+        """The method against every other arm on each test data set, Dice; see `compare_arms`."""
         return store.read_table(self.path / "comparison.csv")
 
     @cached_property
@@ -251,25 +252,28 @@ def ablate(cfg: AblationConfig, tell=print) -> Ablation:
     for seed in cfg.seeds:
         for arm, run in zip(cfg.arms, distill_arms([cfg.arm(arm, seed) for arm in cfg.arms], tell)):
             runs[arm, seed] = run
-    upstream = "|".join(run.digest for run in runs.values())
+    others = [scored.digest for run in runs.values() for scored in score_external(run, cfg, tell).values()]
+    upstream = "|".join([run.digest for run in runs.values()] + others)
     path = store.folder(cfg, upstream)
     with store.lock(path, tell):
         if not store.is_done(path):
             store.begin(path, cfg, upstream)
-            _collect(path, runs)
+            _collect(path, cfg, runs)
             store.finish(path)
     return Ablation(path)
 
 
-def _collect(path: Path, runs: dict[tuple[str, int], Run]) -> None:
-    per_case = pd.concat([run.per_case.assign(arm=arm, seed=seed) for (arm, seed), run in runs.items()])
-    test = per_case[per_case["split"] == "test"]
-    means = test.groupby("arm", sort=False)[["dice", "iou", "sensitivity", "precision", "hd95", "surface_dice"]].mean()
-    seeds = test.pivot_table(index="arm", columns="seed", values="dice").add_prefix("dice_seed")
-    counts = test.groupby("arm")[["missed", "false_alarm"]].sum() / test["seed"].nunique()
-    store.write_table(path / "per_case.csv", per_case)
+def _collect(path: Path, cfg: AblationConfig, runs: dict[tuple[str, int], Run]) -> None:
+    test = pd.concat([with_test_dataset(run, cfg).assign(arm=arm, seed=seed) for (arm, seed), run in runs.items()])
+    test = test.sort_values("test_dataset", key=lambda names: pd.factorize(names)[0], kind="stable")
+    by_arm = test.groupby(["test_dataset", "arm"], sort=False)
+    means = by_arm[["dice", "iou", "sensitivity", "precision", "hd95", "surface_dice"]].mean()
+    seeds = test.pivot_table(index=["test_dataset", "arm"], columns="seed", values="dice").add_prefix("dice_seed")
+    counts = by_arm[["missed", "false_alarm"]].sum() / test["seed"].nunique()
+    families = [compare_arms(table).assign(test_dataset=name) for name, table in test.groupby("test_dataset", sort=False)]  # one Holm family each
+    store.write_table(path / "per_case.csv", test)
     store.write_table(path / "table.csv", means.join(seeds).join(counts).reset_index())
-    store.write_table(path / "comparison.csv", compare_arms(test))
+    store.write_table(path / "comparison.csv", pd.concat(families))
     root = store.runs_root()
     store.write_json(path / "summary.json", {
         "runs": [{"arm": a, "seed": s, "path": run.path.relative_to(root).as_posix(), "summary": run.summary["test"]} for (a, s), run in runs.items()],

@@ -178,7 +178,7 @@ def read_table(path: Path):
     """Read a CSV of a run; empty text stays text, numbers keep their type."""
     import pandas as pd
 
-    text = dict.fromkeys(("id", "group", "split", "label", "file", "reason", "arm", "other"), str)
+    text = dict.fromkeys(("id", "group", "split", "label", "volume", "file", "action", "reason", "arm", "other", "test_dataset"), str)
     numbers = [name for name in pd.read_csv(path, nrows=0).columns if name not in text]
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
 
@@ -189,6 +189,16 @@ def write_array(path: Path, array) -> None:
 
     with replacing(path) as partial, open(partial, "wb") as file:
         np.save(file, array, allow_pickle=False)
+
+
+@contextmanager
+def appending(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[Any], None]]:
+    """A uint8 .npy file of known shape that is written block by block, whole or not at all."""
+    import numpy as np
+
+    with replacing(path) as partial, open(partial, "wb") as file:  # a memory map would die of a full disk
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        yield lambda block: file.write(np.ascontiguousarray(block, np.uint8).data)
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:

@@ -27,6 +27,11 @@ def save(table: pd.DataFrame, name: str, folder: Path, digits: int = 3) -> Path:
     return Path(folder) / f"{name}.tex"
 
 
+def committed(name: str) -> pd.DataFrame:
+    """A table of measured results that comes with the checkout: data/results/NAME.csv."""
+    return store.read_table(store.CHECKOUT / "data" / "results" / f"{name}.csv")
+
+
 def scores(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Mean [95 % interval] of every metric, one row a method; missed lesions stand beside every mean."""
     rows = []
@@ -51,7 +56,7 @@ def in_words(comparison: pd.DataFrame) -> str:
     """One plain sentence a comparison, from its numbers alone."""
     lines = []
     for row in comparison.itertuples():
-        other = STYLES[row.other][0]
+        other = STYLES[row.other][0] + (f" on {row.test_dataset}" if getattr(row, "test_dataset", "") else "")
         size = f"{row.groups} groups, {row.seeds} seed{'s' * (row.seeds > 1)}"
         numbers = f"{row.difference:+.3f} Dice, 95 % interval {row.low:+.3f} to {row.high:+.3f}, p (Holm) {row.p_holm:.2g}, {size}"
         if row.low <= 0 <= row.high or row.p_holm > 0.05:

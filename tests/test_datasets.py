@@ -1,11 +1,14 @@
-"""Release layouts in miniature, file modes as people have them, and the real releases where they lie here."""
+"""Image and mask files as people have them: what is read, what is repaired and said, what is refused."""
+
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lesionkd_core.datasets import DatasetNotFound, find, fingerprint, read_case, read_image, read_mask
-from lesionkd_core.prepare import PrepareConfig
+from lesionkd_core.datasets import Case, UnreadableFile, read_case, read_image, read_mask
+from lesionkd_core.datasets.files import by_stem, images_in, is_volume, pair, sources_in, stem_of
 
 SIZE = (48, 64)  # height, width
 
@@ -39,106 +42,6 @@ def own_folder(root, count=24, empty=()):
         save(root / "images" / f"case_{i:03d}.png", picture(i))
         save(root / "masks" / f"case_{i:03d}.png", lesion(0 if i in empty else 6 + i))
     return root
-
-
-def cases_of(dataset):
-    _, cases = fingerprint(PrepareConfig(dataset=dataset))
-    return {case.id: case for case in cases}
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.setenv("LESIONKD_DATA", str(tmp_path))
-    return tmp_path
-
-
-def small_busi(root):
-    folder = root / "Dataset_BUSI_with_GT"
-    for name in ("benign (1)", "benign (2)", "benign (10)", "malignant (1)", "normal (1)"):
-        save(folder / name.split()[0] / f"{name}.png", picture(1))
-    save(folder / "benign" / "benign (1)_mask.png", lesion(8))
-    save(folder / "benign" / "benign (1)_mask_1.png", lesion(5, top=30, left=40))
-    save(folder / "benign" / "benign (1)_mask_2.png", lesion(3, top=20, left=50))
-    save(folder / "benign" / "benign (2)_mask.png", lesion(9), "RGB")
-    save(folder / "benign" / "benign (10)_mask.png", lesion(10), "1")
-    save(folder / "malignant" / "malignant (1)_mask.png", lesion(11), "RGBA")
-    save(folder / "normal" / "normal (1)_mask.png", lesion(0))
-    return folder
-
-
-def test_busi_unites_several_masks_and_reads_every_kind(data):
-    small_busi(data)
-    cases = cases_of("busi")
-    assert list(cases) == ["benign (1)", "benign (2)", "benign (10)", "malignant (1)", "normal (1)"]  # 2 before 10
-    assert [case.label for case in cases.values()] == ["benign"] * 3 + ["malignant", "normal"]
-    masks = {name: read_case(case)[1] for name, case in cases.items()}
-    assert (masks["benign (1)"] == lesion(8) | lesion(5, top=30, left=40) | lesion(3, top=20, left=50)).all()
-    for name, side in (("benign (2)", 9), ("benign (10)", 10), ("malignant (1)", 11), ("normal (1)", 0)):
-        assert (masks[name] == lesion(side)).all(), name
-
-
-@pytest.mark.parametrize("place", ["Dataset_BUSI_with_GT", "", "..", "archive"], ids=["itself", "its parent", "two above", "renamed"])
-def test_a_release_is_found_where_people_unpack_it(tmp_path, monkeypatch, place):
-    root = tmp_path / "unpacked"
-    folder = small_busi(root)
-    if place == "archive":  # the folder renamed
-        folder = folder.rename(root / place)
-        place = ""
-    monkeypatch.setenv("LESIONKD_DATA", str(root / place))
-    assert find("busi")[1].resolve() == folder
-
-
-def test_isic2018_pairs_by_number(data):
-    images, masks = "ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"
-    for number, side in (("0000000", 7), ("0000013", 12)):
-        save(data / "isic2018" / images / f"ISIC_{number}.jpg", picture(side))
-        save(data / "isic2018" / masks / f"ISIC_{number}_segmentation.png", lesion(side))
-    (data / "isic2018" / images / "ATTRIBUTION.txt").write_text("lies in the official archive")
-    cases = cases_of("isic2018")
-    assert list(cases) == ["ISIC_0000000", "ISIC_0000013"]
-    assert [read_case(case)[1].sum() for case in cases.values()] == [7 * 7, 12 * 12]
-
-
-def test_cvc_clinicdb_groups_frames_by_video(data):
-    for frame in (1, 2, 25, 26, 50, 51, 612):
-        save(data / "cvc-clinicdb" / "Original" / f"{frame}.tif", picture(frame))
-        save(data / "cvc-clinicdb" / "Ground Truth" / f"{frame}.tif", np.where(lesion(9), 250, 3).astype(np.uint8))  # grey, not quite black and white
-    cases = cases_of("cvc-clinicdb")
-    assert {int(name): case.group for name, case in cases.items()} == {
-        1: "video-1", 2: "video-1", 25: "video-1", 26: "video-2", 50: "video-2", 51: "video-3", 612: "video-29",
-    }
-    assert all((read_case(case)[1] == lesion(9)).all() for case in cases.values())
-
-
-def test_kvasir_seg_masks_are_jpeg(data):
-    empty = np.zeros(SIZE, dtype=np.uint8)
-    empty[::5, ::3] = 9  # what compression leaves of black
-    for name, mask in (("a", lesion(16, 8, 8)), ("b", lesion(21, 11, 13)), ("c", empty)):
-        save(data / "Kvasir-SEG" / "images" / f"{name}.jpg", picture(1))
-        save(data / "Kvasir-SEG" / "masks" / f"{name}.jpg", mask, "RGB", quality=75)
-    masks = {name: read_case(case)[1] for name, case in cases_of("kvasir-seg").items()}
-    assert (masks["a"] == lesion(16, 8, 8)).all()  # on the borders of JPEG's blocks
-    assert (masks["b"] != lesion(21, 11, 13)).mean() < 0.01
-    assert not masks["c"].any()
-
-
-def test_own_data_pairs_equal_stems_of_any_suffix(tmp_path, data):
-    suffixes = (("a.JPG", "a.png"), ("b 1.jpeg", "b 1.bmp"), ("c.tif", "c.tiff"), ("d.webp", "d.png"), ("e.x.png", "e.x.png"))
-    for image, mask in suffixes:
-        save(data / "mine" / "images" / image, picture(1))
-        save(data / "mine" / "masks" / mask, lesion(9))
-    (data / "mine" / "images" / ".hidden.png").write_text("left by a file manager")
-    (data / "mine" / "images" / "Thumbs.db").write_text("likewise")
-    assert list(cases_of("mine")) == list(cases_of(str(data / "mine"))) == ["a", "b 1", "c", "d", "e.x"]
-    for case in cases_of("mine").values():
-        image, mask = read_case(case)
-        assert image.shape == (*SIZE, 3) and image.dtype == np.uint8 and (mask == lesion(9)).all()
-
-
-def test_a_folder_of_ones_own_is_not_taken_for_kvasir_seg(data):
-    own_folder(data / "mine", 1)
-    with pytest.raises(DatasetNotFound, match="kvasir-seg"):
-        find("kvasir-seg")
 
 
 DARK, BRIGHT = np.array([10, 60, 30], np.uint8), np.array([200, 90, 250], np.uint8)
@@ -206,6 +109,13 @@ MASKS = {  # what is saved with a lesion left and none right
     "I;16 of 300": two_tone(300, 0).astype(np.uint16),
     "I;16 of 65535": two_tone(65535, 0).astype(np.uint16),
     "F of 1": two_tone(1, 0).astype(np.float32),
+    "L 2, of classes 0 1 2": np.where(LEFT, [1, 2, 2, 2, 2, 2], 0).astype(np.uint8),
+    "L 7, of two values": two_tone(70, 0).astype(np.uint8),
+    "I;16 of classes 0 1 2": np.where(LEFT, [1, 2, 2, 2, 2, 2], 0).astype(np.uint16),
+    "RGB, classes in colours": np.where(LEFT[..., None], np.array([[64, 0, 0], [0, 128, 0], *[[0, 0, 0]] * 4]), 0).astype(np.uint8),
+    "RGBA, drawn in the transparency": two_tone(u8(255, 255, 255, 255), u8(255, 255, 255, 0)),
+    "LA, drawn in the transparency": two_tone(u8(0, 255), u8(0, 0)),
+    "CMYK": Image.fromarray(two_tone(u8(0, 0, 0, 0), u8(0, 0, 0, 255)), mode="CMYK"),
 }
 
 
@@ -214,7 +124,7 @@ def test_every_mode_of_mask_gives_the_lesion(tmp_path, name):
     assert np.array_equal(read_mask(keep(tmp_path, MASKS[name])), LEFT)
 
 
-EMPTY = [np.zeros((4, 6), np.uint8), np.full((4, 6), 12, np.uint8), np.zeros((4, 6), np.uint16), Image.new("1", (6, 4)), palette((0, 0, 0), (0, 0, 0))]
+EMPTY = [np.zeros((4, 6), np.uint8), np.zeros((4, 6), np.uint16), Image.new("1", (6, 4)), palette((0, 0, 0), (0, 0, 0))]
 
 
 @pytest.mark.parametrize("content", EMPTY)
@@ -230,27 +140,221 @@ def test_the_camera_s_rotation_is_undone_in_image_and_mask(tmp_path, orientation
     assert np.array_equal(read_mask(keep(tmp_path, MASKS["L 255"], exif=exif)), upright(LEFT))
 
 
-REAL = {  # cases of the releases, in full and as the part that the project keeps; groups; mask files
-    "busi": ({780}, 1, {798}),
-    "cvc-clinicdb": ({612}, 29, {612}),
-    "isic2018": ({2594, 1500}, 1, {2594, 1500}),
-    "kvasir-seg": ({1000, 5}, 1, {1000, 5}),
+def case_of(tmp_path, image, mask, image_options=None, mask_options=None, name="x"):
+    """A case of two files, whose images and masks may be arrays or PIL images."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    files = keep(tmp_path / "images", image, **(image_options or {})), keep(tmp_path / "masks", mask, **(mask_options or {}))
+    return Case(name, files[0], files[1:], one_mask=True)
+
+
+RAMP = np.array([[0, 255, 128, 127, 3, 254]] * 4, np.uint8)  # 16 of 24 pixels are neither 0 nor 255
+COLOUR, MASK = two_tone(DARK, BRIGHT), MASKS["L 255"]
+DEEP = np.repeat(two_tone(1000, 65535).astype(">u2")[..., None], 3, 2)
+
+
+def png_of(pixels):
+    """A PNG of 16 bits a channel, (H, W, 3) big-endian, which Pillow reads and does not write."""
+    lines = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+
+
+REPAIRED = {  # image, mask, what the report says
+    "nothing": (COLOUR, MASK, ()),
+    "values between": (COLOUR, RAMP, ("16 mask pixels (66.67%) between 0 and 255, cut at half",)),
+    "a mask of 0 and 1": (COLOUR, MASKS["L 1"], ("values up to 1 read as lesion",)),
+    "a mask of 0, 1 and 2": (COLOUR, MASKS["L 2, of classes 0 1 2"], ("values up to 2 read as lesion",)),
+    "a mask of colours": (COLOUR, MASKS["RGB, classes in colours"], ("colours other than black read as lesion",)),
+    "a float mask between": (COLOUR, np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 6), ("22 mask pixels (91.67%) between 0 and 1, cut at half",)),
+    "16 bits of grey": (two_tone(1000, 3000).astype(np.uint16), MASK, ("16-bit grey scaled by its own range",)),
+    "floats": (two_tone(-0.5, 1.5).astype(np.float32), MASK, ("float grey scaled by its own range",)),
+    "half transparent": (two_tone(u8(10, 60, 30, 128), u8(200, 90, 250, 0)), MASK, ("transparency dropped",)),
+    "an alpha channel without use": (two_tone(u8(10, 60, 30, 255), u8(200, 90, 250, 255)), MASK, ()),
+    "CMYK": (IMAGES["CMYK"][0], MASK, ("CMYK converted to RGB",)),
 }
 
 
-@pytest.mark.parametrize("dataset", REAL)
-def test_the_real_release_is_read_whole(dataset):
-    try:
-        release, folder = find(dataset)
-    except DatasetNotFound:
-        pytest.skip(f"the real release of {dataset} is not here; LESIONKD_DATA names the folder that holds it")
-    cases, (counts, groups, masks) = release.cases(folder), REAL[dataset]
-    assert len(cases) == len({case.id for case in cases}) and len(cases) in counts
-    assert len({case.group for case in cases}) == groups
-    assert all(case.masks for case in cases) and sum(len(case.masks) for case in cases) in masks
-    if dataset == "busi":
-        labels = [case.label for case in cases]
-        assert {label: labels.count(label) for label in set(labels)} == {"benign": 437, "malignant": 210, "normal": 133}
-    for case in cases[:: max(1, len(cases) // 4)]:
-        image, mask = read_case(case)
-        assert image.shape == (*mask.shape, 3) and mask.any() == (case.label != "normal")
+@pytest.mark.parametrize("what", REPAIRED)
+def test_a_repair_is_said(tmp_path, what):
+    image, mask, notes = REPAIRED[what]
+    assert read_case(case_of(tmp_path, image, mask)).notes == notes
+
+
+def test_16_bit_colour_keeps_its_upper_bits_and_says_so(tmp_path):
+    (tmp_path / "x.png").write_bytes(png_of(DEEP))
+    reading = read_case(Case("x", tmp_path / "x.png", (save(tmp_path / "m.png", LEFT),)))
+    assert np.array_equal(reading.image, np.repeat(two_tone(1000 >> 8, 255).astype(np.uint8)[..., None], 3, 2))
+    assert reading.notes == ("16-bit colour cut to its upper 8 bits",)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])
+def test_the_first_of_several_pages_is_the_image(tmp_path, suffix):
+    pages = [Image.fromarray(np.full((4, 6, 3), grey, np.uint8)) for grey in (40, 200, 90)]
+    pages[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=pages[1:], **({"lossless": True} if suffix == "webp" else {}))
+    reading = read_case(Case("x", tmp_path / f"x.{suffix}", (save(tmp_path / "m.png", LEFT),)))
+    assert (reading.image == 40).all() and reading.notes == ("first of 3 pages read",)
+
+
+def test_a_mask_of_several_pages_is_refused(tmp_path):
+    pages = [Image.fromarray(LEFT), Image.fromarray(~LEFT)]  # a lesion a page, or a preview: who knows
+    pages[0].save(tmp_path / "m.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(UnreadableFile, match=r"^m\.tif: holds 2 pages"):
+        read_mask(tmp_path / "m.tif")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_mask_drawn_on_stored_pixels_is_turned_like_its_image(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.repeat(np.where(LEFT, 240, 10).astype(np.uint8)[..., None], 3, 2).repeat(8, 0).repeat(8, 1)  # 32 x 48, bright at the left
+    image = tmp_path / f"x.{suffix}"
+    Image.fromarray(stored).save(image, exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
+    bright = read_image(image)[..., 0] > 127
+    on_stored = Case("x", image, (save(tmp_path / "m.png", stored[..., 0]),))
+    upright = Case("x", image, (save(tmp_path / "u.png", bright),))
+    assert "turned as its EXIF orientation says" in read_case(on_stored).notes
+    assert (read_case(upright).mask == bright).all()
+    if orientation > 4:  # the size tells
+        assert bright.shape == (48, 32)
+        assert (read_case(on_stored).mask == bright).all() and "mask turned like its image" in read_case(on_stored).notes
+        assert not any("size does not tell" in note for note in read_case(upright).notes)
+    else:
+        assert any("size does not tell" in note for note in read_case(on_stored).notes)
+
+
+def test_masks_of_one_image_are_united(tmp_path):
+    masks = tuple(save(tmp_path / f"m{i}.png", lesion(side, top, left)) for i, (side, top, left) in enumerate([(8, 4, 6), (5, 30, 40), (3, 6, 8)]))
+    reading = read_case(Case("x", save(tmp_path / "x.png", picture(1)), masks))
+    assert (reading.mask == lesion(8) | lesion(5, 30, 40) | lesion(3, 6, 8)).all()
+    assert (reading.id, reading.notes, reading.volume) == ("x", ("3 masks united",), "")
+
+
+def bomb(path):
+    """A PNG whose header says 40,000 x 40,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 0) + b"IDAT")
+
+
+def cut(path, share=0.5):
+    save(path, np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+REFUSED = {  # the file, how it is made, words of the message; each is tried as an image and as a mask
+    "missing": ("x.png", lambda p: None, "file is missing"),
+    "empty": ("x.png", lambda p: p.touch(), r"cannot be read as an image \(the file is empty\)"),
+    "text": ("x.png", lambda p: p.write_text("<html>404</html>"), "cannot be read as an image$"),
+    "cut PNG": ("x.png", cut, "cannot be read as an image"),
+    "cut JPEG": ("x.jpg", cut, "cannot be read as an image"),
+    "cut BMP": ("x.bmp", cut, "cannot be read as an image"),
+    "cut TIFF": ("x.tif", cut, "cannot be read as an image"),
+    "cut WebP": ("x.webp", cut, "cannot be read as an image"),
+    "header alone": ("x.jpg", lambda p: cut(p, 0.02), "cannot be read as an image"),
+    "folder": ("x.png", lambda p: p.mkdir(), r"cannot be read as an image \(Is a directory\)"),
+    "link to nowhere": ("x.png", lambda p: p.symlink_to("gone.png"), "file is missing"),
+    "link to itself": ("x.png", lambda p: p.symlink_to("x.png"), "cannot be read as an image"),
+    "bomb": ("x.png", bomb, "cannot be read as an image .*exceeds limit"),
+    "NaN": ("x.tif", lambda p: Image.fromarray(np.full((4, 6), np.nan, np.float32)).save(p), "holds NaN or infinite values"),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("read", [read_image, read_mask])
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_file_that_cannot_be_read_is_named_without_its_folder(tmp_path, what, read):
+    name, make, words = REFUSED[what]
+    make(tmp_path / name)
+    with pytest.raises(UnreadableFile, match=rf"^{name}: {words}") as error:
+        read(tmp_path / name)
+    assert str(tmp_path) not in str(error.value)
+
+
+@pytest.mark.fault
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGB"), ("png", "P"), ("jpg", "RGB"), ("tif", "L"), ("bmp", "RGB"), ("gif", "P"), ("webp", "RGBA")])
+def test_damaged_bytes_never_give_another_error(tmp_path, suffix, mode):
+    rng, path = np.random.default_rng(0), tmp_path / f"x.{suffix}"
+    Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8)).convert(mode).save(path)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, min(len(whole), int(rng.choice([60, len(whole)]))), 4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        for read in (read_image, read_mask):
+            try:
+                read(path)
+            except UnreadableFile as error:
+                refused += str(error).startswith(path.name)
+    assert refused > 10
+
+
+@pytest.mark.fault
+def test_a_file_without_permission_says_so(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))  # as root every file opens, so it is played
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UnreadableFile, match=r"^x\.png: may not be read; check its permissions$"):
+        read_image(tmp_path / "x.png")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("what", UNCLEAR := {
+    "12 alone": np.full((4, 6), 12, np.uint8),
+    "3 and 100": two_tone(100, 3).astype(np.uint8),
+    "0 to 85": RAMP // 3,
+    "red on white": two_tone(u8(255, 0, 0), u8(255, 255, 255)),
+})  # fmt: skip
+def test_a_mask_that_may_mean_anything_is_refused_and_not_taken_for_an_empty_or_full_one(tmp_path, what):
+    with pytest.raises(UnreadableFile, match=r"x\.png: mask values .* neither class numbers .* nor bright on black"):
+        read_mask(keep(tmp_path, UNCLEAR[what]))
+
+
+def test_jpeg_noise_is_no_class_number(tmp_path):
+    speckled = np.zeros((48, 64), np.uint8)
+    speckled[::5, ::3] = 9
+    Image.fromarray(speckled).save(tmp_path / "x.jpg", quality=90)
+    assert np.asarray(Image.open(tmp_path / "x.jpg")).any() and not read_mask(tmp_path / "x.jpg").any()
+
+
+NAMES = ["a.png", "B (2).JPG", "b (10).jpeg", "c.d.tif", "._a.png", ".hidden.png", "Thumbs.db", "notes.txt", "desktop.ini", "e.png.txt"]
+
+
+def test_hidden_and_foreign_files_are_passed_over(tmp_path):
+    for name in NAMES:
+        (tmp_path / name).touch()
+    assert [path.name for path in images_in(tmp_path)] == ["B (2).JPG", "a.png", "b (10).jpeg", "c.d.tif"]
+    assert [stem_of(path) for path in images_in(tmp_path)] == ["B (2)", "a", "b (10)", "c.d"]
+
+
+def test_volumes_are_told_by_their_names(tmp_path):
+    for name in ("a.nii.gz", "b.NII", "c.dcm", "d.png"):
+        (tmp_path / name).touch()
+    for name in ("e", "f.1.2", "g.png"):
+        (tmp_path / name).mkdir()
+    found = {stem_of(path): is_volume(path) for path in sources_in(tmp_path)}
+    assert found == {"a": True, "b": True, "c": True, "d": False, "e": True, "f.1.2": True, "g": False}
+
+
+def test_pairs_are_made_whatever_the_letter_case_and_the_encoding_of_accents(tmp_path):
+    images = [tmp_path / name for name in ("IMG_1.JPG", "Le\u0301sion.png", "3 {x}.png", "4.png")]
+    masks = [tmp_path / name for name in ("img_1.png", "L\u00e9sion.png", "3 {x}.bmp", "5.png")]
+    cases = {case.id: case for case in pair(images, by_stem(masks))}
+    assert [len(cases[stem_of(path)].masks) for path in images] == [1, 1, 1, 0]
+    assert cases["5"].problem == "5.png: no image belongs to this mask" and not any(case.problem for name, case in cases.items() if name != "5")
+
+
+@pytest.mark.fault
+def test_a_case_that_its_layout_rules_out_is_refused_with_the_reason(tmp_path):
+    image, mask = save(tmp_path / "x.png", picture(1)), save(tmp_path / "m.png", lesion(9))
+    for case, words in (
+        (Case("x", image, ()), r"^x\.png: no mask belongs to this image"),
+        (Case("x", image, (mask, mask), one_mask=True), r"^x\.png: m\.png, m\.png are masks of one name; keep one"),
+        (Case("x", image, (mask,), problem="m.png: no image belongs to this mask"), "^m.png: no image"),
+        (Case("x", image, (save(tmp_path / "t.png", lesion(9).T),)), r"^t\.png: mask is 48 x 64 px, its image 64 x 48 px"),
+    ):
+        with pytest.raises(UnreadableFile, match=words):
+            read_case(case)

@@ -1,7 +1,10 @@
 """`python -m lesionkd_core predict` on what people feed it; the network is built, not trained."""
 
+import json
 import math
+import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,8 @@ from lesionkd_core.config import DistillConfig, LesionKDError, TeacherConfig
 from lesionkd_core.networks import UNet
 
 from .test_datasets import lesion, picture, save
+from .test_dicom import dicom, series
+from .test_volumes import HU, LPS, WAYS, WINDOW, nifti, stored, windowed
 
 pytestmark = pytest.mark.fault
 CFG = DistillConfig(terms="", pixels=32, width=2)
@@ -117,6 +122,85 @@ def test_images_of_one_stem_get_masks_of_their_own(tmp_path, images):
     save(images / "a.jpg", picture(9))
     predict(finished(tmp_path), images, tmp_path / "out")
     assert {"a.png.png", "a.jpg.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def as_rgb(grey):
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+@pytest.mark.parametrize(("more", "kind", "value"), [((), np.float32, 0.2), (("--threshold", "0.1"), np.uint8, 1)])
+def test_volumes_among_the_images_get_nifti_masks_in_their_space(tmp_path, images, capsys, more, kind, value):
+    for name in images.iterdir():
+        name.unlink()
+    sources = {
+        "way 9": nifti(images / "way 9.nii", HU, WAYS[9]), "way 30": nifti(images / "way 30.NII.GZ", HU, WAYS[30]), "film": dicom(images / "film.dcm", HU[0]),
+        "a": save(images / "a.png", picture(0)),
+    }
+    series(images / "series 1.2", HU)
+    nifti(images / "broken.nii.gz", HU).write_bytes(b"broken")
+    save(images / "thumbnails" / "b.png", picture(1))  # a folder, but no series
+    assert predict(finished(tmp_path, constant=0.2), images, tmp_path / "out", *more) == 1
+    said = capsys.readouterr()
+    assert "1 not read" in said.err and "broken.nii.gz" in said.err and "6/6 images" in said.out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"way 9.nii.gz", "way 30.nii.gz", "film.nii.gz", "series 1.2.nii.gz", "a.png"}
+    for name in ("way 9", "way 30"):
+        written, source = nib.load(tmp_path / "out" / f"{name}.nii.gz"), nib.load(sources[name])
+        assert written.shape == source.shape and np.array_equal(written.affine, source.affine)
+    of_series = nib.load(tmp_path / "out" / "series 1.2.nii.gz")
+    assert of_series.shape == (6, 7, 5) and np.allclose(of_series.affine, LPS)
+    assert of_series.get_data_dtype() == kind and np.allclose(of_series.get_fdata(), value)
+
+
+def test_every_slice_is_segmented_in_the_window_of_the_run(tmp_path):
+    voxels = np.stack([picture(seed)[..., 0].astype(np.int16) * 3 - 300 for seed in range(20)])  # more than a batch
+    nifti(tmp_path / "scans" / "a.nii.gz", voxels, WAYS[21])
+    run = finished(tmp_path, DistillConfig(terms="", pixels=32, width=2, window=WINDOW))
+    predict(run, tmp_path / "scans", tmp_path / "out", "--overlays")
+    expected = np.stack(inference.predict(inference.load_student(run), as_rgb(windowed(voxels))))
+    written = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
+    assert expected.std((1, 2)).min() > 0 and np.abs(written - stored(expected, WAYS[21])[0]).max() < 0.02  # a grey level may round either way
+    fullest = (expected > 0.5).sum((1, 2)).argmax()
+    contour = border(expected[fullest] > 0.5)
+    drawn = (pixels(tmp_path / "out" / "a_overlay.png") == ORANGE).all(-1)
+    assert contour.any() and (drawn != contour).mean() < 0.02
+
+
+def by_hand(image, colour="rgb", gamma=1.0):
+    """A (32, 16) image as the network of 32 px sees it when padded."""
+    grey = np.asarray(Image.fromarray(image).convert("L"))
+    image = as_rgb(grey) if colour == "grey" else image
+    padded = np.zeros((32, 32, 3), np.uint8)
+    padded[:, 8:24] = np.rint(255 * (image / 255.0) ** gamma)
+    return padded
+
+
+@pytest.mark.parametrize("more", [{}, {"colour": "grey"}, {"gamma": 2.0}, {"colour": "grey", "gamma": 0.5}])
+def test_images_are_prepared_for_prediction_as_they_were_for_training(tmp_path, more):
+    student = inference.load_student(finished(tmp_path, DistillConfig(terms="", pixels=32, width=2, fit="pad", **more)))
+    image = picture(3, (32, 16))
+    [probability] = inference.predict(student, [image])
+    expected = inference.probabilities(student.network, by_hand(image, **more)[None])[0, :, 8:24]
+    assert np.allclose(probability, expected, atol=1e-6)
+    assert not np.allclose(probability, inference.predict(inference.load_student(finished(tmp_path)), [image])[0], atol=1e-3)  # stretched, in colour
+
+
+def test_equalization_reaches_prediction(tmp_path):
+    image = picture(4) // 4  # dull
+    cfgs = [DistillConfig(terms="", pixels=32, width=2, clahe=clahe) for clahe in (0.0, 0.05)]
+    plain, equalized = (inference.load_student(finished(tmp_path / str(cfg.clahe), cfg)) for cfg in cfgs)
+    assert np.abs(inference.predict(plain, [image])[0] - inference.predict(equalized, [image])[0]).max() > 0.01
+
+
+def test_a_run_of_before_the_fields_of_preparation_is_read_with_their_defaults(tmp_path):
+    run = finished(tmp_path)
+    content = json.loads((run / "config.json").read_text())
+    for name in ("fit", "colour", "clahe", "gamma", "window", "split", "split_file", "folds", "fold", "test_dataset"):
+        content.pop(name, None)
+    shutil.copytree(run, tmp_path / "old")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(content))
+    old, new = inference.load_student(tmp_path / "old"), inference.load_student(run)
+    assert old.cfg == new.cfg and old.pixels == 32
+    assert np.array_equal(inference.predict(old, [picture(0)])[0], inference.predict(new, [picture(0)])[0])
 
 
 def teachers_run(root, monkeypatch):

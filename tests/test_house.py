@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 
 CORE = ROOT / "lesionkd_core"
 ROOMS = [
-    "config", "store", "datasets", "edges", "prepare", "batches", "networks", "losses", "progress", "inference",
-    "evaluation", "training", "stages", "views", "figures", "tables", "__main__",
+    "config", "store", "progress", "datasets", "edges", "prepare", "augment", "batches", "networks", "losses", "inference",
+    "evaluation", "original", "external", "training", "stages", "leak", "views", "figures", "tables", "__main__",
 ]
 """From the top of the house to its ground floor."""
 

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from lesionkd_core import store
-from lesionkd_core.prepare import SPLITS, PrepareConfig, group_cases, prepare_data, resize_image, resize_mask, split_cases
+from lesionkd_core.prepare import SPLITS, PrepareConfig, SplitError, group_cases, near_pairs, prepare_data, prepare_image, prepare_mask, split_cases
+from lesionkd_core.prepare.pixels import perceptual_hash
 
 from .test_datasets import SIZE, lesion, own_folder, picture, save
 
@@ -16,6 +17,9 @@ COPIES = {0: "copy_000", 7: "copy_007", 20: "copy_020"}  # case number: name of 
 
 def config(folder, **fields):
     return PrepareConfig(**{"dataset": str(folder), "pixels": 32, **fields})
+
+
+AT_32, AT_64 = PrepareConfig(pixels=32), PrepareConfig(pixels=64)
 
 
 def quiet(*_):
@@ -60,8 +64,8 @@ def test_a_case_keeps_its_own_image_and_mask(prepared):
     for row, name in enumerate(prepared.cases["id"]):
         if name.startswith("case"):
             number = int(name[-3:])
-            assert np.array_equal(prepared.images[row], resize_image(picture(number), 32))
-            assert np.array_equal(prepared.masks[row], resize_mask(lesion(6 + number), 32))
+            assert np.array_equal(prepared.images[row], prepare_image(picture(number), AT_32))
+            assert np.array_equal(prepared.masks[row], prepare_mask(lesion(6 + number), AT_32))
 
 
 def test_edges_are_those_of_the_prepared_masks(prepared):
@@ -90,16 +94,23 @@ def partition(groups):
 def test_release_groups_and_duplicates_are_united():
     images = [picture(i) for i in range(7)]
     images[2] = np.clip(images[1].astype(int) + 4, 0, 255).astype(np.uint8)  # a frame of v1 again in v2
-    groups = group_cases(pd.Series(["v1", "v1", "v2", "v2", "", "", "v3"]), np.stack(images), bits=4)
+    hashes = np.stack([perceptual_hash(image) for image in images])
+    groups = group_cases(pd.Series(["v1", "v1", "v2", "v2", "", "", "v3"]), hashes, bits=4)
     assert partition(groups) == {frozenset({0, 1, 2, 3}), frozenset({4}), frozenset({5}), frozenset({6})}
     assert partition(group_cases(pd.Series(["v1", "", "v1", ""]), None, 4)) == {frozenset({0, 2}), frozenset({1}), frozenset({3})}
 
 
 def test_a_duplicate_is_found_however_far_away_it_lies():
-    images = np.random.default_rng(0).integers(0, 256, (1100, 32, 32, 3), dtype=np.uint8)
-    images[1090] = images[3]
-    groups = group_cases(pd.Series([""] * 1100), images, bits=0)
+    hashes = np.random.default_rng(0).random((1100, 63)) < 0.5
+    hashes[1090] = hashes[3]
+    groups = group_cases(pd.Series([""] * 1100), hashes, bits=0)
     assert groups[1090] == groups[3] and len(set(groups)) == 1099
+
+
+def test_near_pairs_are_those_of_a_brute_force_loop():
+    hashes = np.random.default_rng(1).random((300, 63)) < 0.9
+    expected = {(i, j, d) for i in range(300) for j in range(i + 1, 300) if (d := int((hashes[i] != hashes[j]).sum())) <= 5}
+    assert {tuple(pair) for block in near_pairs(hashes, 5) for pair in block.tolist()} == expected and expected
 
 
 def test_the_split_follows_its_seed(folder, prepared, runs):
@@ -112,7 +123,7 @@ def synthetic(sizes, seed=0):
     """A table of groups of the given sizes with lesions of 0 to 100 % of the image."""
     groups = np.repeat(np.arange(len(sizes)), sizes)
     share = np.random.default_rng(seed).uniform(size=len(groups))
-    return pd.DataFrame({"id": [f"{i}" for i in range(len(groups))], "group": [f"g{g}" for g in groups], "lesion_share": share, "empty": False})
+    return pd.DataFrame({"id": [f"{i}" for i in range(len(groups))], "group": [f"g{g}" for g in groups], "lesion_share": share, "official": "", "empty": False})
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.15, 0.2), (0.1, 0.1), (0.4, 0.3)])
@@ -156,27 +167,27 @@ def test_cases_without_a_lesion_go_where_they_are_sent(tmp_path, runs, normals):
 
 def test_a_mask_shrinks_by_majority():
     mask = np.random.default_rng(0).random((96, 128)) < 0.5
-    assert np.array_equal(resize_mask(mask, 32), mask.reshape(32, 3, 32, 4).mean((1, 3)) > 0.5)
+    assert np.array_equal(prepare_mask(mask, AT_32), mask.reshape(32, 3, 32, 4).mean((1, 3)) > 0.5)
 
 
 @pytest.mark.parametrize("spot", [(0, 0), (250, 333), (499, 699)])
 def test_a_lesion_of_one_pixel_is_kept(spot):
     mask = np.zeros((500, 700), dtype=bool)
     mask[spot] = True
-    small = resize_mask(mask, 64)
+    small = prepare_mask(mask, AT_64)
     assert small.sum() == 1 and small[spot[0] * 64 // 500, spot[1] * 64 // 700]
 
 
 def test_an_empty_and_a_full_mask_stay_so():
-    assert not resize_mask(np.zeros((50, 70), dtype=bool), 32).any()
-    assert resize_mask(np.ones((50, 70), dtype=bool), 64).all()
+    assert not prepare_mask(np.zeros((50, 70), dtype=bool), AT_32).any()
+    assert prepare_mask(np.ones((50, 70), dtype=bool), AT_64).all()
 
 
 def test_equal_size_changes_nothing():
     image, mask = picture(1, (64, 64)), lesion(20, size=(64, 64))
-    assert np.array_equal(resize_image(image, 64), image) and np.array_equal(resize_mask(mask, 64), mask)
+    assert np.array_equal(prepare_image(image, AT_64), image) and np.array_equal(prepare_mask(mask, AT_64), mask)
     checkers = np.indices((64, 64)).sum(0)[..., None].repeat(3, 2) % 2 * np.uint8(255)
-    assert abs(resize_image(checkers.astype(np.uint8), 32).astype(float).mean() - 127.5) < 1  # smaller: a mean, not every other pixel
+    assert abs(prepare_image(checkers.astype(np.uint8), AT_32).astype(float).mean() - 127.5) < 1  # smaller: a mean, not every other pixel
 
 
 def snapshot(root):

@@ -16,9 +16,10 @@ from lesionkd_core.config import PROFILES, AblationConfig, DistillConfig, EdgeCo
 NOWHERE = {"profile": "paper", "device": "cpu", "threads": 3, "dataset": "elsewhere/busi"}
 CHANGED = {  # every other parameter, with a value that is not the smoke profile's
     "pixels": 96, "cases": 7, "normals": "keep", "difficulty": 0.7, "split_seed": 1, "val_fraction": 0.1, "test_fraction": 0.3, "duplicate_bits": 0,
+    "fit": "pad", "colour": "grey", "clahe": 0.01, "gamma": 0.8, "window": "40, 400", "split": "random", "split_file": __file__, "folds": 5,
     "edge_width": 2, "edge_level": "encoder.stride16", "grid": 6, "grid_frame": "lesion",
     "teacher": "unet64", "teacher_seed": 1, "teacher_epochs": 3, "teacher_lr": 0.002, "batch_size": 4,
-    "weight_decay": 0.0, "augment": "none", "precision": "bf16-mixed",
+    "weight_decay": 0.0, "augment": "none", "precision": "bf16-mixed", "test_dataset": ("ph2",),
     "states": 8, "anchors": "masked_cosine", "normalize": "size", "graph_epochs": 4, "graph_lr": 0.02,
     "terms": (), "seed": 1, "width": 8, "epochs": 3, "lr": 0.001, "w_seg": 2.0, "w_feat": 2.0, "w_edge": 1.0,
     "feature_levels": ("decoder.stride8",), "level_weights": "area", "shuffle_edges": True,
@@ -28,6 +29,7 @@ BY_ARMS = {"seed", "terms", "shuffle_edges"}  # the arms of an ablation decide t
 OF_FEAT = {"w_feat", "feature_levels", "level_weights"}
 OF_EDGE = {"w_edge", "shuffle_edges", "edge_width", "edge_level", "grid", "grid_frame", "states", "anchors", "normalize", "graph_epochs", "graph_lr"}
 OF_TEACHER = {"teacher", "teacher_seed", "teacher_epochs", "teacher_lr"}
+OF_SCORES = {"test_dataset"}  # counts where scores are collected, not where a network is trained
 
 
 def with_change(cfg, name, value):
@@ -39,7 +41,7 @@ def that_count(cfg):
     """Parameters whose change gives another digest."""
     changed = {**CHANGED, **NOWHERE}
     changed["terms"] = ("edge",) if getattr(cfg, "terms", ()) == ("feat",) else ("feat",)
-    names = set(type(cfg).model_fields) - (BY_ARMS if isinstance(cfg, AblationConfig) else set())
+    names = set(type(cfg).model_fields) - {"fold"} - (BY_ARMS if isinstance(cfg, AblationConfig) else set())
     return {name for name in names if with_change(cfg, name, changed[name]).digest("u") != cfg.digest("u")}
 
 
@@ -67,7 +69,16 @@ def test_each_stage_shows_its_own_seed_and_a_plain_name(cfg, start):
 @pytest.mark.parametrize("stage", [PrepareConfig, TeacherConfig, GraphConfig, AblationConfig])
 def test_every_parameter_counts_but_where_it_ran_and_where_the_data_lay(stage):
     decided = BY_ARMS if stage is AblationConfig else set()
-    assert that_count(stage()) == set(stage.model_fields) - set(NOWHERE) - decided
+    idle = OF_SCORES if stage is not AblationConfig else set()
+    assert that_count(stage()) == set(stage.model_fields) - set(NOWHERE) - decided - idle - {"fold"}
+    assert stage(folds=5, fold=2).digest("u") != stage(folds=5, fold=3).digest("u")
+
+
+def test_a_split_file_counts_by_content_wherever_it_lies(tmp_path):
+    for name, text in (("a.csv", "id,split\n"), ("b.csv", "id,split\n"), ("c.csv", "id,split\n1,val\n")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (PrepareConfig(split_file=str(tmp_path / f"{name}.csv")).digest("u") for name in "abc")
+    assert a == b != c
 
 
 @pytest.mark.parametrize(
@@ -76,7 +87,7 @@ def test_every_parameter_counts_but_where_it_ran_and_where_the_data_lay(stage):
     ids=["method", "feat", "edge", "alone"],
 )
 def test_parameters_of_absent_terms_do_not_count(terms, idle):
-    assert that_count(DistillConfig(terms=terms)) == set(DistillConfig.model_fields) - set(NOWHERE) - idle
+    assert that_count(DistillConfig(terms=terms)) == set(DistillConfig.model_fields) - set(NOWHERE) - idle - OF_SCORES - {"fold"}
 
 
 def test_the_order_of_terms_does_not_count():
@@ -97,7 +108,7 @@ def test_a_value_given_by_name_goes_before_the_profile():
 
 @pytest.mark.parametrize("stage", [PrepareConfig, EdgeConfig, TeacherConfig, GraphConfig, DistillConfig])
 def test_upstream_hands_on_exactly_what_concerns_the_stage(stage):
-    values = {**CHANGED, "profile": "cpu", "dataset": "busi", "terms": ("edge",)}
+    values = {**CHANGED, "profile": "cpu", "dataset": "busi", "terms": ("edge",), "folds": 0}
     handed = DistillConfig(**{name: value for name, value in values.items() if name in DistillConfig.model_fields}).upstream(stage)
     assert handed == stage(**{name: value for name, value in values.items() if name in stage.model_fields})
     assert handed.upstream(stage) == handed

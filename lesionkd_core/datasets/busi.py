@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .files import Case, images_in
+from .files import Case, images_in, pair
 
 CLASSES = ("benign", "malignant", "normal")
 
@@ -11,13 +11,9 @@ def cases(folder: Path) -> list[Case]:
     """`benign (1).png` with `benign (1)_mask.png`, `_mask_1.png`, ...: several masks, several lesions."""
     found = []
     for label in CLASSES:
-        files = images_in(folder / label)
-        masks: dict[str, list[Path]] = {}
-        for path in files:
+        images, masks = [], {}
+        for path in images_in(folder / label):
             stem, mark, _ = path.stem.partition("_mask")
-            if mark:
-                masks.setdefault(stem, []).append(path)
-        for path in files:
-            if "_mask" not in path.stem:
-                found.append(Case(path.stem, path, tuple(masks.get(path.stem, ())), label=label))
+            (masks.setdefault(stem, []) if mark else images).append(path)
+        found += pair(images, masks, one_mask=False, label=label)
     return found

@@ -1,10 +1,11 @@
 """CVC-ClinicDB: colonoscopy frames in `Original`, masks in `Ground Truth`, 29 videos."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 from ..store import CHECKOUT
-from .files import Case, by_stem, images_in
+from .files import Case, by_stem, images_in, pair
 
 VIDEOS = CHECKOUT / "data" / "cvc-clinicdb-videos.csv"  # the official download does not say which frame is whose
 
@@ -12,10 +13,6 @@ VIDEOS = CHECKOUT / "data" / "cvc-clinicdb-videos.csv"  # the official download 
 def cases(folder: Path) -> list[Case]:
     """`Original/1.tif` with `Ground Truth/1.tif`; the group is the video."""
     with open(VIDEOS, newline="") as file:
-        spans = [(int(r["first_frame"]), int(r["last_frame"]), r["video"]) for r in csv.DictReader(file)]
-    masks = by_stem(images_in(folder / "Ground Truth"))
-
-    def video(stem: str) -> str:
-        return next((v for a, b, v in spans if stem.isdigit() and a <= int(stem) <= b), "")
-
-    return [Case(p.stem, p, tuple(masks.get(p.stem, ())), group=video(p.stem) and f"video-{video(p.stem)}") for p in images_in(folder / "Original")]
+        videos = {str(frame): f"video-{r['video']}" for r in csv.DictReader(file) for frame in range(int(r["first_frame"]), int(r["last_frame"]) + 1)}
+    found = pair(images_in(folder / "Original"), by_stem(images_in(folder / "Ground Truth")))
+    return [replace(case, group=videos.get(case.id, "")) for case in found]

@@ -6,175 +6,88 @@ set of parameters, and ``cfg.upstream(TeacherConfig)`` hands the teacher exactly
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import inspect
-import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": {  # seconds on a laptop's CPU: shows that everything works, proves nothing
-        "pixels": 64, "cases": 200, "batch_size": 8, "teacher_epochs": 12, "graph_epochs": 3, "epochs": 10,
-    },
-    "cpu": {  # about an hour on two cores
-        "pixels": 128, "cases": 0, "batch_size": 16, "teacher_epochs": 40, "graph_epochs": 5, "epochs": 40,
-    },
-    "paper": {  # wants a GPU
-        "pixels": 256, "cases": 0, "batch_size": 16, "teacher_epochs": 100, "graph_epochs": 10, "epochs": 200,
-    },
-}
-"""What the profile decides; a value given by name goes before it."""
+from .base import (
+    PROFILES,
+    ConfigError,
+    EdgeLevel,
+    Fraction,
+    LesionKDError,
+    Levels,
+    Names,
+    Seed,
+    Seeds,
+    StageConfig,
+    Weight,
+    Window,
+    content_of,
+    nearest,
+)
 
-
-class LesionKDError(Exception):
-    """Something the user can mend. Notebooks and the command line show the message alone."""
-
-    def _render_traceback_(self) -> list[str]:  # IPython calls this instead of printing its traceback
-        return [f"{type(self).__name__}: {self}"]
-
-
-class ConfigError(LesionKDError):
-    """A parameter is unknown, of the wrong type or out of range."""
-
-
-def nearest(name: str, known) -> str:
-    """The sentence that helps after a mistyped name."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"known are: {', '.join(sorted(known))}"
-
-
-def _names(value: Any) -> Any:
-    """'a, b' -> ('a', 'b'): lists are comma-separated strings in notebooks."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _seeds(value: Any) -> Any:
-    """3 -> (0, 1, 2); '0, 7' -> (0, 7)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value > 1000:
-            raise ValueError(f"n = {value} means seeds 0 to {value - 1}; one seed alone is the string '{value}'")
-        return tuple(range(value))
-    return tuple(int(part) for part in _names(value)) if isinstance(value, str) else _names(value)
-
-
-def _distinct(values: tuple) -> tuple:
-    if len(set(values)) != len(values):
-        raise ValueError("names one value twice")
-    return values
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_distinct)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), AfterValidator(_distinct), Field(min_length=1)]
-Level = Annotated[str, Field(pattern=r"^(en|de)coder\.stride(1|2|4|8|16|32)(:(en|de)coder\.stride(1|2|4|8|16|32))?$")]
-Levels = Annotated[tuple[Level, ...], BeforeValidator(_names), AfterValidator(_distinct), Field(min_length=1)]
-EdgeLevel = Annotated[Level, BeforeValidator(lambda v: {"low": "encoder.stride4", "deep": "encoder.stride16"}.get(v, v) if isinstance(v, str) else v)]
-Fraction = Annotated[float, Field(gt=0, lt=0.5)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class StageConfig(BaseModel):
-    """What all stages share: the profile and where the work runs."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-    stage: ClassVar[str]
-    version: ClassVar[int] = 1  # raise when a stage computes something else from the same configuration
-    seed_field: ClassVar[str] = "split_seed"  # the seed in the folder's name
-
-    profile: Literal["smoke", "cpu", "paper"] = Field("smoke", description="what fills the values not given: smoke (seconds), cpu (an hour), paper (GPU)")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where it runs; auto takes a GPU where there is one")
-    threads: int = Field(0, ge=0, description="CPU threads for torch; 0 leaves torch's choice")
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_plain(error, type(self))) from None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_profile(cls, values: dict[str, Any]) -> dict[str, Any]:
-        given = {name: value for name, value in values.items() if value is not None}
-        filled = PROFILES.get(str(given.get("profile", "smoke")), {})
-        return {name: value for name, value in filled.items() if name in cls.model_fields} | given
-
-    @classmethod
-    def from_notebook(cls, namespace: dict[str, Any]) -> Self:
-        """Take the parameters out of a notebook's globals, refusing what is no parameter.
-
-        Modules, functions and classes are passed over, as are names first bound after the first
-        success in this kernel, so that the cell can be run again.
-        """
-        first = namespace.get("_lesionkd_parameters")
-        names = {
-            name for name, value in namespace.items()
-            if not name.startswith("_") and name not in ("In", "Out")
-            and not (inspect.ismodule(value) or inspect.isclass(value) or callable(value))
-            and type(value).__module__ != "__future__"
-        }
-        names = names & first if first is not None else names
-        cfg = cls(**{name: namespace[name] for name in names})
-        namespace["_lesionkd_parameters"] = frozenset(names)
-        return cfg
-
-    @classmethod
-    def parameters(cls):
-        """A table of all fields: name, default and help."""
-        import pandas as pd
-
-        rows = [(n, PROFILES["smoke"].get(n, f.default), f.description) for n, f in cls.model_fields.items()]
-        return pd.DataFrame(rows, columns=["parameter", "default", "help"])
-
-    def upstream(self, stage: type[StageConfig]) -> Any:
-        """The configuration of a stage this one stands on."""
-        return stage(**{name: getattr(self, name) for name in stage.model_fields})
-
-    def hashed(self) -> dict[str, Any]:
-        """The fields that the result is computed from: not where it ran, not where the data lay."""
-        return self.model_dump(exclude={"profile", "device", "threads", "dataset"}, mode="json")
-
-    def digest(self, upstream: str) -> str:
-        """Content address of the result: configuration, stage version and what it was made from."""
-        content = {"stage": self.stage, "version": self.version, "upstream": upstream, **self.hashed()}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def __repr__(self) -> str:
-        changed = {n: v for n, v in self if v != type(self).model_fields[n].default}
-        return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in changed.items())})"
-
-
-def _plain(error: ValidationError, cls: type[StageConfig]) -> str:
-    """pydantic's findings as one line a parameter, with the nearest name or the help."""
-    lines = []
-    for found in error.errors():
-        name = str(found["loc"][0]) if found["loc"] else ""
-        if found["type"] == "extra_forbidden":
-            lines.append(f"unknown parameter {name!r}: {nearest(name, cls.model_fields)}")
-        elif not name:
-            lines.append(found["msg"].removeprefix("Value error, "))
-        else:
-            field = cls.model_fields[name]
-            lines.append(f"{name} = {found['input']!r}: {found['msg'].removeprefix('Value error, ')}. {name}: {field.description}")
-    return "\n".join(dict.fromkeys(lines))
+__all__ = [
+    "ARMS", "PROFILES", "TERM_FIELDS", "AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "ExternalConfig", "GraphConfig",
+    "LesionKDError", "PrepareConfig",    "StageConfig", "TeacherConfig", "nearest",
+]
 
 
 class PrepareConfig(StageConfig):
     """Raw release or phantom -> arrays, split and report (stage `prepare`)."""
 
     stage = "prepare"
-    dataset: str = Field("phantom-dermoscopy", min_length=1, description="a name of the catalogue, or a folder with images/ and masks/")
+    version = 2
+    dataset: str = Field("phantom-dermoscopy", min_length=1, description="a name of the catalogue, a folder with images/ and masks/, or a CSV manifest")
     pixels: int = Field(64, ge=32, le=2048, multiple_of=32, description="side of the square prepared image, px; a multiple of 32 (METHOD, student)")
     cases: int = Field(0, ge=0, description="how many cases to draw at random; 0 takes all (phantom: 1000)")
     normals: Literal["drop", "keep", "test"] = Field("drop", description="cases without a lesion: drop, keep, or only in the test split")
+    fit: Literal["stretch", "pad"] = Field("stretch", description="how an image becomes square: stretched, or padded with black")
+    colour: Literal["rgb", "grey"] = Field("rgb", description="grey repeats the luminance in all three channels")
+    clahe: float = Field(0.0, ge=0, le=1, description="clip limit of adaptive histogram equalization of the luminance; 0 is off, 0.01 usual")
+    gamma: float = Field(1.0, gt=0, le=10, description="exponent on grey values 0..1 before training; 1 changes nothing")
+    window: Window = Field("", description="volumes: 'centre, width' in HU; empty takes the DICOM file's own, else the 0.5 to 99.5 percentiles")
     difficulty: float = Field(0.5, ge=0, le=1, description="phantom only: 0 easy to 1 very hard")
     split_seed: Seed = Field(0, description="seed of the split into train, val and test, and of the phantom's cases")
+    split: Literal["groups", "official", "random", "test"] = Field(
+        "groups", description="by group; as the release or manifest says; by case, which leaks; or everything for testing"
+    )
+    split_file: str = Field("", description="a split.csv with columns id, split made elsewhere; goes before split")
+    folds: int = Field(0, ge=0, le=50, description="k of a k-fold split by group; 0 holds out test_fraction")
+    fold: int = Field(0, ge=0, description="which of the k folds is tested, from 0")
     val_fraction: Fraction = Field(0.15, description="share of the cases that choose checkpoints and parameters")
     test_fraction: Fraction = Field(0.2, description="share of the cases that are scored once")
     duplicate_bits: int = Field(4, ge=0, le=16, description="images whose 63-bit perceptual hashes differ in at most this many bits share a group")
+
+    @property
+    def dataset_name(self) -> str:
+        """The data set as tables name it: a folder by its own name alone."""
+        return Path(self.dataset).name
+
+    def external(self, dataset: str) -> ExternalConfig:
+        """The configuration that prepares all of another data set for testing, in the same look."""
+        return self.upstream(ExternalConfig).with_values(dataset=dataset, cases=0, split="test", split_file="", folds=0, fold=0)
+
+    @model_validator(mode="after")
+    def _fold_of_folds(self) -> Self:
+        if self.folds == 1:
+            raise ValueError("folds = 1: wants 0 for a hold-out split, or at least 2")
+        if self.fold >= max(self.folds, 1):
+            raise ValueError(f"fold = {self.fold}: the folds are numbered 0 to {max(self.folds, 1) - 1} (folds = {self.folds})")
+        if self.folds and (self.split != "groups" or self.split_file):
+            raise ValueError("folds go by group; split must be 'groups' and split_file empty")
+        return self
+
+    def hashed(self) -> dict[str, Any]:
+        """The split file counts with its content, wherever it lies."""
+        return super().hashed() | ({"split_file": content_of(self.split_file)} if self.split_file else {})
+
+
+class ExternalConfig(PrepareConfig):
+    """Trained network and another data set -> its scores there (stage `external`)."""
+
+    stage = "external"
 
 
 class EdgeConfig(PrepareConfig):
@@ -197,8 +110,23 @@ class TeacherConfig(PrepareConfig):
     teacher_lr: float = Field(1e-3, gt=0, description="peak learning rate of the one-cycle schedule, teacher")
     batch_size: int = Field(8, ge=2, description="cases in a batch")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's decoupled weight decay")
-    augment: Literal["none", "flip_rotate"] = Field("flip_rotate", description="flips, rotation, zoom and intensity of the training cases")
+    augment: Literal["none", "flips", "full"] = Field(
+        "full", description="training cases: as they are; flipped and turned; or also warped, recoloured, noisy, blurred"
+    )
     precision: Literal["32-true", "bf16-mixed"] = Field("32-true", description="Lightning Fabric's name of the arithmetic")
+    test_dataset: Names = Field((), description="further data sets, comma-separated: all of each is scored with the trained network")
+
+    @model_validator(mode="after")
+    def _tested_elsewhere(self) -> Self:
+        if self.split == "test" and not self.split_file:
+            raise ValueError("split = 'test' leaves nothing to train on; name the data set in test_dataset of another run instead")
+        if self.dataset in self.test_dataset:
+            raise ValueError(f"test_dataset names {self.dataset!r}, which is trained on; its own test cases are scored anyway")
+        return self
+
+    def hashed(self) -> dict[str, Any]:
+        """What is tested on does not change what is trained."""
+        return {name: value for name, value in super().hashed().items() if name != "test_dataset"}
 
 
 class GraphConfig(TeacherConfig, EdgeConfig):
@@ -286,7 +214,7 @@ class AblationConfig(DistillConfig):
 
     def hashed(self) -> dict[str, Any]:
         """Everything but what the arms decide."""
-        return {name: value for name, value in StageConfig.hashed(self).items() if name not in ("seed", "terms", "shuffle_edges")}
+        return {name: value for name, value in PrepareConfig.hashed(self).items() if name not in ("seed", "terms", "shuffle_edges")}
 
     @model_validator(mode="after")
     def _known_arms(self) -> Self:
