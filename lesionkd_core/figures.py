@@ -110,23 +110,6 @@ def pairs(prepared, table: pd.DataFrame) -> Figure:
     return fig
 
 
-def leak(table: pd.DataFrame) -> Figure:
-    """Dice gained by training on near-duplicates of the test cases, case by case, with mean and 95 % interval."""
-    from .evaluation import bootstrap_mean
-
-    with style():
-        fig, axis = plt.subplots(figsize=(ONE_COLUMN, 1.5))
-        for y, (near, part) in enumerate(table.groupby("near")):
-            gain = (part["leaking"] - part["clean"]).to_numpy()
-            axis.plot(gain, y + np.random.default_rng(0).uniform(-0.2, 0.2, len(gain)), ".", color="#BBBBBB", markersize=3, zorder=1)
-            low, high = bootstrap_mean(gain, part["group"].to_numpy())
-            _interval(axis, y, gain.mean(), low, high, "D" if near else "o", "#CC3311" if near else "#4477AA")
-        axis.axvline(0, color="black", linewidth=0.6)
-        axis.set_yticks([0, 1], ["none trained on", "near-duplicate\ntrained on"])
-        axis.set(ylim=(-0.5, 1.5), xlabel="Dice with the leak minus without")
-    return fig
-
-
 def edges(prepared, rows, levels: dict[str, np.ndarray]) -> Figure:
     """Columns are cases: the image, and beneath it its edge label at each named resolution."""
     with style():

@@ -7,7 +7,8 @@ import pandas as pd
 
 from . import store
 from .config import DistillConfig
-from .prepare import prepare_data
+from .evaluation import score_masks
+from .prepare import Prepared, prepare_data
 from .stages import distill
 
 
@@ -33,23 +34,38 @@ def leak_splits(cases: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
 
 
 def measure_leak(cfg: DistillConfig, tell=print) -> pd.DataFrame:
-    """Train the student alone on both splits and score the same test cases.
+    """Score the same test cases with and without near-duplicates of them in training.
 
     Returns
     -------
     DataFrame
-        One row a test case: id, group, split_seed, near (a case of its group was trained on), and Dice
-        `leaking` and `clean`. The cases that are not near are the control: there both should agree.
+        A row a method and test case: method ('student', trained alone, or 'memory', see `recall`), id, group,
+        split_seed, seed, near (a case of its group was trained on), and Dice `leaking` and `clean`.
+        The cases that are not near are the control: what differs there is the luck of the training.
     """
     cfg = cfg.with_values(terms=(), split="random")
     prepared = prepare_data(cfg, tell)
-    scores = {}
+    test = prepared.cases.iloc[prepared.index("test")]
+    trained = prepared.cases["group"].iloc[prepared.index("train")]
+    dice: dict[str, dict[str, pd.Series]] = {"student": {}, "memory": {}}
     for name, split in leak_splits(prepared.cases, cfg.split_seed).items():
         path = prepared.path / f"split-{name}.csv"
         store.write_table(path, split)
         run = distill(cfg.with_values(split_file=str(path)), tell)
-        scores[name] = run.per_case.query("split == 'test'").set_index("id")["dice"]
-    cases = prepared.cases.set_index("id").loc[scores["clean"].index]
-    trained = set(prepared.cases.loc[prepared.cases["split"] == "train", "group"])
-    table = cases[["group"]].assign(split_seed=cfg.split_seed, near=cases["group"].isin(trained).astype(int), **scores)
-    return table.reset_index()
+        dice["student"][name] = run.per_case.query("split == 'test'").set_index("id")["dice"]
+        dice["memory"][name] = recall(prepared, split)
+    about = test.set_index("id")[["group"]].assign(split_seed=cfg.split_seed, seed=cfg.seed, near=test["group"].isin(trained).astype(int).to_numpy())
+    return pd.concat([about.assign(method=method, **scores) for method, scores in dice.items()]).reset_index()
+
+
+def recall(prepared: Prepared, split: pd.DataFrame) -> pd.Series:
+    """Dice of a memory without any understanding: every test case gets the mask of the training image that is most like it.
+
+    Alike is a small distance of the images averaged down to 16 x 16 px. Dice by id.
+    """
+    place = prepared.cases["id"].map(split.set_index("id")["split"])
+    train, test = (np.flatnonzero(place == name) for name in ("train", "test"))
+    small = prepared.images.reshape(len(place), 16, prepared.images.shape[1] // 16, 16, -1, 3).mean((2, 4)).reshape(len(place), -1)
+    nearest = [train[((small[train] - small[row]) ** 2).sum(1).argmin()] for row in test]
+    scores = score_masks(prepared.masks[nearest] > 0, prepared.masks[test] > 0)
+    return pd.Series(scores["dice"].to_numpy(), index=prepared.cases["id"].iloc[test])

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from lesionkd_core import store
-from lesionkd_core.prepare import SPLITS, PrepareConfig, SplitError, group_cases, near_pairs, prepare_data, prepare_image, prepare_mask, split_cases
+from lesionkd_core.datasets import data_root
+from lesionkd_core.prepare import SPLITS, PrepareConfig, group_cases, near_pairs, prepare_data, prepare_image, prepare_mask, split_cases
 from lesionkd_core.prepare.pixels import perceptual_hash
 
 from .test_datasets import SIZE, lesion, own_folder, picture, save
@@ -227,3 +228,13 @@ def test_the_phantom_needs_no_files_and_repeats_nothing(runs, monkeypatch, tmp_p
     result = prepare_data(PrepareConfig(dataset="phantom-ct", cases=30, pixels=32, normals="keep"), quiet)
     assert result.cases["group"].nunique() == len(result.cases) == 30
     assert len({image.tobytes() for image in result.images}) == 30
+
+
+@pytest.mark.skipif(not (data_root() / "busi").is_dir() and not (data_root() / "Dataset_BUSI_with_GT").is_dir(), reason="BUSI is not here")
+def test_busi_is_full_of_near_duplicates_that_stay_together(runs):
+    prepared = prepare_data(PrepareConfig(dataset="busi", pixels=64, cases=0, profile="cpu"), quiet)
+    assert prepared.summary["kept"] == 647 and prepared.summary["dropped"] == 133
+    assert 500 < prepared.summary["groups"] < 600  # an independent clustering of thumbnails found 545
+    assert (prepared.cases.groupby("group")["split"].nunique() == 1).all()
+    random = prepare_data(PrepareConfig(dataset="busi", pixels=64, cases=0, profile="cpu", split="random"), quiet)
+    assert random.summary["crossing"]["test"] > 15

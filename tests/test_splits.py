@@ -75,7 +75,8 @@ def test_cases_without_a_lesion_only_tested_take_their_group_along():
 def test_a_random_split_lets_groups_cross_and_counts_them():
     table = table_of([3] * 100)
     table["split"] = split_cases(table, PrepareConfig(split="random"))
-    by_hand = {name: sum(table["group"][i] in set(table["group"][table["split"] == "train"]) for i in table.index[table["split"] == name]) for name in ("val", "test")}
+    trained = set(table["group"][table["split"] == "train"])
+    by_hand = {name: sum(group in trained for group in table["group"][table["split"] == name]) for name in ("val", "test")}
     assert crossing(table) == by_hand and by_hand["test"] > 30
     table["split"] = split_cases(table, PrepareConfig())
     assert crossing(table) == {"val": 0, "test": 0}
@@ -95,7 +96,8 @@ def test_the_leak_is_measured_on_equal_test_cases_and_as_many_training_cases():
     table["split"] = split_cases(table, PrepareConfig(split="random"))
     leaking, clean = (leak_splits(table, 0)[name].merge(table[["id", "group"]]) for name in ("leaking", "clean"))
     for split in ("val", "test"):
-        assert set(leaking.query("split == @split")["id"]) == set(clean.query("split == @split")["id"]) == set(table.query("split == @split")["id"])
+        leaking_ids, clean_ids, ids = (set(t["id"][t["split"] == split]) for t in (leaking, clean, table))
+        assert leaking_ids == clean_ids == ids
     assert (leaking["split"] == "train").sum() == (clean["split"] == "train").sum()
     assert crossing(clean)["test"] == 0 < crossing(leaking)["test"] == crossing(table)["test"]
 
@@ -153,7 +155,8 @@ def test_an_official_split_that_is_not_there_is_refused(tmp_path, runs):  # noqa
     [
         ({"folds": 1}, "at least 2"), ({"fold": 1}, "numbered 0 to 0"), ({"folds": 5, "fold": 5}, "numbered 0 to 4"),
         ({"folds": 3, "split": "random"}, "folds go by group"), ({"split_file": "/no/such.csv"}, "/no/such.csv"),
-        ({"window": "lung"}, "'centre, width'"), ({"window": "40"}, "'centre, width'"), ({"fit": "crop"}, "'stretch' or 'pad'"), ({"gamma": 0.0}, "greater than 0"),
+        ({"window": "lung"}, "'centre, width'"), ({"window": "40"}, "'centre, width'"),
+        ({"folds": 3, "normals": "test"}, "in every fold"), ({"fit": "crop"}, "'stretch' or 'pad'"), ({"gamma": 0.0}, "greater than 0"),
         ({"split": "offical"}, "'groups', 'official', 'random' or 'test'"),
     ],
 )

@@ -77,6 +77,8 @@ class PrepareConfig(StageConfig):
             raise ValueError(f"fold = {self.fold}: the folds are numbered 0 to {max(self.folds, 1) - 1} (folds = {self.folds})")
         if self.folds and (self.split != "groups" or self.split_file):
             raise ValueError("folds go by group; split must be 'groups' and split_file empty")
+        if self.folds and self.normals == "test":
+            raise ValueError("normals = 'test' would test them in every fold; with folds, keep or drop them")
         return self
 
     def hashed(self) -> dict[str, Any]:

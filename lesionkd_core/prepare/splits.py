@@ -62,8 +62,8 @@ def _drawn(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
     """By group, or with split = 'random' by case: k folds, or a hold-out."""
     units = cases["id"] if cfg.split == "random" else cases["group"]
     rng = np.random.default_rng(cfg.split_seed)
-    only_tested = units.isin(units[cases["empty"]]) if cfg.normals == "test" else pd.Series(False, index=cases.index)
-    splits, free = pd.Series("test", index=cases.index), ~only_tested
+    splits = pd.Series("test", index=cases.index)
+    free = ~units.isin(units[cases["empty"]]) if cfg.normals == "test" else pd.Series(True, index=cases.index)
     if cfg.folds:
         folds = allot(units, cases["lesion_share"], {str(k): 1 / cfg.folds for k in range(cfg.folds)}, rng)
         free = folds != str(cfg.fold)

@@ -43,12 +43,12 @@ def test_preparing_against_decoding(benchmark, folder, tmp_path, monkeypatch, pi
     _, cases = fingerprint(cfg)
     decoding = []
 
-    def decode_then(number=iter(range(99))):
+    def decode_then():
         started = time.perf_counter()
         for case in cases:
             read_case(case)
         decoding.append(time.perf_counter() - started)
-        monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / str(next(number))))  # an empty place: everything is prepared anew
+        monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / str(len(decoding))))  # an empty place: everything is prepared anew
 
     benchmark.pedantic(lambda: prepare_data(cfg, lambda *_: None), setup=decode_then, rounds=5)
     ratio = benchmark.stats.stats.median / float(np.median(decoding))
