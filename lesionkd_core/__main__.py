@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lesionkd_core", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute a notebook with papermill and keep it with its results")
+    run._negative_number_matcher = re.compile(r"-\d")  # '-600, 1500' is a value, not an option
     run.add_argument("notebook", help="such as 04_distill")
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     predict = commands.add_parser("predict", help="segment a folder of images with a trained student (step S7)")

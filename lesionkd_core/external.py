@@ -10,7 +10,7 @@ import pandas as pd
 from . import store
 from .config import TeacherConfig
 from .evaluation import score_network, summarize
-from .inference import load_network
+from .inference import load_network, read_config
 from .prepare import Prepared, near_pairs, prepare_data
 
 
@@ -24,8 +24,10 @@ def score_external(run: store.Result, cfg: TeacherConfig, tell=print) -> dict[st
     The other images are prepared as the run's own were. Images that are near-duplicates of a training
     image are scored and counted (`near_training` in the summary), with a warning.
     """
-    own = prepare_data(cfg, tell) if cfg.test_dataset else None
-    found = {}
+    if not cfg.test_dataset:
+        return {}
+    cfg = read_config(run.path).with_values(test_dataset=cfg.test_dataset)  # as the run was made, whatever `cfg` says otherwise
+    own, found = prepare_data(cfg, tell), {}
     for dataset in cfg.test_dataset:
         other = cfg.external(dataset)
         prepared = prepare_data(other, tell)

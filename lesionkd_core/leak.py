@@ -8,7 +8,7 @@ import pandas as pd
 from . import store
 from .config import DistillConfig
 from .evaluation import score_masks
-from .prepare import Prepared, prepare_data
+from .prepare import Prepared, SplitError, prepare_data
 from .stages import distill
 
 
@@ -28,6 +28,8 @@ def leak_splits(cases: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
     """
     train = (cases["split"] == "train").to_numpy()
     near = train & cases["group"].isin(cases.loc[cases["split"] == "test", "group"]).to_numpy()
+    if near.sum() > (train & ~near).sum():
+        raise SplitError("over half of the training cases share a group with a test case; there are not enough others to leave out for comparison")
     others = np.random.default_rng(seed).permutation(np.flatnonzero(train & ~near))[: near.sum()]
     left_out = {"leaking": others, "clean": np.flatnonzero(near)}
     return {name: cases.drop(index=cases.index[rows])[["id", "split"]] for name, rows in left_out.items()}

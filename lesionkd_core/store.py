@@ -171,7 +171,7 @@ def read_json(path: Path) -> Any:
 def write_table(path: Path, table) -> None:
     """Write a pandas table as CSV, nine significant digits (float32 comes back as it was)."""
     with replacing(path) as partial:
-        table.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n")
+        table.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n", errors="surrogateescape")  # file names are bytes
 
 
 def read_table(path: Path):
@@ -180,7 +180,7 @@ def read_table(path: Path):
 
     text = dict.fromkeys(("id", "group", "split", "label", "volume", "file", "action", "reason", "arm", "other", "test_dataset"), str)
     numbers = [name for name in pd.read_csv(path, nrows=0).columns if name not in text]
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
+    return pd.read_csv(path, encoding_errors="surrogateescape", dtype=text, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
 
 
 def write_array(path: Path, array) -> None:

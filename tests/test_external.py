@@ -35,11 +35,11 @@ def shared_runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """30 cases to train on, and 12 others of which two are brightened copies of the first 30."""
+    """30 cases to train on, and 12 others: three are brightened copies of the first 30, numbers 0, 1 and 27."""
     root = tmp_path_factory.mktemp("data")
     mine, theirs = own_folder(root / "mine", count=30), root / "theirs"
     for i in range(12):
-        save(theirs / "images" / f"x{i}.png", np.clip(picture(i) * 1.03, 0, 255).astype(np.uint8) if i < 2 else picture(100 + i))
+        save(theirs / "images" / f"x{i}.png", np.clip(picture((0, 1, 27)[i]) * 1.03, 0, 255).astype(np.uint8) if i < 3 else picture(100 + i))
         save(theirs / "masks" / f"x{i}.png", lesion(8 + i))
     return mine, theirs
 
@@ -76,7 +76,7 @@ def test_copies_of_training_images_in_another_data_set_are_counted_with_a_warnin
     everything.to_csv(tmp_path / "split.csv", index=False)
     cfg, said = config(folders, split_file=str(tmp_path / "split.csv"), test_dataset=str(folders[1])), []
     scored = score_external(distill(cfg, silent), cfg, said.append)["theirs"]
-    assert scored.summary["near_training"] == 2
+    assert scored.summary["near_training"] == 2  # number 27 is a test case
     assert any("2 of 12 cases" in line and "near-duplicates of a training case" in line for line in said)
 
 
@@ -90,6 +90,20 @@ def test_the_ablation_carries_every_test_data_set_through(folders):
     assert ablation.comparison["test_dataset"].tolist() == ["mine", "theirs"]
     difference = ablation.per_case.query("test_dataset == 'theirs'").pivot(index="id", columns="arm", values="dice")
     assert ablation.comparison["difference"].iloc[1] == pytest.approx((difference["method"] - difference["alone"]).mean(), abs=1e-6)
+
+
+def test_the_other_data_set_is_prepared_as_the_run_was_whatever_else_is_asked(folders):
+    cfg = config(folders, fit="pad", gamma=0.7)
+    run = distill(cfg, silent)
+    asked = config(folders, test_dataset=str(folders[1]), pixels=64)
+    made = score_external(run, asked, silent)["theirs"].config
+    assert (made["pixels"], made["fit"], made["gamma"]) == (32, "pad", 0.7)
+
+
+@pytest.mark.fault
+def test_two_data_sets_of_one_name_are_refused(folders, tmp_path):
+    with pytest.raises(ConfigError, match="two data sets are called 'theirs'"):
+        config(folders, test_dataset=f"{folders[1]}, {tmp_path / 'theirs'}")
 
 
 @pytest.mark.fault
@@ -116,11 +130,14 @@ def test_the_leak_compares_the_same_test_cases(tmp_path):
     for i in range(40):
         save(tmp_path / "twins" / "images" / f"t{i:02d}.png", np.clip(picture(i // 2) * (1 + 0.02 * (i % 2)), 0, 255).astype(np.uint8))
         save(tmp_path / "twins" / "masks" / f"t{i:02d}.png", lesion(6 + i // 2))
-    cfg = config((tmp_path / "twins", None))
+    for i in range(40, 80):
+        save(tmp_path / "twins" / "images" / f"t{i:02d}.png", picture(100 + i))
+        save(tmp_path / "twins" / "masks" / f"t{i:02d}.png", lesion(6 + i % 20))
+    cfg = config((tmp_path / "twins", None)).with_values(cases=0)
     table = measure_leak(cfg, silent)
     random = prepare_data(cfg.with_values(split="random"), silent)
     train = set(random.cases["id"].iloc[random.index("train")])
-    twin = {f"t{i:02d}": f"t{i ^ 1:02d}" for i in range(40)}
+    twin = {f"t{i:02d}": f"t{i ^ 1:02d}" if i < 40 else "" for i in range(80)}
     for _, part in table.groupby("method"):
         assert sorted(part["id"]) == sorted(random.cases["id"].iloc[random.index("test")])
         assert part["near"].tolist() == [int(twin[name] in train) for name in part["id"]] and 0 < part["near"].mean() < 1

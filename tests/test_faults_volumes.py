@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import JPEGLSLossless, generate_uid
 
+from lesionkd_core.config import LesionKDError
 from lesionkd_core.datasets import UnreadableFile, read
 from lesionkd_core.datasets.volumes import write_mask
 
@@ -130,7 +131,6 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
     "slice cut": (lambda d: image_is(d, cut(series(d / "s") / "e.dcm", 0.9).parent), ["e.dcm", "cannot be read as DICOM"]),
     "DICOM without pixels": (lambda d: alone(d, dicom(d / "b.dcm", HU[0][:0])), ["b.dcm", "no image in it"]),
     "several frames in DICOM": (lambda d: image_is(d, dicom(d / "b.dcm", HU[0], NumberOfFrames=3)), ["b.dcm", "3 frames"]),
-    "no decoder": (lambda d: alone(d, uncoded(d)), ["a.dcm", "JPEG-LS", "pip install pylibjpeg"]),
     "two series": (lambda d: image_is(d, with_file(series(d / "s"), "z.dcm", SeriesInstanceUID=generate_uid())), ["s:", "2 series", "one folder a series"]),
     "slices of two sizes": (lambda d: image_is(d, with_file(series(d / "s"), "z.dcm", pixels=HU[0][:-1])), ["s:", "differ in Rows"]),
     "slices of two types": (lambda d: image_is(d, series(d / "s", [*HU[:4], HU[4].astype(np.int8)])), ["b.dcm", "int8"]),
@@ -148,6 +148,13 @@ def test_what_cannot_be_used_is_refused_before_the_first_slice_and_named(tmp_pat
         next(read(case(image, *masks)))
     assert all(word in str(error.value) for word in words), str(error.value)
     assert error.value.__suppress_context__ or error.value.__context__ is None  # no traceback of a library below it
+
+
+def test_a_missing_decoder_stops_the_work_instead_of_dropping_the_case(tmp_path):
+    image, *masks = alone(tmp_path, uncoded(tmp_path))
+    with pytest.raises(LesionKDError, match=r"a\.dcm: compressed as JPEG-LS(.|\n)*pip install pylibjpeg") as error:
+        next(read(case(image, *masks)))
+    assert not isinstance(error.value, UnreadableFile)
 
 
 def test_two_masks_of_one_name_are_refused_where_one_was_meant(tmp_path):

@@ -56,7 +56,8 @@ def test_arrays_hold_every_case_at_the_asked_size(prepared):
     assert len(prepared.cases) == n and len(prepared.report) == 0
     assert set(np.unique(prepared.masks)) == set(np.unique(prepared.edges)) == {0, 1}
     assert set(zip(prepared.cases["height"], prepared.cases["width"])) == {SIZE}
-    assert np.allclose(prepared.cases["lesion_share"], [mask.mean() for mask in prepared.masks])
+    sides = [6 + (int(name[-3:])) for name in prepared.cases["id"]]
+    assert np.allclose(prepared.cases["lesion_share"], [side**2 / (SIZE[0] * SIZE[1]) for side in sides]), "of the original"
     with pytest.raises(ValueError, match="read-only"):
         prepared.images[0, 0, 0, 0] = 1
 
@@ -124,7 +125,8 @@ def synthetic(sizes, seed=0):
     """A table of groups of the given sizes with lesions of 0 to 100 % of the image."""
     groups = np.repeat(np.arange(len(sizes)), sizes)
     share = np.random.default_rng(seed).uniform(size=len(groups))
-    return pd.DataFrame({"id": [f"{i}" for i in range(len(groups))], "group": [f"g{g}" for g in groups], "lesion_share": share, "official": "", "empty": False})
+    ids = [f"{i}" for i in range(len(groups))]
+    return pd.DataFrame({"id": ids, "group": [f"g{g}" for g in groups], "lesion_share": share, "official": "", "empty": False, "volume": ""})
 
 
 @pytest.mark.parametrize(("val", "test"), [(0.15, 0.2), (0.1, 0.1), (0.4, 0.3)])
@@ -216,6 +218,13 @@ def test_what_was_corrected_is_prepared_anew_and_what_was_moved_is_not(tmp_path,
     save(moved / "masks" / "case_003.png", lesion(9, top=5))  # as large as before, one pixel lower
     corrected = prepare_data(config(moved), quiet)
     assert corrected.path != first.path and (corrected.masks[3] != first.masks[3]).any()
+    image = moved / "images" / "case_005.png"
+    size = image.stat().st_size
+    save(image, np.full_like(picture(5), 90))
+    image.write_bytes(image.read_bytes().ljust(size, b"\0"))  # another picture in a file of the same size
+    assert image.stat().st_size == size
+    repainted = prepare_data(config(moved), quiet)
+    assert repainted.path != corrected.path and (repainted.images[5] != corrected.images[5]).any()
 
 
 def test_some_cases_are_drawn_by_the_split_seed(folder, runs):

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lesionkd_core import prepare
 from lesionkd_core.config import ConfigError
+from lesionkd_core.edges import edge_label
 from lesionkd_core.leak import leak_splits
-from lesionkd_core.prepare import SPLITS, PrepareConfig, SplitError, prepare_data, split_cases
+from lesionkd_core.prepare import SPLITS, PrepareConfig, SplitError, prepare_data, prepare_image, prepare_mask, split_cases
 from lesionkd_core.prepare.splits import crossing
 
 from .test_datasets import lesion, own_folder, picture, save
@@ -22,7 +24,8 @@ def table_of(sizes, seed=0, empty_share=0.2):
     groups = np.repeat([f"g{i}" for i in range(len(sizes))], sizes)
     rng = np.random.default_rng(seed)
     share = np.where(rng.random(len(groups)) < empty_share, 0, rng.uniform(0.01, 0.5, len(groups)))
-    return pd.DataFrame({"id": [f"c{i:04d}" for i in range(len(groups))], "group": groups, "lesion_share": share, "official": "", "empty": share == 0})
+    ids = [f"c{i:04d}" for i in range(len(groups))]
+    return pd.DataFrame({"id": ids, "group": groups, "lesion_share": share, "official": "", "empty": share == 0, "volume": ""})
 
 
 tables = st.builds(table_of, st.lists(st.integers(1, 9), min_size=20, max_size=80), st.integers(0, 999))
@@ -59,6 +62,27 @@ def test_folds_are_near_equal_and_see_equal_lesions():
     assert (splits == "val").to_numpy().sum(0).tolist() == pytest.approx([150] * 5, abs=5)
 
 
+@pytest.mark.parametrize("units", [6, 7, 9, 12, 20])
+def test_a_few_groups_still_fill_every_split_near_the_asked_shares(units):
+    table = table_of([5] * units, empty_share=0)
+    share = split_cases(table, PrepareConfig()).value_counts(normalize=True)
+    assert share[list(SPLITS)].tolist() == pytest.approx([0.65, 0.15, 0.2], abs=0.17)
+    tested = [split_cases(table, PrepareConfig(folds=5, fold=k, val_fraction=0.2)) == "test" for k in range(5)]
+    assert all(t.any() for t in tested)
+
+
+def test_every_video_is_tested_in_some_split():
+    table = table_of([25, 25, 17, 11, 25, 24, 25, 26, 22, 6, 22, 25, 25, 20, 20, 25, 21, 20, 25, 20, 19, 19, 12, 25, 25, 18, 25, 20, 21], empty_share=0)
+    tested = [set(table["group"][split_cases(table, PrepareConfig(split_seed=seed)) == "test"]) for seed in range(30)]
+    assert len(set().union(*tested)) >= 27
+
+
+def test_the_split_is_the_same_at_every_prepared_size_and_look(tmp_path, runs):  # noqa: F811
+    folder = own_folder(tmp_path / "mine")
+    looks = ({}, {"pixels": 64}, {"clahe": 0.05}, {"fit": "pad", "colour": "grey"}, {"gamma": 2.0})
+    assert len({prepare_data(config(folder, **look), quiet).split_hash for look in looks}) == 1
+
+
 def test_emptiness_is_spread_over_the_splits():
     table = table_of([1] * 1000, empty_share=0.3)
     splits = split_cases(table, PrepareConfig(normals="keep"))
@@ -89,6 +113,15 @@ def test_the_official_split_is_kept_and_validation_drawn_where_it_is_absent():
     assert (splits[40:] == "test").all() and set(splits[:40]) == {"train", "val"} and 4 <= (splits == "val").sum() <= 8
     table.loc[30:39, "official"] = "val"
     assert (split_cases(table, PrepareConfig(split="official")) == table["official"]).all()
+    tested = split_cases(table, PrepareConfig(split="official", normals="test"))
+    assert (tested == table["official"].mask(table["empty"], "test")).all() and table["empty"][:40].any()
+
+
+def test_validation_cases_drawn_from_an_official_split_keep_their_groups_whole():
+    table = table_of([4] * 30)
+    table["official"] = ["train"] * 80 + ["test"] * 40
+    splits = split_cases(table, PrepareConfig(split="official"))
+    assert (splits.groupby(table["group"]).nunique() == 1).all() and set(splits[:80]) == {"train", "val"}
 
 
 def test_the_leak_is_measured_on_equal_test_cases_and_as_many_training_cases():
@@ -123,6 +156,23 @@ def test_cases_that_the_split_file_does_not_name_are_reported(tmp_path, runs):  
     assert prepared.report[["id", "action", "reason"]].values.tolist() == [[name, "dropped", "not in the split file"] for name in ids[:2]]
 
 
+def test_every_case_keeps_its_own_pixels_whatever_was_left_out_between(tmp_path, runs, monkeypatch):  # noqa: F811
+    """Parts of five cases; some have no lesion, some the split file does not name, one part is left out as a whole."""
+    empty, unnamed = {2, 9, 21}, {0, 5, 6, 7, 8, 13}
+    folder = own_folder(tmp_path / "mine", empty=empty)
+    named = [i for i in range(24) if i not in unnamed]
+    pd.DataFrame({"id": [f"case_{i:03d}" for i in named], "split": (["train", "val", "test"] * 6)}).to_csv(tmp_path / "split.csv", index=False)
+    monkeypatch.setattr(prepare, "PART", 5)
+    cfg = config(folder, split_file=str(tmp_path / "split.csv"))
+    prepared = prepare_data(cfg, quiet)
+    kept = [i for i in named if i not in empty]
+    assert prepared.cases["id"].tolist() == [f"case_{i:03d}" for i in kept]
+    for row, i in enumerate(kept):
+        assert (prepared.images[row] == prepare_image(picture(i), cfg)).all()
+        assert (prepared.masks[row] == prepare_mask(lesion(6 + i), cfg)).all()
+        assert (prepared.edges[row] == edge_label(prepared.masks[row])).all()
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("text", "words"),
@@ -133,7 +183,7 @@ def test_cases_that_the_split_file_does_not_name_are_reported(tmp_path, runs):  
         ("id,split\ncase_000,train\ncase_000,test\n", "'case_000' twice"),
         ("id,split\nA,train\nB,test\n", "none of its 2 ids"),
         ('id,split\n"a,train\n', "cannot be read as a CSV"),
-        ("id,split\n" + "".join(f"case_{i:03d},train\n" for i in range(24)), "too few to fill val, test"),
+        ("id,split\n" + "".join(f"case_{i:03d},train\n" for i in range(24)), "gives no case of .* to val, test"),
     ],
 )
 def test_a_split_file_that_cannot_be_used_is_refused(tmp_path, runs, text, words):  # noqa: F811
@@ -155,8 +205,9 @@ def test_an_official_split_that_is_not_there_is_refused(tmp_path, runs):  # noqa
     [
         ({"folds": 1}, "at least 2"), ({"fold": 1}, "numbered 0 to 0"), ({"folds": 5, "fold": 5}, "numbered 0 to 4"),
         ({"folds": 3, "split": "random"}, "folds go by group"), ({"split_file": "/no/such.csv"}, "/no/such.csv"),
-        ({"window": "lung"}, "'centre, width'"), ({"window": "40"}, "'centre, width'"),
-        ({"folds": 3, "normals": "test"}, "in every fold"), ({"fit": "crop"}, "'stretch' or 'pad'"), ({"gamma": 0.0}, "greater than 0"),
+        ({"window": "lung"}, "'centre, width'"), ({"window": "40"}, "'centre, width'"), ({"window": "40, 0"}, "over 0"),
+        ({"folds": 3, "normals": "test"}, "in every fold"),
+        ({"split_file": __file__, "normals": "test"}, "says who is tested"), ({"fit": "crop"}, "'stretch' or 'pad'"), ({"gamma": 0.0}, "greater than 0"),
         ({"split": "offical"}, "'groups', 'official', 'random' or 'test'"),
     ],
 )

@@ -77,6 +77,8 @@ class PrepareConfig(StageConfig):
             raise ValueError(f"fold = {self.fold}: the folds are numbered 0 to {max(self.folds, 1) - 1} (folds = {self.folds})")
         if self.folds and (self.split != "groups" or self.split_file):
             raise ValueError("folds go by group; split must be 'groups' and split_file empty")
+        if self.split_file and self.normals == "test":
+            raise ValueError("normals = 'test': the split file says who is tested; keep or drop them")
         if self.folds and self.normals == "test":
             raise ValueError("normals = 'test' would test them in every fold; with folds, keep or drop them")
         return self
@@ -124,6 +126,9 @@ class TeacherConfig(PrepareConfig):
             raise ValueError("split = 'test' leaves nothing to train on; name the data set in test_dataset of another run instead")
         if self.dataset in self.test_dataset:
             raise ValueError(f"test_dataset names {self.dataset!r}, which is trained on; its own test cases are scored anyway")
+        names = [Path(name).name for name in (self.dataset, *self.test_dataset)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"test_dataset: two data sets are called {max(names, key=names.count)!r}, so no table could tell them apart; rename a folder")
         return self
 
     def hashed(self) -> dict[str, Any]:

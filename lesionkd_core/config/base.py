@@ -68,6 +68,8 @@ def _distinct(values: tuple) -> tuple:
 def _window(value: str) -> str:
     if value and not re.fullmatch(r"\s*-?\d+(\.\d+)?\s*,\s*\d+(\.\d+)?\s*", value):
         raise ValueError("wants 'centre, width', such as '-600, 1500' for lung")
+    if value.strip() and float(value.split(",")[1]) <= 0:
+        raise ValueError("the width must be over 0")
     return value
 
 

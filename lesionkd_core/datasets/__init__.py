@@ -73,7 +73,7 @@ def _own(dataset: str) -> tuple[Release, Path]:
     own = Release(dataset, "own data", dataset, ("images", "masks"), paired.cases, access="your own")
     places = [Path(os.path.expanduser(dataset)), data_root() / dataset]
     for path in places:
-        if path.suffix.lower() == ".csv" and os.path.isfile(path):
+        if path.suffix.lower() in (".csv", ".tsv") and os.path.isfile(path):
             return replace(own, cases=manifest.cases), path.resolve()
         if all(os.path.isdir(path / name) for name in own.holds):
             return own, path.resolve()
@@ -107,9 +107,9 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
     digest = hashlib.sha256(release.name.encode() if official else b"own")
     for case in cases:
         sizes = [path.stat().st_size for path in _files(case.image)]
-        digest.update(f"{case.id}|{case.group}|{case.label}|{case.split}|{case.problem}|{case.image.name}|{sizes}".encode())
+        digest.update(f"{case.id}|{case.group}|{case.label}|{case.split}|{case.problem}|{case.image.name}|{sizes}".encode(errors="surrogateescape"))
         for named in case.masks if official else (case.image, *case.masks):
-            digest.update(named.name.encode())
+            digest.update(os.fsencode(named.name))
             for path in _files(named):
                 digest.update(_content(path))
     return digest.hexdigest(), cases

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import LesionKDError
 from .files import UnreadableFile, natural, suffix_of
 from .slices import Space, Volume, reading
 
@@ -63,7 +64,7 @@ def series(path: Path) -> tuple[Space, list[Path], tuple[str, ...]]:
         found = {file: _header(file) for file in files if file == path or suffix_of(file) == ".dcm" or is_dicom(file)}
     found = {file: header for file, header in found.items() if header is not None}
     if not found:
-        raise UnreadableFile(f"{path.name}: cannot be read as DICOM: no image in it")
+        raise UnreadableFile(f"{path.name}: cannot be read as DICOM: no image in it; pictures in sub-folders are listed in a CSV table (data/own.md)")
     for name in ALIKE:
         several = sorted({str(header.get(name)) for header in found.values()})
         if len(several) > 1:
@@ -77,6 +78,15 @@ def series(path: Path) -> tuple[Space, list[Path], tuple[str, ...]]:
     if len(found) < len(files):
         notes += (f"{len(files) - len(found)} files beside the slices passed over",)
     return space, [list(found)[i] for i in order], notes
+
+
+def patient_of(path: Path) -> str:
+    """Whose image a DICOM file is: PatientID, or where that is empty the series."""
+    from pydicom import dcmread
+
+    with reading(path, "DICOM"):
+        header = dcmread(path, stop_before_pixels=True, specific_tags=["PatientID", "SeriesInstanceUID"])
+        return str(header.get("PatientID") or header.get("SeriesInstanceUID") or "")
 
 
 def _order(path: Path, headers: list) -> tuple[np.ndarray, float, bool, tuple[str, ...]]:
@@ -129,7 +139,7 @@ def decode(path: Path):
         header = dcmread(path)
         syntax = header.file_meta.TransferSyntaxUID
         if syntax.is_compressed and not get_decoder(syntax).is_available:
-            raise UnreadableFile(
+            raise LesionKDError(  # not the file's fault: nothing is dropped for it
                 f"{path.name}: compressed as {syntax.name}, and no decoder is here;\n"
                 "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg, or decompress it (gdcmconv --raw)."
             )
@@ -152,7 +162,7 @@ def read_series(path: Path) -> Volume:
             raise UnreadableFile(f"{file.name}: slices differ in type ({pixels.dtype}, {voxels.dtype})")
         voxels[z] = pixels
         with reading(file, "DICOM"):
-            scales[z] = (_values(header, "RescaleSlope") or [1])[0], (_values(header, "RescaleIntercept") or [0])[0]
+            scales[z] = (_values(header, "RescaleSlope") or [1])[0] or 1, (_values(header, "RescaleIntercept") or [0])[0]
             windows.append(_window(header))
     return Volume(voxels, space, scales, tuple(windows), header.PhotometricInterpretation == "MONOCHROME1", notes)
 
@@ -163,7 +173,7 @@ def _window(header) -> tuple[float, float] | None:
     Source: DICOM PS3.3, C.11.2.1.2.
     """
     centre, width = _values(header, "WindowCenter"), _values(header, "WindowWidth")
-    if not (centre and width):
+    if not (centre and width and width[0] >= 1):
         return None
-    half = (max(width[0], 1) - 1) / 2
+    half = (width[0] - 1) / 2
     return centre[0] - 0.5 - half, centre[0] - 0.5 + half

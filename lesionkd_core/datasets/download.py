@@ -65,7 +65,8 @@ def download(
             f"  cite     {release.citation or 'see the page'}\n  page     {release.page}\n  access   {release.access}"
         )
         if not archive and not release.archives:
-            raise DownloadError(f"{name} has no direct download: {release.access}.\nGet it from {release.page} and give the file with --archive (archive=...).")
+            raise DownloadError(f"{name} has no direct download: {release.access}.\nGet it from {release.page};\n"
+                f"give a .zip or .tar with --archive (archive=...), unpack a .rar or .7z yourself into {target}.")
         if not archive and not agree():
             raise DownloadError(f"{name}: terms not accepted, nothing was fetched.")
         kept.mkdir(parents=True, exist_ok=True)
@@ -231,14 +232,12 @@ def _unpack_all(release: Release, files: dict[Path, dict], root: Path, tell: Tel
     target, top = root / release.folder, root / f".{release.name}.unpacking" / release.folder
     shutil.rmtree(top.parent, ignore_errors=True)  # of a killed process
     try:
-        for file, entry in files.items():
+        for file in files:
             tell(f"{file.name}: unpacking")
             try:
                 unpack(file, top, release.holds, target)
             except DamagedArchive as error:
                 raise DownloadError(f"{error}. It is kept as {_aside(file, root, 'damaged')}; start again to fetch it anew, or see {release.page}") from None
-            with lock(root / "downloads" / "checksums", tell):
-                write_json(root / "checksums.json", _read_json(root / "checksums.json") | {f"{release.name}/{file.name}": entry})
         folders = [top, *(path for path in top.rglob("*") if path.is_dir())]
         places = [path for path in folders if release.fits(path)] or [path for path in folders if replace(release, named=False).fits(path)]
         if not places or not release.fits(places[0]) and len(places) > 1:
@@ -246,6 +245,9 @@ def _unpack_all(release: Release, files: dict[Path, dict], root: Path, tell: Tel
                 f"{', '.join(file.name for file in files)}: no folder, or several, with {', '.join(map(repr, release.holds))} in it. Give the\n"
                 f"complete release (--archive takes a folder of archives too), or unpack it by hand into {target}."
             )
+        with lock(root / "downloads" / "checksums", tell):
+            entries = {f"{release.name}/{file.name}": entry for file, entry in files.items()}
+            write_json(root / "checksums.json", _read_json(root / "checksums.json") | entries)
         min(places, key=lambda path: len(path.parts)).replace(target)
     finally:
         shutil.rmtree(top.parent, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ CLASSES_UP_TO = 31
 """A mask whose largest value is at most this holds class numbers; grey masks reach towards 255."""
 LOSSY = frozenset({"JPEG", "MPO", "JPEG2000", "WEBP"})
 """Formats that smear a mask's values, so that small ones say nothing."""
+MOSTLY_GREY = 0.3
+"""Share of pixels of middling grey from which a file is no mask."""
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -56,6 +59,7 @@ class Reading:
     mask: np.ndarray
     notes: tuple[str, ...] = ()
     volume: str = ""  # id of the volume that this is a slice of
+    group: str = ""  # the patient, where the file itself says
 
 
 def suffix_of(path: Path) -> str:
@@ -137,6 +141,8 @@ def _open(path: Path) -> tuple[Image.Image, int, int, bool, tuple[str, ...]]:
     except PermissionError:
         raise UnreadableFile(f"{path.name}: may not be read; check its permissions") from None
     except Exception as error:  # on broken bytes a decoder may raise anything
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EIO, errno.EMFILE, errno.ENFILE):
+            raise LesionKDError(f"{path.name}: the machine failed to read it ({error or 'out of memory'}); start again") from None  # never a dropped case
         unknown = isinstance(error, UnidentifiedImageError)
         why = "the file is empty" * (not path.stat().st_size) if unknown else getattr(error, "strerror", None) or str(error)
         raise UnreadableFile(f"{path.name}: cannot be read as an image" + f" ({why})" * bool(why)) from None
@@ -191,13 +197,14 @@ def _read_mask(path: Path) -> tuple[np.ndarray, tuple[str, ...], int]:
     if pages > 1:
         raise UnreadableFile(f"{path.name}: holds {pages} pages, a mask is one")
     if image.mode.startswith("I") or image.mode == "F":
-        mask, said = _cut_numbers(_finite(image, path))
+        mask, said = cut_numbers(_finite(image, path))
     else:
         mask, said = _cut_grey(image, lossy, path)
     return mask, notes + said, orientation
 
 
-def _cut_numbers(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+def cut_numbers(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Mask of numbers without a scale of their own (16 bits, float, volumes), and notes: classes as they are, else over half of the largest."""
     top = values.max(initial=0)
     if (top <= CLASSES_UP_TO and (values == values.round()).all()) or ((values == 0) | (values == top)).all():
         return values > 0, _class_note(top)
@@ -221,6 +228,8 @@ def _cut_grey(image: Image.Image, lossy: bool, path: Path) -> tuple[np.ndarray, 
         return values > 0, ("colours other than black read as lesion",)
     if (top <= 127 and not lossy) or (coloured and present[0] > 127):
         raise UnreadableFile(f"{path.name}: mask values {present[0]} to {top} are neither class numbers (0 to {CLASSES_UP_TO}) nor bright on black; convert it")
+    if len(present) > 100 and (middle := sum(counts[64:192])) > MOSTLY_GREY * values.size:
+        raise UnreadableFile(f"{path.name}: {middle / values.size:.0%} of the mask's pixels are of middling grey; is it a photograph?")
     return values > 127, _between_note(values.size - counts[0] - counts[255], values.size, 255)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import LesionKDError
 from .files import UnreadableFile
 
 PERCENTILES = (0.5, 99.5)
@@ -81,7 +82,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     """Whatever the libraries make of a damaged file becomes one error that names it."""
     try:
         yield
-    except UnreadableFile:
+    except LesionKDError:
         raise
     except FileNotFoundError:
         raise UnreadableFile(f"{path.name}: file is missing") from None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .dicom import decode, files_in, is_dicom, read_series, series
-from .files import IMAGE_SUFFIXES, Case, Reading, UnreadableFile, by_stem, read_mask, stem_of, suffix_of
+from .dicom import decode, files_in, is_dicom, patient_of, read_series, series
+from .files import IMAGE_SUFFIXES, Case, Reading, UnreadableFile, by_stem, cut_numbers, read_mask, stem_of, suffix_of
 from .nifti import is_nifti, nifti_space, read_nifti, write_nifti
 from .slices import Space, Volume
 
@@ -40,13 +40,13 @@ def read_slices(case: Case, window: str = "") -> Iterator[Reading]:
         raise UnreadableFile(f"{case.image.name}: no mask belongs to this image")
     if case.one_mask and len(case.masks) > 1:
         raise UnreadableFile(f"{case.image.name}: {', '.join(path.name for path in case.masks)} are masks of one name; keep one")
-    mask = _read_masks(case)  # before the image, so that two volumes are never in memory
+    mask, said, group = _read_masks(case)  # before the image, so that two volumes are never in memory
     volume = read_volume(case.image)
-    notes = volume.notes + (f"{len(case.masks)} masks united",) * (len(case.masks) > 1)
+    notes = volume.notes + said + (f"{len(case.masks)} masks united",) * (len(case.masks) > 1)
     several, noted = len(mask) > 1, mask.any((1, 2)).argmax()
     for z, image in enumerate(volume.images(window)):
         said = notes if z == noted else ()
-        yield Reading(f"{case.id}_z{z:03d}" if several else case.id, image, mask[z], said, case.id if several else "")
+        yield Reading(f"{case.id}_z{z:03d}" if several else case.id, image, mask[z], said, case.id if several else "", group)
 
 
 def read_volume(path: Path) -> Volume:
@@ -78,23 +78,24 @@ def write_mask(path: Path, mask: np.ndarray, like: Path) -> None:
     write_nifti(path, mask, space, like if is_nifti(like) else None)
 
 
-def _read_masks(case: Case) -> np.ndarray:
-    """Union of a case's masks, (D, H, W) bool, in the order of its image's slices."""
+def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
+    """Union of a case's masks, (D, H, W) bool, in the order of its image's slices; notes; the patient of a DICOM image."""
+    notes: tuple[str, ...] = ()
     space, files = (nifti_space(case.image), []) if is_nifti(case.image) else series(case.image)[:2]
     union = np.zeros(space.shape, bool)
     for path in case.masks:
         if is_nifti(path):
-            _unite_volume(union, path, space)
+            notes += _unite_volume(union, path, space)
         elif not files:
             raise UnreadableFile(f"{path.name}: the mask of a NIfTI volume must be NIfTI too")
         elif len(files) > 1 and not path.is_dir():
             raise UnreadableFile(f"{path.name}: the mask of a DICOM series is a NIfTI file, or a folder with a mask for every slice")
         else:
             _unite_slices(union, path, [stem_of(file) for file in files])
-    return union
+    return union, notes, patient_of(files[0]) if files else ""
 
 
-def _unite_volume(union: np.ndarray, path: Path, space: Space) -> None:
+def _unite_volume(union: np.ndarray, path: Path, space: Space) -> tuple[str, ...]:
     """Add a NIfTI mask, stored in whatever orientation, that lies where its image lies."""
     from nibabel.orientations import io_orientation
 
@@ -105,8 +106,14 @@ def _unite_volume(union: np.ndarray, path: Path, space: Space) -> None:
     apart = np.linalg.norm((corners @ (mask.space.affine - space.affine).T)[:, :3], axis=1).max()
     if apart > min(space.spacing) / 2:
         raise UnreadableFile(f"{path.name}: mask lies up to {apart:.1f} mm off its image; resample it, or copy the image's affine if it was lost")
+    slices = range(len(union))  # three times slice by slice, so that no second volume is in memory
+    low, top = min(mask.values(z).min() for z in slices), max(mask.values(z).max() for z in slices)
+    if low < 0 or 0 < low < top:
+        raise UnreadableFile(f"{path.name}: mask values run from {low:g} to {top:g}; wants 0 where there is no lesion")
+    soft = any((mask.values(z) % 1).any() for z in slices) and not all(np.isin(mask.values(z), (0, top)).all() for z in slices)
     for z, plane in enumerate(union):
-        plane |= mask.values(z) != 0
+        plane |= mask.values(z) > (top / 2 if soft else 0)
+    return (f"soft mask of values 0 to {top:g}, cut at half",) * soft
 
 
 def _unite_slices(union: np.ndarray, path: Path, stems: list[str]) -> None:
@@ -116,7 +123,7 @@ def _unite_slices(union: np.ndarray, path: Path, stems: list[str]) -> None:
         raise UnreadableFile(f"{path.name}: wants a mask of equal stem for every slice; {alone[0]!r} is alone")
     for plane, stem in zip(union, stems):
         for file in found[stem]:
-            mask = read_mask(file) if suffix_of(file) in IMAGE_SUFFIXES else decode(file)[1] != 0
+            mask = read_mask(file) if suffix_of(file) in IMAGE_SUFFIXES else cut_numbers(decode(file)[1])[0]
             if mask.shape != plane.shape:
                 raise UnreadableFile(f"{file.name}: mask has shape {mask.shape}, its slice {plane.shape}")
             plane |= mask

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .. import store
 from ..config import LesionKDError, PrepareConfig
-from ..datasets import Case, Reading, UnreadableFile, fingerprint, phantom, read
+from ..datasets import CATALOGUE, Case, Reading, UnreadableFile, fingerprint, phantom, read
 from ..datasets.files import is_volume
 from ..edges import edge_label
 from ..progress import Progress
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 PHANTOM_CASES = 1000
-PART = 64  # images decoded between two saves: what a killed preparation loses, and what lies in memory
+PART, VOLUMES = 64, 2  # images or volumes read between two saves: what a killed preparation loses, and what lies in memory
 
 
 class Prepared(store.Result):
@@ -41,7 +41,7 @@ class Prepared(store.Result):
 
     @cached_property
     def cases(self) -> pd.DataFrame:
-        """One row a case: id, group, label, split, volume, lesion_share, contrast, height, width (of the original, px)."""
+        """One row a case: id, group, label, split, volume, lesion_share, contrast (as prepared), height, width (of the original, px)."""
         return store.read_table(self.path / "cases.csv")
 
     @cached_property
@@ -99,6 +99,8 @@ def prepare_data(cfg: PrepareConfig, tell=print) -> Prepared:
     with store.lock(path, tell):
         if not store.is_done(path):
             tell(f"preparing {cfg.dataset} at {cfg.pixels} px")
+            if cfg.dataset in CATALOGUE and len(raw) != (count := CATALOGUE[cfg.dataset].count):
+                tell(f"note: {len(raw)} of the {count} images of the official release are here")
             store.begin(path, cfg, upstream, keep=True)
             parts = _read_all(path / "parts", cfg, raw)
             _assemble(path, cfg, parts, grouped=bool(raw), tell=tell)
@@ -110,11 +112,12 @@ def prepare_data(cfg: PrepareConfig, tell=print) -> Prepared:
 def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
     """Decode and resize every case, in parallel, into one file a part; parts that are there are kept."""
     jobs = _jobs(cfg, raw)
-    size = os.cpu_count() or 1 if raw and any(is_volume(case.image) for case in raw) else PART
+    size = VOLUMES if any(is_volume(case.image) for case in raw) else PART
     paths = [folder / f"{start:07d}.npz" for start in range(0, len(jobs), size)]
     every = max(1, len(paths) // 10)  # ten lines are enough
     progress = Progress(f"reading {Path(cfg.dataset).name}", len(paths) // every) if len(paths) > 10 else None
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and resizing free the interpreter lock
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:  # decoding and resizing free the interpreter lock
         for number, path in enumerate(paths):
             if not _is_whole(path):
                 done = [row for rows in pool.map(lambda job: _prepare_case(job, cfg), jobs[number * size : (number + 1) * size]) for row in rows]
@@ -158,11 +161,13 @@ def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[tuple
 
 
 def _row(reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """What the split goes by, size and likeness, is taken of the original, so that it is the same at every prepared size and look."""
     empty = not mask.any()
+    alike = np.zeros(63, bool) if reading.volume else perceptual_hash(reading.image)  # slices of two bodies look the same
     row = {
-        "id": reading.id, "file": case.image.name, "notes": list(reading.notes), "group": case.group or reading.volume, "label": case.label,
+        "id": reading.id, "file": case.image.name, "notes": list(reading.notes), "group": case.group or reading.group or reading.volume, "label": case.label,
         "official": case.split, "volume": reading.volume, "height": reading.image.shape[0], "width": reading.image.shape[1], "empty": bool(empty),
-        "lesion_share": float(mask.mean()), "contrast": lesion_contrast(image, mask), "hash": np.packbits(perceptual_hash(image)).tobytes().hex(),
+        "lesion_share": float(reading.mask.mean()), "contrast": lesion_contrast(image, mask), "hash": np.packbits(alike).tobytes().hex(),
         "mean": image.mean((0, 1)).tolist(), "square": np.square(image, dtype=np.float32).mean((0, 1), dtype=np.float64).tolist(),
         "problem": "no lesion (normals = drop)" if empty and cfg.normals == "drop" else "",
     }

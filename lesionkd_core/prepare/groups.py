@@ -11,15 +11,17 @@ import pandas as pd
 def near_pairs(hashes: np.ndarray, bits: int) -> Iterator[np.ndarray]:
     """Pairs of images whose hashes (N, 63) differ in at most `bits` bits.
 
-    Yields blocks (M, 3) of row i, row j > i and their distance, in bits; memory grows with N alone.
+    Yields blocks (M, 3) of row i, row j > i and their distance, in bits. A hash without any bit (a flat
+    image, a slice of a volume) is like nothing.
     """
-    signs = hashes.astype(np.float32)
-    for start in range(0, len(signs), 256):
+    rows = np.flatnonzero(hashes.any(1))
+    signs = hashes[rows].astype(np.float32)
+    for start in range(0, len(signs), 256):  # a block of rows, so that memory grows with N alone
         block = signs[start : start + 256]
         apart = block @ (1 - signs.T) + (1 - block) @ signs.T
         i, j = np.nonzero(apart <= bits)
         later = j > i + start
-        yield np.stack([i + start, j, apart[i, j]], 1).astype(int)[later]
+        yield np.stack([rows[i + start], rows[j], apart[i, j]], 1).astype(int)[later]
 
 
 def group_cases(groups: pd.Series, hashes: np.ndarray | None, bits: int) -> list[str]:
@@ -28,16 +30,18 @@ def group_cases(groups: pd.Series, hashes: np.ndarray | None, bits: int) -> list
     `groups` (N,) is empty text where the release does not say; without `hashes` (N, 63) (the phantom
     draws no image twice) only the release's groups count.
     """
+    codes = pd.factorize(groups.where(groups != ""))[0]  # -1: the release does not say
+    first = pd.Series(range(len(groups))).groupby(codes).transform("first").to_numpy()
+    component = np.where(codes >= 0, first, np.arange(len(groups)))
+    for block in near_pairs(hashes, bits) if hashes is not None else ():
+        component = _united(component, block[:, 0], block[:, 1])
+    return [f"g{c:04d}" for c in pd.factorize(component)[0]]
+
+
+def _united(component: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Components (N,) after rows i and j have been joined, pair by pair."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    n = len(groups)
-    codes = pd.factorize(groups.where(groups != ""))[0]  # -1: the release does not say
-    first = pd.Series(range(n)).groupby(codes).transform("first").to_numpy()
-    said = np.flatnonzero(codes >= 0)
-    pairs = [np.stack([said, first[said]], 1)]
-    if hashes is not None:
-        pairs += [block[:, :2] for block in near_pairs(hashes, bits)]
-    i, j = np.concatenate(pairs).T
-    _, component = connected_components(coo_matrix((np.ones(len(i)), (i, j)), shape=(n, n)), directed=False)
-    return [f"g{c:04d}" for c in component]
+    n = len(component)
+    return connected_components(coo_matrix((np.ones(len(i)), (component[i], component[j])), shape=(n, n)), directed=False)[1][component]

@@ -10,6 +10,9 @@ from ..config import PrepareConfig
 RING = 1 / 32
 """Width of the ring that a lesion's contrast is taken against, in image sides."""
 
+FLAT = 1.0
+"""An image whose low frequencies vary less is like nothing."""
+
 
 def prepare_image(image: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
     """Bring an image to the prepared size and look.
@@ -42,10 +45,16 @@ def prepare_image(image: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
 
 
 def prepare_mask(mask: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
-    """(H, W) bool -> (S, S) bool: over half covered; a lesion that would vanish keeps its fullest pixel."""
+    """(H, W) bool -> (S, S) bool: over half covered; every lesion that would vanish keeps its fullest pixel."""
+    from scipy.ndimage import label
+
     share = np.asarray(_resize(Image.fromarray(mask.astype(np.float32)), cfg, Image.Resampling.BOX))
     small = share > 0.5
-    return small if small.any() or not mask.any() else share >= share.max()
+    lesions, count = label(share > 0, np.ones((3, 3)))
+    for lost in set(range(1, count + 1)) - set(lesions[small].tolist()):
+        where = lesions == lost
+        small |= where & (share >= share[where].max())
+    return small
 
 
 def restore(prepared: np.ndarray, height: int, width: int, cfg: PrepareConfig) -> np.ndarray:
@@ -62,20 +71,20 @@ def lesion_contrast(image: np.ndarray, mask: np.ndarray) -> float:
 
     image (S, S, 3) uint8, mask (S, S) bool; the ring is `RING` of the side wide.
     """
-    from scipy.ndimage import maximum_filter
+    from scipy.ndimage import uniform_filter
 
     grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)
-    ring = maximum_filter(mask, 2 * max(2, round(RING * len(mask))) + 1) & ~mask
+    ring = (uniform_filter(mask.astype(np.float32), 2 * max(2, round(RING * len(mask))) + 1) > 1e-4) & ~mask
     return float(grey[mask].mean() - grey[ring].mean()) / 255 if mask.any() and ring.any() else np.nan
 
 
 def perceptual_hash(image: np.ndarray) -> np.ndarray:
-    """(S, S, 3) uint8 -> (63,) bool: signs of the low DCT frequencies of the 32 px grey thumbnail."""
+    """(H, W, 3) uint8 -> (63,) bool: signs of the low DCT frequencies of the 32 px grey thumbnail; all False for a flat image."""
     from scipy.fft import dctn
 
     grey = Image.fromarray(image).convert("L").resize((32, 32), Image.Resampling.BOX)
     low = dctn(np.asarray(grey, dtype=np.float32), norm="ortho")[:8, :8].ravel()[1:]  # [0] is brightness
-    return low > np.median(low)
+    return (low > np.median(low)) & (low.std() > FLAT)
 
 
 def _scale(height: int, width: int, cfg: PrepareConfig) -> tuple[float, float]:

@@ -10,6 +10,8 @@ import pandas as pd
 from ..config import LesionKDError, PrepareConfig
 
 SPLITS = ("train", "val", "test")
+UNITS = 10
+"""Fewest units that a stratum of lesion size is made of; less could not be shared out."""
 
 
 class SplitError(LesionKDError):
@@ -22,7 +24,7 @@ def split_cases(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
     Parameters
     ----------
     cases : DataFrame
-        Columns id, group, official (the release's split or empty text), lesion_share, empty.
+        Columns id, volume, group, official (the release's split or empty text), lesion_share, empty.
     cfg : PrepareConfig
         split, split_file, folds, fold, split_seed, val_fraction, test_fraction, normals.
 
@@ -44,10 +46,15 @@ def split_cases(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
         splits = _official(cases, cfg)
     else:
         splits = _drawn(cases, cfg)
-    if missing := [name for name in SPLITS if name not in set(splits)]:
+    missing = [name for name in SPLITS if name not in set(splits)]
+    if missing and cfg.split_file:
+        raise SplitError(f"{cfg.split_file}: gives no case of {cfg.dataset} to {', '.join(missing)}")
+    if missing:
         units = cases["id" if cfg.split == "random" else "group"].nunique()
         raise SplitError(
-            f"{cfg.dataset}: {units} groups of cases are too few to fill {', '.join(missing)}; near-duplicates and frames of one video count once."
+            f"{cfg.dataset}: {units} groups of cases are too few to fill {', '.join(missing)}; "
+            "near-duplicates, frames of one video and images of one patient count once"
+            + ", and normals = 'test' sends every group with an empty case to test" * (cfg.normals == "test") + "."
         )
     return splits
 
@@ -79,20 +86,23 @@ def allot(units: pd.Series, lesion_share: pd.Series, want: dict[str, float], rng
     """Whole units to the parts of `want` (name -> share), stratified by lesion size and emptiness.
 
     Units are drawn at random within each stratum (no lesion, or a tertile of the unit's mean lesion
-    share) and go where the smallest part of the wanted cases is in place, largest units first.
+    share; fewer strata where there are few units), those twice as large before the others, and go
+    where they fill the smallest part of the wanted cases of the stratum.
     """
     table = lesion_share.groupby(units).agg(["size", "mean"])
     table["order"] = rng.permutation(len(table))
     lesions = table["mean"] > 0
     table["stratum"] = -1
     if lesions.any():
-        table.loc[lesions, "stratum"] = pd.qcut(table.loc[lesions, "mean"].rank(method="first"), min(3, int(lesions.sum())), labels=False)
-    placed = {}
+        table.loc[lesions, "stratum"] = pd.qcut(table.loc[lesions, "mean"].rank(method="first"), max(1, min(3, lesions.sum() // UNITS)), labels=False)
+    table["octave"] = np.log2(table["size"]).astype(int)
+    placed, total = {}, dict.fromkeys(want, 0)
     for _, stratum in table.groupby("stratum"):
         have = dict.fromkeys(want, 0)
-        for unit, row in stratum.sort_values(["size", "order"], ascending=[False, True]).iterrows():
-            part = min(want, key=lambda name: have[name] / want[name])
+        for unit, row in stratum.sort_values(["octave", "order"], ascending=[False, True]).iterrows():
+            part = min(want, key=lambda name: ((have[name] + row["size"]) / want[name], total[name] / want[name]))
             have[part] += row["size"]
+            total[part] += row["size"]
             placed[unit] = part
     return units.map(placed)
 
@@ -113,7 +123,7 @@ def _official(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
         want = {"train": 1 - cfg.val_fraction, "val": cfg.val_fraction}
         splits[train] = allot(cases["group"][train], cases["lesion_share"][train], want, np.random.default_rng(cfg.split_seed))
     if cfg.normals == "test":
-        splits[cases["empty"]] = "test"
+        splits[cases["group"].isin(cases["group"][cases["empty"]])] = "test"
     return splits
 
 
@@ -130,7 +140,8 @@ def _from_file(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
         raise SplitError(f"{path}: split is {', '.join(map(repr, sorted(wrong)))}; wants train, val or test")
     if table["id"].duplicated().any():
         raise SplitError(f"{path}: names {table['id'][table['id'].duplicated()].iloc[0]!r} twice")
-    splits = cases["id"].map(table.set_index("id")["split"]).fillna("")
+    said = table.set_index("id")["split"]
+    splits = cases["id"].map(said).fillna(cases["volume"].map(said)).fillna("")
     if not splits.any():
         raise SplitError(f"{path}: none of its {len(table)} ids is a case of {cfg.dataset}, whose first is {cases['id'].iloc[0]!r}")
     return splits
