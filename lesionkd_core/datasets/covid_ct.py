@@ -5,8 +5,6 @@ from pathlib import Path
 
 from .files import Case, by_stem, pair, sources_in, unpacked
 
-ZENODO, MEDSEG = ("COVID-19-CT-Seg_20cases", "Infection_Mask"), ("rp_im", "rp_msk")
-
 
 def cases(folder: Path, images: str, masks: str) -> list[Case]:
     """`rp_im/1.nii.gz` with `rp_msk/1.nii.gz`; `radiopaedia_29_86490_1` and `_86491_1` are scans of one patient."""

@@ -65,8 +65,10 @@ def download(
             f"  cite     {release.citation or 'see the page'}\n  page     {release.page}\n  access   {release.access}"
         )
         if not archive and not release.archives:
-            raise DownloadError(f"{name} has no direct download: {release.access}.\nGet it from {release.page};\n"
-                f"give a .zip or .tar with --archive (archive=...), unpack a .rar or .7z yourself into {target}.")
+            raise DownloadError(
+                f"{name} has no direct download: {release.access}.\nGet it from {release.page};\n"
+                f"give a .zip or .tar with --archive (archive=...), unpack a .rar or .7z yourself into {target}."
+            )
         if not archive and not agree():
             raise DownloadError(f"{name}: terms not accepted, nothing was fetched.")
         kept.mkdir(parents=True, exist_ok=True)
