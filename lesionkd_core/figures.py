@@ -93,11 +93,16 @@ def show(axis, image: np.ndarray, caption: str = "", **contours: np.ndarray) -> 
 def cases(prepared, rows, columns: int = 6) -> Figure:
     """Prepared images with the contour of their mask, id and split beneath."""
     with style():
-        fig, axes = panels(-(-len(rows) // columns), columns, ratio=1.12)
+        fig, axes = panels(-(-len(rows) // columns), columns, ratio=1.24)
         for axis, row in zip(axes.flat, rows):
             case = prepared.cases.iloc[row]
-            show(axis, prepared.images[row], f"{case['id']} · {case['split']}", truth=prepared.masks[row])
+            show(axis, prepared.images[row], f"{_shortened(case['id'])}\n{case['split']}", truth=prepared.masks[row])
     return fig
+
+
+def _shortened(name: str) -> str:
+    """A caption wider than its picture would shrink all pictures."""
+    return name if len(name) <= 16 else f"…{name[-15:]}"
 
 
 def pairs(prepared, table: pd.DataFrame) -> Figure:
@@ -105,8 +110,8 @@ def pairs(prepared, table: pd.DataFrame) -> Figure:
     with style():
         fig, axes = panels(2, len(table), ratio=1.14)
         for (top, bottom), row in zip(axes.T, table.itertuples()):
-            show(top, prepared.images[row.first], prepared.cases["id"][row.first])
-            show(bottom, prepared.images[row.second], f"{prepared.cases['id'][row.second]}\n{row.bits} bits")
+            show(top, prepared.images[row.first], _shortened(prepared.cases["id"][row.first]))
+            show(bottom, prepared.images[row.second], f"{_shortened(prepared.cases['id'][row.second])}\n{row.bits} bits")
     return fig
 
 
