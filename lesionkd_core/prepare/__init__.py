@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from .. import store
 from ..config import LesionKDError, PrepareConfig
@@ -167,8 +168,8 @@ def _row(reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg:
     row = {
         "id": reading.id, "file": case.image.name, "notes": list(reading.notes), "group": case.group or reading.group or reading.volume, "label": case.label,
         "official": case.split, "volume": reading.volume, "height": reading.image.shape[0], "width": reading.image.shape[1], "empty": bool(empty),
-        "lesion_share": float(reading.mask.mean()), "contrast": lesion_contrast(image, mask), "hash": np.packbits(alike).tobytes().hex(),
-        "mean": image.mean((0, 1)).tolist(), "square": np.square(image, dtype=np.float32).mean((0, 1), dtype=np.float64).tolist(),
+        "lesion_share": np.count_nonzero(reading.mask) / reading.mask.size, "contrast": lesion_contrast(image, mask),
+        "hash": np.packbits(alike).tobytes().hex(), "histogram": Image.fromarray(image).histogram(),
         "problem": "no lesion (normals = drop)" if empty and cfg.normals == "drop" else "",
     }
     kept = slice(0, 0) if row["problem"] else slice(None)
@@ -217,8 +218,9 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool, 
 def _statistics(cases: pd.DataFrame) -> dict[str, list[float]]:
     """Mean and deviation of the channels over the training images (over all where none trains), grey values 0..255."""
     table = cases[cases["split"] == "train"] if (cases["split"] == "train").any() else cases
-    mean, square = (np.array(table[name].tolist()).mean(0) for name in ("mean", "square"))
-    return {"mean": mean.round(4).tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).round(4).tolist()}
+    counts = np.sum(table["histogram"].tolist(), axis=0).reshape(3, 256)  # channels by grey values
+    mean, square = (counts @ np.arange(256.0) ** power / counts.sum(1) for power in (1, 2))
+    return {"mean": mean.round(4).tolist(), "std": np.sqrt(square - mean**2).round(4).tolist()}
 
 
 def _report(rows: pd.DataFrame) -> pd.DataFrame:

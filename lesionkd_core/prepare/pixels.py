@@ -82,7 +82,8 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> (63,) bool: signs of the low DCT frequencies of the 32 px grey thumbnail; all False for a flat image."""
     from scipy.fft import dctn
 
-    grey = Image.fromarray(image).convert("L").resize((32, 32), Image.Resampling.BOX)
+    grey = Image.fromarray(image).convert("L")
+    grey = grey.reduce((max(1, grey.width // 256), max(1, grey.height // 256))).resize((32, 32), Image.Resampling.BOX)  # in two steps: quicker
     low = dctn(np.asarray(grey, dtype=np.float32), norm="ortho")[:8, :8].ravel()[1:]  # [0] is brightness
     return (low > np.median(low)) & (low.std() > FLAT)
 

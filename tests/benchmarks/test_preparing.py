@@ -14,7 +14,7 @@ from lesionkd_core.prepare import prepare_data
 from tests.conftest import ROOT
 
 SIZE = (768, 1024)
-CASES = 160
+CASES = 300
 
 
 def write(folder, cases: int, size: tuple[int, int]):
@@ -50,7 +50,7 @@ def test_preparing_against_decoding(benchmark, folder, tmp_path, monkeypatch, pi
         decoding.append(time.perf_counter() - started)
         monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / str(len(decoding))))  # an empty place: everything is prepared anew
 
-    benchmark.pedantic(lambda: prepare_data(cfg, lambda *_: None), setup=decode_then, rounds=5)
+    benchmark.pedantic(lambda: prepare_data(cfg, lambda *_: None), setup=decode_then, rounds=3)
     ratio = benchmark.stats.stats.median / float(np.median(decoding))
     benchmark.extra_info["preparing / decoding in one process"] = round(ratio, 2)
     print(f"\npreparing {CASES} images of {SIZE} at {pixels} px / decoding them in one process: {ratio:.2f}")
