@@ -108,7 +108,7 @@ def _shortened(name: str) -> str:
 def pairs(prepared, table: pd.DataFrame) -> Figure:
     """Columns are pairs of images (`views.example_pairs`), the distance of their hashes beneath."""
     with style():
-        fig, axes = panels(2, len(table), ratio=1.14)
+        fig, axes = panels(2, max(1, len(table)), ratio=1.14)
         for (top, bottom), row in zip(axes.T, table.itertuples()):
             show(top, prepared.images[row.first], _shortened(prepared.cases["id"][row.first]))
             show(bottom, prepared.images[row.second], f"{_shortened(prepared.cases['id'][row.second])}\n{row.bits} bits")

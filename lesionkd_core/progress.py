@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, name: str, total: int, done: int = 0) -> None:
         self.name, self.total, self.done = name, total, done
         self.bar = None
-        if bar := _live_bar():
+        if bar := live_bar():
             self.bar = bar(total=total, initial=done, desc=name, file=sys.stdout)
         elif done:
             print(f"{name}: goes on after epoch {done}", flush=True)
@@ -40,7 +40,7 @@ class Progress:
             self.bar.close()
 
 
-def _live_bar():
+def live_bar():
     """The bar that fits: Jupyter Server names its sessions in the environment, papermill and nbval do not."""
     if "ipykernel" in sys.modules:
         if "JPY_SESSION_NAME" in os.environ:

@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import os
-import resource
 import signal
 import stat
 import struct
@@ -17,7 +16,6 @@ import time
 import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +28,7 @@ from lesionkd_core.datasets import CATALOGUE, DatasetNotFound, find
 from lesionkd_core.datasets.unpack import DownloadError
 
 from .conftest import ROOT
+from .test_store import full_disk
 
 fetching = importlib.import_module("lesionkd_core.datasets.download")
 download = fetching.download
@@ -398,17 +397,6 @@ def test_a_damaged_lock_file_is_named_and_not_overwritten(kvasir, root):
 # ---- the disk
 
 
-@contextmanager
-def full_disk(room):
-    """The kernel lets no file grow beyond `room` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def free_space(monkeypatch, count):
     unpacking = importlib.import_module("lesionkd_core.datasets.unpack")
     monkeypatch.setattr(unpacking.shutil, "disk_usage", lambda _: namedtuple("Usage", "total used free")(count, 0, count))
@@ -504,8 +492,8 @@ def encrypted():
 
 OUT = "would be written outside"
 HOSTILE = {  # what is wrong: archive, member, words
-    **{f"zip with {name}": (zipped(FILES | {name: b"x"}), name, OUT) for name in ("../evil", "Kvasir-SEG/../../evil", "/tmp/evil", "..\\evil", "C:\\evil")},
-    **{f"tar with {name}": (tarred(FILES | {name: b"x"}), name, OUT) for name in ("../evil", "Kvasir-SEG/../../evil", "/tmp/evil")},
+    **{f"zip with {name}": (zipped(FILES | {name: b"x"}), name, OUT) for name in ("../evil", "Kvasir-SEG/../../evil", "/evil-lkd", "..\\evil", "C:\\evil")},
+    **{f"tar with {name}": (tarred(FILES | {name: b"x"}), name, OUT) for name in ("../evil", "Kvasir-SEG/../../evil", "/evil-lkd")},
     "tar with a link out": (tarred(member(tarfile.SYMTYPE, "../../../evil")), "a.jpg", "link"),
     "tar with a hard link": (tarred(member(tarfile.LNKTYPE, "/etc/passwd")), "a.jpg", "link"),
     "tar with a device": (tarred(member(tarfile.CHRTYPE)), "a.jpg", "device"),
@@ -524,7 +512,7 @@ def test_a_hostile_archive_writes_nothing(tmp_path, root, what):
     refused("hostile", repr(name)[1:-1], word, "Nothing was unpacked", "by hand", archive=tmp_path / "hostile")
     after = [path for path in sorted(tmp_path.rglob("*")) if path not in before and not path.name.endswith(".lock")]
     assert after == [root, root / "downloads", root / "downloads/kvasir-seg"]
-    assert not Path("/tmp/evil").exists()
+    assert not Path("/evil-lkd").exists()
 
 
 def flipped(content):
@@ -659,7 +647,7 @@ def test_a_live_bar_counts_every_byte(server, kvasir, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(fetching, "_live_bar", lambda: Bar)
+    monkeypatch.setattr(fetching, "live_bar", lambda: Bar)
     server.cut = [700_000]
     download("kvasir-seg")
     whole = len(server.files["kvasir-seg.zip"])

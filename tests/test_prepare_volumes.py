@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from lesionkd_core import prepare
+from lesionkd_core import figures, prepare
+from lesionkd_core.external import near_training
 from lesionkd_core.prepare import SPLITS, prepare_data
+from lesionkd_core.views import example_pairs
 
 from .test_datasets import lesion, save
 from .test_dicom import dicom
@@ -34,6 +36,13 @@ def test_slices_of_a_volume_stay_together_and_those_of_two_patients_do_not(tmp_p
     assert len(cases) == 12 * slices and cases["group"].nunique() == cases["volume"].nunique() == 12
     assert (cases.groupby("volume")["split"].nunique() == 1).all() and set(cases["split"]) == set(SPLITS)
     assert cases["id"].iloc[0] == ("p00_z001" if normals == "drop" else "p00_z000")
+
+
+def test_where_nothing_can_be_compared_nothing_is_alike(tmp_path, runs):  # noqa: F811
+    prepared = prepare_data(config(scans(tmp_path / "mine")), quiet)
+    assert near_training(prepared, prepared, bits=4) == 0
+    pairs = example_pairs(prepared, bits=4, count=3)
+    assert len(pairs) == 0 and figures.pairs(prepared, pairs).axes
 
 
 def test_a_killed_preparation_of_volumes_loses_and_repeats_none_on_a_machine_of_other_cores(tmp_path, runs, monkeypatch):  # noqa: F811

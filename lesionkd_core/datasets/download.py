@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from ..config import nearest
-from ..progress import _live_bar
+from ..progress import live_bar
 from ..store import lock, write_json
 from . import DatasetNotFound, data_root, find
 from .catalogue import CATALOGUE, Release
@@ -189,7 +189,7 @@ def _attempt(address: str, partial: Path, tell: Tell) -> None:
             partial.write_bytes(b"")
             write_json(state, now)
         tell(f"{partial.stem}: {f'going on at {size_of(start)}' if start else 'fetching'}")
-        live, step = _live_bar(), now["total"] / 4 or 1e9
+        live, step = live_bar(), now["total"] / 4 or 1e9
         bar = live(desc=partial.stem, total=now["total"] or None, initial=start, unit="B", unit_scale=True, file=sys.stdout) if live else nullcontext()
         with on_disk(partial.parent, partial.stem, now["total"] - start), open(partial, "ab") as file, bar:
             for chunk in response.raw.stream(1 << 18, decode_content=False):

@@ -49,20 +49,10 @@ def spline_weights(pixels: int, knots: int) -> np.ndarray:
 
 
 def field(rng: np.random.Generator, pixels: int, rows: int, columns: int | None = None):
-    """Smooth Gaussian random field with mean 0 and variance 1.
+    """Smooth Gaussian random field (pixels, pixels) float32 with mean 0 and variance 1.
 
-    Parameters
-    ----------
-    rng : generator
-        Gives the spline coefficients; how many does not depend on `pixels`.
-    pixels : int
-        Side of the result.
-    rows, columns : int
-        Spline intervals down and across the image; `columns` defaults to `rows`.
-
-    Returns
-    -------
-    (pixels, pixels) float32
+    `rows` and `columns` (by default as many) are spline intervals down and across the image; how many
+    coefficients `rng` gives does not depend on `pixels`.
     """
     columns = columns or rows
     knots = rng.standard_normal((rows + 3, columns + 3), dtype=np.float32)

@@ -14,6 +14,7 @@ def near_pairs(hashes: np.ndarray, bits: int) -> Iterator[np.ndarray]:
     Yields blocks (M, 3) of row i, row j > i and their distance, in bits. A hash without any bit (a flat
     image, a slice of a volume) is like nothing.
     """
+    yield np.empty((0, 3), int)  # where nothing can be compared, as in volumes
     rows = np.flatnonzero(hashes.any(1))
     signs = hashes[rows].astype(np.float32)
     for start in range(0, len(signs), 256):  # a block of rows, so that memory grows with N alone
