@@ -177,7 +177,7 @@ def per_case_scores(tables: dict[str, pd.DataFrame], metric: str = "dice") -> Fi
             axis.plot(x + spread, values, ".", color=colour, alpha=0.45, markersize=3, zorder=1)
             low, high = bootstrap_mean(values, table["group"].to_numpy())
             mean = np.nanmean(values)
-            axis.errorbar(x, mean, [[mean - low], [high - mean]], fmt=marker, color="black", markerfacecolor=colour, capsize=3, zorder=2)
+            axis.errorbar(x, mean, [[max(mean - low, 0)], [max(high - mean, 0)]], fmt=marker, color="black", markerfacecolor=colour, capsize=3, zorder=2)
         axis.set_xticks(range(len(tables)), [STYLES[name][0] for name in tables])
         axis.set(ylabel=f"{METRIC_LABELS[metric]} per test case", xlim=(-0.6, len(tables) - 0.4))
     return fig
@@ -244,7 +244,7 @@ def ablation(per_case: pd.DataFrame, comparison: pd.DataFrame, metric: str = "di
 
 
 def _interval(axis, y: float, mean: float, low: float, high: float, marker: str, colour: str) -> None:
-    axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt=marker, color="black", markerfacecolor=colour, capsize=2.5)
+    axis.errorbar(mean, y, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], fmt=marker, color="black", markerfacecolor=colour, capsize=2.5)
 
 
 def overview(stack: dict[str, dict[str, np.ndarray]], image: np.ndarray, edge: np.ndarray) -> Figure:

@@ -78,3 +78,9 @@ def test_missed_lesions_stand_beside_every_mean():
     marked[0] = False
     table = tables.scores({"student": summarize(score_masks(marked, lesion).assign(group=["a", "b"]))})
     assert table.loc[0, "missed"] == "1 of 2" and table.loc[0, "Dice"].startswith("0.500")
+
+
+def test_cases_that_all_score_the_same_are_drawn():
+    """Rounding puts the mean of equal numbers beside its own interval."""
+    table = pd.DataFrame({"dice": [0.1 + 0.2] * 12, "group": list("abcdefghijkl")})
+    assert figures.per_case_scores({"student": table}).axes
