@@ -1,17 +1,24 @@
-"""`python -m lesionkd_core run NOTEBOOK -p NAME VALUE`, `... predict RUN IMAGES --out MASKS` and `... download NAME`."""
+"""`python -m lesionkd_core run NOTEBOOK -p NAME VALUE`, `... sweep FILE`, `... results`, `... predict RUN IMAGES --out MASKS`, `... download NAME`."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import os
 import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from .config import ConfigError, LesionKDError, StageConfig, nearest
-from .store import CHECKOUT, runs_root
+from .config import ConfigError, LesionKDError
+from .store import runs_root
+from .sweeps.notebooks import configuration, literal, run_notebook  # noqa: F401 - test_notebooks
+
+TRAINING = {
+    "train-teacher": ("TeacherConfig", "train_teacher", "find or train the teacher"),
+    "distill": ("DistillConfig", "distill", "find or train a student, and what it stands on"),
+    "ablate": ("AblationConfig", "ablate", "find or train every arm and seed, and compare them"),
+}
+"""Commands that torchrun can start in many processes (docs/cluster.md): configuration, function, help."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,9 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lesionkd_core", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute a notebook with papermill and keep it with its results")
-    run._negative_number_matcher = re.compile(r"-\d")  # '-600, 1500' is a value, not an option
     run.add_argument("notebook", help="such as 04_distill")
-    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    _takes_parameters(run)
+    for name, (_, _, text) in TRAINING.items():
+        _takes_parameters(commands.add_parser(name, help=f"{text}, without a notebook"))
     predict = commands.add_parser("predict", help="segment a folder of images with a trained student (step S7)")
     predict.add_argument("run", type=Path, help="folder of a finished run, such as runs/distill/...")
     predict.add_argument("images", type=Path, help="folder of images, NIfTI volumes, folders of DICOM series")
@@ -35,69 +43,86 @@ def main(argv: list[str] | None = None) -> int:
     fetch.add_argument("--mirror", default="", metavar="URL", help="address of a folder with the same files")
     fetch.add_argument("--archive", default="", metavar="FILE", help="an archive on this machine, or a folder of them, instead of a download")
     fetch.add_argument("--to", metavar="FOLDER", help="where data sets lie, instead of LESIONKD_DATA")
+    many = commands.add_parser("sweep", help="execute a notebook many times, as a YAML file says, on this machine or a cluster (docs/sweeps.md)")
+    many.add_argument("file", type=Path)
+    many.add_argument("--scheduler", default="", metavar="ADDRESS", help="a running Dask scheduler, such as tcp://127.0.0.1:8786")
+    many.add_argument("--workers", type=int, default=0, help="runs at a time on this machine's CPU; 0 is as many as fit")
+    many.add_argument("--gpus", type=int, help="runs at a time on this machine's GPUs; by default one each, 0 uses none")
+    table = commands.add_parser("results", help="collect the scores of all finished runs and show their means")
+    table.add_argument("--by", default="dataset, test_dataset, teacher, arm", help="comma-separated parameters that make the rows")
+    table.add_argument("--where", default="", metavar="SQL", help="which rows count, such as \"width = 4 and arm <> 'teacher'\"")
+    table.add_argument("--split", default="test", choices=("test", "val"), help="choose parameters by val alone")
+    table.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
     args = parser.parse_args(argv)
     try:
         if args.command == "run":
             return run_notebook(args.notebook, dict(args.parameter))
+        if args.command in TRAINING:
+            return train(args.command, dict(args.parameter))
+        if args.command in ("sweep", "results"):
+            return run_sweep(args) if args.command == "sweep" else show_results(args)
         return predict_images(args) if args.command == "predict" else download_release(args)
     except LesionKDError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _tell_once(f"{type(error).__name__}: {error}")
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        _tell_once("\nstopped; the same command goes on from here")
         return 130
 
 
-def run_notebook(name: str, given: dict[str, str]) -> int:
-    """Execute a notebook; it is kept as `notebook.ipynb` beside its results, with its error if it fails."""
-    import papermill as pm
+def _takes_parameters(parser: argparse.ArgumentParser) -> None:
+    parser._negative_number_matcher = re.compile(r"-\d")  # '-600, 1500' is a value, not an option
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
 
-    notebooks = {p.stem: p for p in (CHECKOUT / "notebooks").glob("[0-9]*.ipynb")}
-    stem = Path(name).stem
-    if stem not in notebooks:
-        raise ConfigError(f"no notebook {name!r}: {nearest(stem, notebooks)}")
-    parameters = {n: _literal(v) for n, v in given.items()}
-    configuration(notebooks[stem])(**parameters)  # refuses what is wrong before anything starts
-    kept = runs_root() / "notebooks"
-    kept.mkdir(parents=True, exist_ok=True)
-    mark = hashlib.sha256(repr(sorted(parameters.items())).encode()).hexdigest()[:8]
-    target = kept / f"{stem}-{mark}.ipynb"
-    try:
-        executed = pm.execute_notebook(
-            str(notebooks[stem]), str(target), parameters, kernel_name="python3", progress_bar=False, log_output=True, stdout_file=sys.stdout
-        )
-    except pm.PapermillExecutionError as error:
-        print(f"{error.ename}: {error.evalue}\nThe executed notebook with the error is {target}", file=sys.stderr)
-        return 1
-    print(f"executed notebook: {target}")
-    if found := _results(executed):
-        place = runs_root() / found.removeprefix("runs/")
-        (place / "notebook.ipynb").write_bytes(target.read_bytes())
-        print(f"results: {place}")
+
+def _tell_once(message: str) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: one message for all processes
+        from .ranks import first_to_tell
+
+        if not first_to_tell():
+            return
+    print(message, file=sys.stderr, flush=True)
+
+
+def train(command: str, given: dict[str, str]) -> int:
+    """Make a result without a notebook, in one process or in all that torchrun started; a notebook with these parameters finds it."""
+    from . import config
+
+    cfg = getattr(config, TRAINING[command][0])(**{name: literal(value) for name, value in given.items()})
+    from . import ranks, stages  # torch is imported once the parameters are known to be right
+
+    ranks.join(cfg)
+    result = getattr(stages, TRAINING[command][1])(cfg)
+    print(f"{result}\nresults: {result.path}")
+    ranks.leave()
     return 0
 
 
-def configuration(notebook: Path) -> type[StageConfig]:
-    """The configuration class that a notebook checks its parameters with."""
-    from . import config
+def run_sweep(args: argparse.Namespace) -> int:
+    """Run what a sweep file asks for; what failed is listed at the end, and the exit code says that something did."""
+    from .sweeps.cluster import sweep
 
-    return getattr(config, re.search(r"lkd\.(\w+Config)\.from_notebook", notebook.read_text(encoding="utf-8"))[1])
+    table = sweep(args.file, args.scheduler, args.workers, args.gpus, partial(print, flush=True))
+    counts = table["status"].value_counts()
+    print(", ".join(f"{counts[status]} {status}" for status in ("made", "found", "failed", "not started") if status in counts))
+    lost = table[table["status"].isin(["failed", "not started"])]
+    for row in lost.itertuples():
+        kept = f"\n    executed notebook: {runs_root() / row.notebook.removeprefix('runs/')}" if row.status == "failed" else ""
+        print(f"  {row.run}: {row.error}{kept}", file=sys.stderr)
+    return 1 if len(lost) else 0
 
 
-def _literal(value: str) -> Any:
-    """papermill's reading of a value on the command line: 1, 0.5, True, None or text."""
-    from papermill.cli import _resolve_type
+def show_results(args: argparse.Namespace) -> int:
+    """Collect, summarize, print, and write where asked."""
+    from .sweeps.results import collect, summarize_results
 
-    return _resolve_type(value)
-
-
-def _results(executed) -> str:
-    """The path that the last cell prints before DONE."""
-    for output in executed.cells[-1].get("outputs", []):
-        lines = output.get("text", "").split()
-        if "DONE" in lines:
-            return lines[0]
-    return ""
+    collect()
+    table = summarize_results(args.by, args.where, args.split)
+    print(table.to_string(index=False, float_format="%.4g", na_rep=""))
+    if args.out:
+        table.to_csv(args.out, index=False)
+        print(f"written: {args.out}")
+    return 0
 
 
 def predict_images(args: argparse.Namespace) -> int:

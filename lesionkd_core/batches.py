@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import ranks
 from .augment import augment, draw
 from .prepare import Prepared
 
@@ -47,12 +49,11 @@ def load_batch(
 def epoch_batches(
     prepared: Prepared, batch_size: int, seed: int, epoch: int, augmentation: str, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of training batches from `load_batch`, each made while the network learns from the one before."""
+    """One epoch of training batches from `load_batch`, each made while the network learns from the one before; of many ranks, this one's part."""
     rows = prepared.index("train")
     with ThreadPoolExecutor(1) as loader:
-        coming = None
-        for batch in epoch_order(len(rows), batch_size, seed, epoch):
-            ready, coming = coming, loader.submit(load_batch, prepared, rows[batch], seed, epoch, augmentation, device)
-            if ready:
+        order = epoch_order(len(rows), batch_size, seed, epoch)
+        coming = (loader.submit(load_batch, prepared, rows[batch[ranks.part(len(batch))]], seed, epoch, augmentation, device) for batch in order)
+        for batch, (ready, _) in zip(order, pairwise(chain(coming, [None]))):
+            with ranks.batch(len(batch)):
                 yield ready.result()
-        yield coming.result()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LesionKDError, nearest
+from .layers import BatchNorm2d
 
 SMALLEST = 32
 """Smallest side of an image, px: the teacher's deepest map is one pixel there."""
@@ -29,8 +30,8 @@ def _check_size(x: Tensor) -> None:
 def _two_convolutions(inputs: int, outputs: int, bias: bool) -> nn.Sequential:
     """3x3 convolution, BN, ReLU, 3x3 convolution, BN: the last ReLU is left to the caller."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
-        nn.Conv2d(outputs, outputs, 3, padding=1, bias=bias), nn.BatchNorm2d(outputs),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias), BatchNorm2d(outputs), nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=bias), BatchNorm2d(outputs),
     )
 
 
@@ -183,6 +184,16 @@ class ResNet34UNet(nn.Module):
 
 def _upsample_to(x: Tensor, size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def use_statistics(network: nn.Module, statistics: str) -> nn.Module:
+    """Let a frozen network's BatchNorms go by their running statistics ('eval') or by the batch's ('batch'); their buffers never change."""
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and statistics == "batch":
+            module.train()
+            module.track_running_stats = False  # torch then reads and writes no running buffer
+    return network
 
 
 TEACHERS = {"resnet34_unet": ResNet34UNet, "unet64": UNet}

@@ -21,6 +21,11 @@ from typing import Any
 from .config import LesionKDError, StageConfig
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+TEXT = (
+    "id", "case", "group", "split", "label", "volume", "file", "action", "reason", "arm", "other", "dataset", "test_dataset", "teacher", "profile",
+    "run", "hash", "commit",
+)
+"""Columns of tables that stay text, whatever their values look like."""
 
 
 class UnfinishedRun(LesionKDError):
@@ -178,7 +183,7 @@ def read_table(path: Path):
     """Read a CSV of a run; empty text stays text, numbers keep their type."""
     import pandas as pd
 
-    text = dict.fromkeys(("id", "group", "split", "label", "volume", "file", "action", "reason", "arm", "other", "test_dataset"), str)
+    text = dict.fromkeys(TEXT, str)
     numbers = [name for name in pd.read_csv(path, nrows=0).columns if name not in text]
     return pd.read_csv(path, encoding_errors="surrogateescape", dtype=text, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from . import store
+from . import ranks, store
 from .batches import epoch_batches, epoch_order
 from .config import LesionKDError, TeacherConfig
 from .edges import edge_label_batch
@@ -33,9 +34,28 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     try:
-        return Fabric(accelerator=cfg.device, devices=1, precision=cfg.precision)
+        fabric = Fabric(precision=cfg.precision, **ranks.fabric_options(cfg.device))
+        if ranks.size() > 1:
+            fabric.launch()
+        return fabric
     except Exception as error:  # whatever Lightning raises for an absent device
         raise LesionKDError(f"device = {cfg.device!r} cannot be used here: {str(error).splitlines()[0]}; device='auto' takes what there is") from error
+
+
+@dataclass
+class Look:
+    """The frozen teacher's look at a batch (step S1), and what arms in lockstep derive from it once for all."""
+
+    masks: Tensor
+    logits: Tensor
+    maps: dict[str, Tensor]
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+
+    def edge(self, width: int) -> Tensor:
+        """Label_edge of the augmented masks, (N, 1, H, W)."""
+        if ("edge", width) not in self.shared:
+            self.shared["edge", width] = edge_label_batch(self.masks, width)
+        return self.shared["edge", width]
 
 
 class Objective(nn.Module):
@@ -45,14 +65,14 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.terms, self.cfg = network, terms, cfg
 
-    def forward(self, images: Tensor, masks: Tensor, teacher: tuple[Tensor, dict[str, Tensor]] | None) -> dict[str, Tensor]:
-        """Images (N, 3, H, W), masks (N, 1, H, W), the teacher's (logits, maps) -> every term before its weight."""
+    def forward(self, images: Tensor, masks: Tensor, look: Look | None) -> dict[str, Tensor]:
+        """Images (N, 3, H, W), masks (N, 1, H, W), the teacher's look at them -> every term before its weight."""
         logits, maps = self.network.forward_features(images)
-        losses = {"seg": segmentation_loss(logits, masks)}
-        if self.terms:
-            edge = edge_label_batch(masks, self.cfg.edge_width)
-            step = Step(logits, maps, masks, edge, *teacher)
-            losses |= {name: TERMS[name].compute(module, step, self.cfg) for name, module in self.terms.items()}
+        with torch.autocast(images.device.type, enabled=False):  # sums over many pixels lose too much in half precision
+            losses = {"seg": segmentation_loss(logits.float(), masks)}
+            if self.terms:
+                step = Step(logits, maps, masks, look.edge(self.cfg.edge_width), look.logits, look.maps, look.shared)
+                losses |= {name: TERMS[name].compute(module, step, self.cfg) for name, module in self.terms.items()}
         return losses
 
     def weights(self) -> dict[str, float]:
@@ -66,15 +86,15 @@ class Learner:
 
     path: Path
     cfg: TeacherConfig
-    objective: nn.Module  # an Objective, wrapped by Fabric
-    optimizer: Any
+    objective: Objective
+    optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.OneCycleLR
     epochs: int
     best: float = -1.0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def start(cls, fabric: Fabric, path: Path, cfg: TeacherConfig, network: nn.Module, terms: nn.ModuleDict, prepared: Prepared) -> Learner:
@@ -84,14 +104,12 @@ class Learner:
         steps = len(epoch_order(len(prepared.index("train")), cfg.batch_size, seed, 0))
         objective = Objective(network, terms, cfg).to(fabric.device, memory_format=torch.channels_last)
         trained = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=cfg.weight_decay, fused=fabric.device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-        saved = store.read_checkpoint(path / "checkpoint_last") if (path / "checkpoint_last").exists() else None
-        if saved:
+        learner = cls(path, cfg, objective, optimizer, schedule, epochs)
+        if (path / "checkpoint_last").exists():
+            saved = store.read_checkpoint(path / "checkpoint_last")
             objective.load_state_dict(saved["objective"])
-        wrapped, fabric_optimizer = fabric.setup(objective, optimizer)
-        learner = cls(path, cfg, wrapped, fabric_optimizer, schedule, epochs)
-        if saved:
             optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
             learner.best, learner.seconds, learner.history = saved["best"], saved["seconds"], saved["history"]
@@ -100,27 +118,30 @@ class Learner:
     @property
     def network(self) -> nn.Module:
         """The bare network."""
-        return self.objective.module.network
+        return self.objective.network
 
-    def step(self, fabric: Fabric, images: Tensor, masks: Tensor, teacher, measure: bool) -> None:
-        """One update of this network (step S6); `measure` also takes each term's gradient norm."""
-        losses = self.objective(images, masks, teacher)
-        weights = self.objective.module.weights()
+    def step(self, fabric: Fabric, images: Tensor, masks: Tensor, look: Look | None, measure: bool) -> None:
+        """One update of this network (step S6); `measure` also takes each term's gradient."""
+        with fabric.autocast():
+            losses = self.objective(images, masks, look)
+        share = ranks.weight()  # of this process's cases in the batch
+        weighted = {name: weight * share * losses[name] for name, weight in self.objective.weights().items()}
         if measure:
-            self.norms = gradient_norms(self.network, {name: weights[name] * loss for name, loss in losses.items()})
-        total = sum(weights[name] * loss for name, loss in losses.items())
-        fabric.backward(total)
+            self.measured = gradients(self.network, weighted)
+        total = sum(weighted.values())
+        total.backward()
+        ranks.add_gradients(self.optimizer.param_groups[0]["params"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        for name, loss in {"total": total, **losses}.items():  # stays on the device: no wait in the loop
-            self.sums[name] = self.sums.get(name, 0.0) + loss.detach()
+        for name, loss in {"total": total.detach(), **{name: share * loss.detach() for name, loss in losses.items()}}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss  # stays on the device: no wait in the loop
 
     def close_epoch(self, steps: int, val_dice: float) -> dict[str, float]:
         """Write the epoch down: best by validation Dice, then last, then history."""
         row = {"epoch": len(self.history) + 1, "lr": self.schedule.get_last_lr()[0]}
-        row |= {f"loss_{name}": float(value) / steps for name, value in self.sums.items()}
-        row |= {f"grad_{name}": value for name, value in self.norms.items()} | {"val_dice": val_dice}
+        row |= {f"loss_{name}": float(ranks.total(value)) / steps for name, value in self.sums.items()}
+        row |= self.measured | {"val_dice": val_dice}
         self.sums = {}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             raise TrainingDiverged(
@@ -128,22 +149,35 @@ class Learner:
                 "A lower learning rate or weight helps; the last good epoch is kept."
             )
         self.history.append(row)
-        if val_dice > self.best:
-            self.best = val_dice
-            store.write_checkpoint(self.path / "checkpoint_best", {"network": self.network.state_dict(), "epoch": row["epoch"], "val_dice": val_dice})
-        store.write_checkpoint(self.path / "checkpoint_last", {
-            "objective": self.objective.module.state_dict(), "optimizer": self.optimizer.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(), "best": self.best, "seconds": self.seconds, "history": self.history,
-        })
+        better, self.best = val_dice > self.best, max(val_dice, self.best)
+        if ranks.first():
+            self._save(better)
         return row
 
+    def _save(self, better: bool) -> None:
+        row = self.history[-1]
+        if better:
+            best = {"network": self.network.state_dict(), "epoch": row["epoch"], "val_dice": row["val_dice"]}
+            store.write_checkpoint(self.path / "checkpoint_best", best)
+        store.write_checkpoint(self.path / "checkpoint_last", {
+            "objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(), "best": self.best, "seconds": self.seconds, "history": self.history,
+        })
 
-def gradient_norms(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of every weighted term's gradient at the layers that all terms reach (METHOD, Loss weights)."""
+
+def gradients(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, float]:
+    """What every weighted term asks of the layers that all terms reach (METHOD, Loss weights).
+
+    {grad_TERM: norm of its gradient, cos_TERM: cosine with the gradient of L_seg}; of the term alone, in front of the optimizer.
+    """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    gradients = {name: torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for name, loss in weighted.items() if loss.requires_grad}
-    shared = [i for i in range(len(parameters)) if all(g[i] is not None for g in gradients.values())]
-    return {name: float(torch.stack([g[i].norm() for i in shared]).norm()) if shared else 0.0 for name, g in gradients.items()}
+    found = {name: torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for name, loss in weighted.items() if loss.requires_grad}
+    shared = [i for i in range(len(parameters)) if all(g[i] is not None for g in found.values())]
+    if not shared:
+        return {f"grad_{name}": 0.0 for name in found}
+    flat = {name: ranks.total(torch.cat([g[i].flatten() for i in shared])) for name, g in found.items()}
+    norms = {f"grad_{name}": float(g.norm()) for name, g in flat.items()}
+    return norms | {f"cos_{name}": float(nn.functional.cosine_similarity(g, flat["seg"], dim=0)) for name, g in flat.items() if name != "seg"}
 
 
 def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: nn.Module | None, name: str) -> None:
@@ -159,9 +193,9 @@ def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: 
         for learner in learners:
             learner.objective.train()
         for images, masks in epoch_batches(prepared, cfg.batch_size, seed, epoch, cfg.augment, fabric.device):
-            features = _look(fabric, teacher, images) if teacher is not None else None  # Feats_T, step S1
+            look = _look(fabric, teacher, images, masks) if teacher is not None else None  # Feats_T, step S1
             for learner in learners:
-                learner.step(fabric, images, masks, features, measure=steps == 0)
+                learner.step(fabric, images, masks, look, measure=steps == 0)
             steps += 1
         rows = []
         for learner in learners:
@@ -171,21 +205,28 @@ def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: 
     progress.close()
 
 
-def _look(fabric: Fabric, teacher: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _look(fabric: Fabric, teacher: nn.Module, images: Tensor, masks: Tensor) -> Look:
     with torch.no_grad(), fabric.autocast():
-        return teacher.forward_features(images)
+        return Look(masks, *teacher.forward_features(images))
 
 
 def validation_dice(network: nn.Module, prepared: Prepared) -> float:
     """Mean Dice over validation cases at threshold 0.5; both empty count 1."""
     rows = prepared.index("val")
+    rows = rows[ranks.part(len(rows))]
     predicted, truth = probabilities(network, prepared.images[rows]) > THRESHOLD, prepared.masks[rows] > 0
     hit, size = (predicted & truth).sum((1, 2)), predicted.sum((1, 2)) + truth.sum((1, 2))
-    return float(np.where(size, 2 * hit / np.maximum(size, 1), 1.0).mean())
+    return float(np.concatenate(ranks.collect(np.where(size, 2 * hit / np.maximum(size, 1), 1.0))).mean())
 
 
 def score_and_finish(learner: Learner, prepared: Prepared) -> None:
-    """Score `checkpoint_best` on validation and test cases and declare the run complete."""
+    """Score `checkpoint_best` on validation and test cases and declare the run complete; of many ranks, the first."""
+    if ranks.first():
+        _score(learner, prepared)
+    ranks.agree()
+
+
+def _score(learner: Learner, prepared: Prepared) -> None:
     import pandas as pd
 
     best = store.read_checkpoint(learner.path / "checkpoint_best")

@@ -84,7 +84,7 @@ def test_the_ablation_carries_every_test_data_set_through(folders):
     fields = {n: v for n, v in TINY.items() if n != "terms"} | {"dataset": str(folders[0]), "test_dataset": str(folders[1])}
     ablation = ablate(AblationConfig(**fields, arms="alone, method", seeds=1), silent)
     assert ablation.per_case.groupby("test_dataset")["id"].nunique()["theirs"] == 12
-    assert ablation.table[["test_dataset", "arm"]].values.tolist() == [["mine", "alone"], ["mine", "method"], ["theirs", "alone"], ["theirs", "method"]]
+    assert ablation.table[["test_dataset", "arm"]].values.tolist() == [[name, arm] for name in ("mine", "theirs") for arm in ("alone", "method", "teacher")]
     means = ablation.per_case.groupby(["test_dataset", "arm"])["dice"].mean()
     assert ablation.table.set_index(["test_dataset", "arm"])["dice"].to_dict() == pytest.approx(means.to_dict(), abs=1e-6)
     assert ablation.comparison["test_dataset"].tolist() == ["mine", "theirs"]

@@ -90,7 +90,7 @@ def test_anchor_is_the_mean_key_of_the_cells_edge_pixels():
     graph = EdgeGraph(1, states=1, grid=2)
     x = torch.arange(16.0).view(1, 1, 4, 4)
     keys = graph.theta(x)[0, 0]
-    anchors = graph._anchors(graph.theta(x), EDGE)[0, 0]
+    anchors = graph.anchors_of(graph.theta(x), graph.cells(EDGE))[0, 0]
     torch.testing.assert_close(anchors[0], (keys[0, 0] + keys[0, 1]) / 2)
     torch.testing.assert_close(anchors[3], keys[3, 3])
 
@@ -110,7 +110,7 @@ def test_projection_is_a_softmax_of_anchor_times_key():
     graph = EdgeGraph(2, states=2, grid=2)
     x = torch.rand(1, 2, 4, 4)
     keys = graph.theta(x).detach()
-    anchors, keys = graph._anchors(keys, EDGE)[0], keys[0].flatten(1)
+    anchors, keys = graph.anchors_of(keys, graph.cells(EDGE))[0], keys[0].flatten(1)
     scores = [math.exp(float(anchors[:, k] @ keys[:, 5])) for k in (0, 3)]
     projection = graph.project(x, EDGE)[1][0, :, 5]
     assert projection[0].item() == pytest.approx(scores[0] / sum(scores), rel=1e-5)

@@ -113,7 +113,7 @@ def test_eagr_module(name, normalize):
     case = oracle(f"eagr.{name}")
     graph = graph_with(case, normalize=normalize)
     x, edge = tensor(case["x"]).requires_grad_(), tensor(case["edge_prob_channel1"])
-    anchors = graph._anchors(graph.theta(x), edge)
+    anchors = graph.anchors_of(graph.theta(x), graph.cells(edge))
     states, projection = graph.project(x, edge)
     nodes = graph.build_graph(states, projection)
     reasoned = graph.reason(nodes).relu()

@@ -23,12 +23,20 @@ CHANGED = {  # every other parameter, with a value that is not the smoke profile
     "states": 8, "anchors": "masked_cosine", "normalize": "size", "graph_epochs": 4, "graph_lr": 0.02,
     "terms": (), "seed": 1, "width": 8, "epochs": 3, "lr": 0.001, "w_seg": 2.0, "w_feat": 2.0, "w_edge": 1.0,
     "feature_levels": ("decoder.stride8",), "level_weights": "area", "shuffle_edges": True,
+    "encoder_weights": __file__, "teacher_checkpoint": __file__, "graph": "joint", "teacher_bn": "batch", "margin": "empirical",
+    "w_kd": 2.0, "kd_temperature": 2.0, "w_fitnets": 2.0, "fitnets_levels": ("decoder.stride8",), "w_at": 2.0, "at_levels": ("decoder.stride8",),
+    "w_cwd": 2.0, "cwd_temperature": 2.0, "w_dist": 2.0, "dist_temperature": 2.0,
     "arms": ("alone", "method"), "seeds": (0, 1),
 }
 BY_ARMS = {"seed", "terms", "shuffle_edges"}  # the arms of an ablation decide these
-OF_FEAT = {"w_feat", "feature_levels", "level_weights"}
-OF_EDGE = {"w_edge", "shuffle_edges", "edge_width", "edge_level", "grid", "grid_frame", "states", "anchors", "normalize", "graph_epochs", "graph_lr"}
-OF_TEACHER = {"teacher", "teacher_seed", "teacher_epochs", "teacher_lr"}
+OF_FEAT = {"w_feat", "feature_levels", "level_weights", "margin"}
+OF_EDGE = {
+    "w_edge", "shuffle_edges", "edge_width", "edge_level", "grid", "grid_frame", "states", "anchors", "normalize", "graph", "graph_epochs", "graph_lr",
+}
+OF_RIVALS = {
+    "w_kd", "kd_temperature", "w_fitnets", "fitnets_levels", "w_at", "at_levels", "w_cwd", "cwd_temperature", "w_dist", "dist_temperature",
+}
+OF_TEACHER = {"teacher", "teacher_seed", "teacher_epochs", "teacher_lr", "teacher_bn", "teacher_checkpoint", "encoder_weights"}
 OF_SCORES = {"test_dataset"}  # counts where scores are collected, not where a network is trained
 
 
@@ -87,7 +95,7 @@ def test_a_split_file_counts_by_content_wherever_it_lies(tmp_path):
     ids=["method", "feat", "edge", "alone"],
 )
 def test_parameters_of_absent_terms_do_not_count(terms, idle):
-    assert that_count(DistillConfig(terms=terms)) == set(DistillConfig.model_fields) - set(NOWHERE) - idle - OF_SCORES - {"fold"}
+    assert that_count(DistillConfig(terms=terms)) == set(DistillConfig.model_fields) - set(NOWHERE) - idle - OF_RIVALS - OF_SCORES - {"fold"}
 
 
 def test_the_order_of_terms_does_not_count():
@@ -108,7 +116,7 @@ def test_a_value_given_by_name_goes_before_the_profile():
 
 @pytest.mark.parametrize("stage", [PrepareConfig, EdgeConfig, TeacherConfig, GraphConfig, DistillConfig])
 def test_upstream_hands_on_exactly_what_concerns_the_stage(stage):
-    values = {**CHANGED, "profile": "cpu", "dataset": "busi", "terms": ("edge",), "folds": 0}
+    values = {**CHANGED, "profile": "cpu", "dataset": "busi", "terms": ("edge",), "folds": 0, "encoder_weights": ""}
     handed = DistillConfig(**{name: value for name, value in values.items() if name in DistillConfig.model_fields}).upstream(stage)
     assert handed == stage(**{name: value for name, value in values.items() if name in stage.model_fields})
     assert handed.upstream(stage) == handed
@@ -118,6 +126,7 @@ def test_arms_differ_in_terms_alone():
     cfg = AblationConfig(seeds="4, 7", width=8)
     both = ("feat", "edge")
     expected = {"alone": ((), False), "feat": (("feat",), False), "edge": (("edge",), False), "method": (both, False), "shuffled": (both, True)}
+    expected |= {rival: ((rival,), False) for rival in ("kd", "cwd", "dist")}
     for name in cfg.arms:
         arm = cfg.arm(name, 7)
         assert (arm.terms, arm.shuffle_edges, arm.seed, arm.width) == (*expected[name], 7, 8)

@@ -10,7 +10,7 @@ from lesionkd_core.config import AblationConfig, DistillConfig, LesionKDError
 from lesionkd_core.inference import build, load_network, load_student, predict
 from lesionkd_core.prepare import prepare_data
 from lesionkd_core.stages import ablate, distill, distill_arms, fit_graph, train_teacher
-from lesionkd_core.training import TrainingDiverged, gradient_norms
+from lesionkd_core.training import TrainingDiverged, gradients
 
 TINY = {"dataset": "phantom-ct", "pixels": 32, "cases": 40, "batch_size": 6, "teacher_epochs": 2, "graph_epochs": 1, "epochs": 2, "threads": 1, "device": "cpu"}
 
@@ -115,7 +115,7 @@ def test_the_teacher_never_changes():
 def test_ablation_pairs_the_arms_and_adds_one_later():
     cfg = AblationConfig(**TINY, arms="alone, method", seeds="2, 3")
     small = ablate(cfg, silent)
-    assert set(small.per_case.groupby(["arm", "seed"]).size().index) == {(a, s) for a in ("alone", "method") for s in (2, 3)}
+    assert set(small.per_case.groupby(["arm", "seed"]).size().index) == {(a, s) for a in ("alone", "method") for s in (2, 3)} | {("teacher", 0)}
     before = {run.path: (run.path / "DONE").stat().st_mtime_ns for run in small.runs.values()}
     large = ablate(AblationConfig(**TINY, arms="alone, method, feat", seeds="2, 3"), silent)
     assert large.path != small.path and large.comparison["other"].tolist() == ["alone", "feat"]
@@ -146,14 +146,17 @@ def test_the_fitted_graph_knows_the_spread_of_the_teachers_h():
     assert not any("head" in name for name in store.read_checkpoint(graph.path / "checkpoint_best")["graph"])
 
 
-def test_gradient_norms_are_taken_where_all_terms_reach():
+def test_gradients_are_taken_where_all_terms_reach():
     shared, own = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False)
     network = torch.nn.Sequential(shared, own)
     x = torch.ones(1, 2)
     hidden = shared(x)
-    norms = gradient_norms(network, {"a": hidden.sum() * 3, "b": own(hidden).sum()})
-    assert norms["a"] == pytest.approx(3 * 2.0)  # d/dW of 3 sum(W x), x = (1, 1): four entries of 3
-    assert norms["b"] == pytest.approx((2 * own.weight.detach().square().sum().item()) ** 0.5, rel=1e-5)
+    found = gradients(network, {"a": hidden.sum() * 3, "seg": own(hidden).sum()})
+    assert found["grad_a"] == pytest.approx(3 * 2.0)  # d/dW of 3 sum(W x), x = (1, 1): four entries of 3
+    first, second = own.weight.detach().flatten().tolist()
+    assert found["grad_seg"] == pytest.approx((2 * (first**2 + second**2)) ** 0.5, rel=1e-5)
+    cosine = (first + second) / (2 * (first**2 + second**2)) ** 0.5  # (3, 3, 3, 3) against (first, first, second, second)
+    assert found["cos_a"] == pytest.approx(cosine, rel=1e-5)
 
 
 @pytest.mark.fault
@@ -225,7 +228,7 @@ def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss():
 
 def test_one_arm_alone_is_an_ablation_without_a_comparison():
     ablation = ablate(AblationConfig(**TINY, arms="method", seeds="2"), silent)
-    assert len(ablation.comparison) == 0 and ablation.table["arm"].tolist() == ["method"]
+    assert len(ablation.comparison) == 0 and ablation.table["arm"].tolist() == ["method", "teacher"]
 
 
 def test_another_profile_with_the_same_fields_finds_the_result():

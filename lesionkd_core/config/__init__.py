@@ -118,7 +118,17 @@ class TeacherConfig(PrepareConfig):
         "full", description="training cases: as they are; flipped and turned; or also warped, recoloured, noisy, blurred"
     )
     precision: Literal["32-true", "bf16-mixed"] = Field("32-true", description="Lightning Fabric's name of the arithmetic")
+    encoder_weights: str = Field("", description="file of torchvision's resnet34 (ImageNet) for the teacher's encoder; empty starts at random")
+    teacher_checkpoint: str = Field("", description="weights of your own trained teacher, a state dict of the network named by teacher; used as it is")
     test_dataset: Names = Field((), description="further data sets, comma-separated: all of each is scored with the trained network")
+
+    @model_validator(mode="after")
+    def _weights_of_the_teacher(self) -> Self:
+        if self.encoder_weights and self.teacher != "resnet34_unet":
+            raise ValueError(f"encoder_weights are for teacher = 'resnet34_unet'; {self.teacher!r} has no such encoder")
+        if self.encoder_weights and self.teacher_checkpoint:
+            raise ValueError("encoder_weights and teacher_checkpoint: a trained teacher brings its own encoder; give one of the two")
+        return self
 
     @model_validator(mode="after")
     def _tested_elsewhere(self) -> Self:
@@ -132,8 +142,9 @@ class TeacherConfig(PrepareConfig):
         return self
 
     def hashed(self) -> dict[str, Any]:
-        """What is tested on does not change what is trained."""
-        return {name: value for name, value in super().hashed().items() if name != "test_dataset"}
+        """What is tested on does not change what is trained; weight files count with their content, and not at all where there are none."""
+        files = {name: content_of(getattr(self, name)) for name in ("encoder_weights", "teacher_checkpoint") if getattr(self, name)}
+        return {name: value for name, value in super().hashed().items() if name not in ("test_dataset", "encoder_weights", "teacher_checkpoint")} | files
 
 
 class GraphConfig(TeacherConfig, EdgeConfig):
@@ -143,6 +154,10 @@ class GraphConfig(TeacherConfig, EdgeConfig):
     states: int = Field(16, ge=1, le=256, description="state channels s of the graph")
     anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field("masked_mean", description="how a node's anchor is made from edge pixels")
     normalize: Literal["mass", "none", "size"] = Field("mass", description="nodes divided by their mass, not at all, or by H x W (EAGR)")
+    graph: Literal["frozen", "joint", "relation"] = Field(
+        "frozen", description="fitted on the teacher and frozen; learned along with the student; or no graph, cosines between the cells' means"
+    )
+    teacher_bn: Literal["eval", "batch"] = Field("eval", description="statistics of the frozen teacher's BatchNorms: running, or of the batch as in overhaul")
     graph_epochs: int = Field(3, ge=1, description="passes over the training cases, fitting the graph on the teacher")
     graph_lr: float = Field(1e-2, gt=0, description="Adam's learning rate, fitting the graph")
 
@@ -150,12 +165,19 @@ class GraphConfig(TeacherConfig, EdgeConfig):
     def _eagr_has_its_own_grid(self) -> Self:
         if self.anchors == "eagr" and self.grid_frame == "lesion":
             raise ValueError("anchors = 'eagr' pools over the image, so grid_frame must be 'image'")
+        if self.anchors != "masked_mean" and self.graph == "relation":
+            raise ValueError(f"anchors = {self.anchors!r}: graph = 'relation' has masked means only")
         return self
 
 
 TERM_FIELDS = {
-    "feat": ("w_feat", "feature_levels", "level_weights"),
-    "edge": ("w_edge", "shuffle_edges", *(n for n in GraphConfig.model_fields if n not in TeacherConfig.model_fields)),
+    "feat": ("w_feat", "feature_levels", "level_weights", "margin"),
+    "edge": ("w_edge", "shuffle_edges", *(n for n in GraphConfig.model_fields if n not in TeacherConfig.model_fields and n != "teacher_bn")),
+    "kd": ("w_kd", "kd_temperature"),
+    "fitnets": ("w_fitnets", "fitnets_levels"),
+    "at": ("w_at", "at_levels"),
+    "cwd": ("w_cwd", "cwd_temperature"),
+    "dist": ("w_dist", "dist_temperature"),
 }
 """Fields that matter only where their loss term is in `terms`."""
 
@@ -164,8 +186,9 @@ class DistillConfig(GraphConfig):
     """Frozen teacher and graph -> trained student (stage `distill`, steps S2 to S6)."""
 
     stage = "distill"
+    version = 2
     seed_field = "seed"
-    terms: Names = Field(("feat", "edge"), description="loss terms beside BCE, comma-separated: feat, edge; empty trains the student alone")
+    terms: Names = Field(("feat", "edge"), description="losses beside BCE, comma-separated: feat, edge; rivals kd, fitnets, at, cwd, dist; empty trains alone")
     seed: Seed = Field(0, description="seed of the student's initialization and batch order")
     width: int = Field(4, ge=1, le=64, description="channels of the student's first block; 4 is the paper's")
     epochs: int = Field(10, ge=1, description="passes over the training cases, student")
@@ -178,7 +201,19 @@ class DistillConfig(GraphConfig):
         description="Feats lists: 'a' is both networks' map a, 'a:b' the student's a, the teacher's b",
     )
     level_weights: Literal["mean", "area", "halving"] = Field("mean", description="how L_feat sums over levels; halving is the original")
+    margin: Literal["bn", "empirical"] = Field("bn", description="margin ReLU: from the teacher's BatchNorm, or the mean negative response in training")
     shuffle_edges: bool = Field(False, description="control: every case gets the edge label of another case")
+
+    w_kd: Weight = Field(1.0, description="weight of logit distillation (Hinton et al. 2015)")
+    kd_temperature: float = Field(4.0, ge=1, le=100, description="temperature of logit distillation; 2.5 to 4 for small students (Hinton et al. 2015)")
+    w_fitnets: Weight = Field(1.0, description="weight of the hint (FitNets, Romero et al. 2015)")
+    fitnets_levels: Levels = Field(("encoder.stride16",), description="maps that give the hint, as in feature_levels")
+    w_at: Weight = Field(1000.0, description="weight of attention transfer; 1000 in the authors' code (Zagoruyko & Komodakis 2017)")
+    at_levels: Levels = Field(("encoder.stride4", "encoder.stride8", "encoder.stride16"), description="maps whose attention is copied, as in feature_levels")
+    w_cwd: Weight = Field(3.0, description="weight of channel-wise distillation of the logits; 3 in the authors' code (CWD, Shu et al. 2021)")
+    cwd_temperature: float = Field(4.0, gt=0, le=100, description="temperature of the distribution over pixels; 4 in the authors' code (CWD)")
+    w_dist: Weight = Field(1.0, description="weight of the intra-class relation; 1 in the authors' segmentation code (DIST, Huang et al. 2022)")
+    dist_temperature: float = Field(1.0, gt=0, le=100, description="temperature of the probabilities; 1 in the authors' segmentation code (DIST)")
 
     @model_validator(mode="after")
     def _known_terms(self) -> Self:
@@ -191,7 +226,7 @@ class DistillConfig(GraphConfig):
         """Fields of absent terms do not count, so arms of other weights share the student alone."""
         absent = {name for term, names in TERM_FIELDS.items() if term not in self.terms for name in names}
         if not self.terms:  # no teacher looks on either
-            absent |= {n for n in TeacherConfig.model_fields if n.startswith("teacher")}
+            absent |= {n for n in GraphConfig.model_fields if n.startswith("teacher")} | {"encoder_weights"}
         return {name: value for name, value in super().hashed().items() if name not in absent} | {"terms": sorted(self.terms)}
 
 
@@ -201,15 +236,24 @@ ARMS: dict[str, dict[str, Any]] = {
     "edge": {"terms": ("edge",), "shuffle_edges": False},
     "method": {"terms": ("feat", "edge"), "shuffle_edges": False},
     "shuffled": {"terms": ("feat", "edge"), "shuffle_edges": True},
+    "kd": {"terms": ("kd",), "shuffle_edges": False},
+    "fitnets": {"terms": ("fitnets",), "shuffle_edges": False},
+    "at": {"terms": ("at",), "shuffle_edges": False},
+    "cwd": {"terms": ("cwd",), "shuffle_edges": False},
+    "dist": {"terms": ("dist",), "shuffle_edges": False},
+    "method_kd": {"terms": ("feat", "edge", "kd"), "shuffle_edges": False},
 }
-"""Arms of the ablation, in the order of METHOD.md: what each sets in `DistillConfig`."""
+"""Arms of the ablation, in the order of METHOD.md: what each sets in `DistillConfig`; `method_kd` is the sum with the best-known rival."""
+STUDY_ARMS = ("alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist")
+"""Arms that are trained where none are named."""
 
 
 class AblationConfig(DistillConfig):
     """Every arm and seed, scored on the same cases (stage `ablation`)."""
 
     stage = "ablation"
-    arms: Names = Field(tuple(ARMS), min_length=1, description=f"arms, comma-separated: {', '.join(ARMS)}")
+    version = 2
+    arms: Names = Field(STUDY_ARMS, min_length=1, description="arms, comma-separated; fitnets, at and method_kd are there too")
     seeds: Seeds = Field((0,), description="an integer n means seeds 0 to n - 1; a string lists them")
 
     @model_validator(mode="before")
@@ -220,8 +264,8 @@ class AblationConfig(DistillConfig):
         return values
 
     def hashed(self) -> dict[str, Any]:
-        """Everything but what the arms decide."""
-        return {name: value for name, value in PrepareConfig.hashed(self).items() if name not in ("seed", "terms", "shuffle_edges")}
+        """Everything but what the arms decide, and the data sets that are scored."""
+        return {n: v for n, v in TeacherConfig.hashed(self).items() if n not in ("seed", "terms", "shuffle_edges")} | {"test_dataset": list(self.test_dataset)}
 
     @model_validator(mode="after")
     def _known_arms(self) -> Self:

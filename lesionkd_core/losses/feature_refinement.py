@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ranks
 from ..config import LesionKDError
 from ..networks import match_levels, stride_of
 
@@ -82,19 +85,80 @@ def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     Source: Heo et al. 2019, "partial L2"; METHOD, L_feat.
     """
     require_same_size(student, teacher)
+    return _PartialL2.apply(student, *refinement_target(teacher, margin))
+
+
+def refinement_target(teacher: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
+    """T' (N, C, H, W) and the least that S - T' counts as: 0 where T' <= 0, any value elsewhere. No gradient."""
     target = margin_relu(teacher.detach(), margin)
-    counts = (student > target) | (target > 0)
-    return ((student - target).square() * counts).sum()
+    return target, torch.where(target > 0, -torch.inf, 0.0)
 
 
-def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:
+class _PartialL2(torch.autograd.Function):
+    """D = sum max(S - T', floor)^2, the same as `partial_l2`; where the floor decides it is 0, and so is its gradient 2 max(...)."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, target: Tensor, floor: Tensor) -> Tensor:
+        counted = (student - target).clamp_min_(floor)
+        ctx.save_for_backward(counted)
+        return torch.linalg.vector_norm(counted).square()  # one pass
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (counted,) = ctx.saved_tensors
+        return counted * (2 * grad), None, None
+
+
+class Connector(nn.Sequential):
     """1x1 convolution without bias and BN: brings a student map to the teacher's channels.
 
-    Trains along with the student and is thrown away afterwards (step S6). Source: Heo et al. 2019.
+    Trains along with the student and is thrown away afterwards (step S6). In training both are one
+    matrix product: the statistics of W s follow from mean and covariance of the few channels of s.
+
+    Source: Heo et al. 2019.
     """
-    layers = nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
-    nn.init.normal_(layers[0].weight, 0.0, math.sqrt(2.0 / teacher_channels))
-    return layers
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
+        nn.init.normal_(self[0].weight, 0.0, math.sqrt(2.0 / teacher_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_s, H, W) -> (N, C_t, H, W), gamma (W s - mean) / deviation + beta."""
+        if not self.training:
+            return super().forward(x)
+        weight, norm = self[0].weight.flatten(1), self[1]
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # (N H W, C_s)
+        count = x[0, 0].numel() * (ranks.spread() or len(x))
+        mean = ranks.mean(rows.mean(0))
+        centred = rows - mean
+        variance = (weight @ ranks.mean(centred.T @ centred / len(rows)) * weight).sum(1).clamp_min(0)
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(weight @ mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        out = torch.addmm(norm.bias, centred, (scale[:, None] * weight).T)
+        return out.unflatten(0, (len(x), *x.shape[-2:])).permute(0, 3, 1, 2)
+
+
+def empirical_margins(maps: Iterable[dict[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
+    """Mean of each channel's negative responses over many batches of teacher maps, {name: (C,)}; 0 where there are none.
+
+    On a residual sum this sees the identity branch too, which `bn_margin` ignores. Source: METHOD, L_feat.
+    """
+    sums: dict[str, Tensor] = {}
+    for batch in maps:
+        for name in names:
+            negative = batch[name].float().clamp_max(0)
+            found = torch.stack([negative.sum((0, 2, 3)), (negative < 0).sum((0, 2, 3))]).double().cpu()
+            sums[name] = sums.get(name, 0) + found
+    return {name: (total / count.clamp_min(1)).float() for name, (total, count) in sums.items()}
+
+
+def anew(_, make: Callable[[], Any]) -> Any:
+    """`once` of a single network: nothing is shared."""
+    return make()
 
 
 class FeatureRefinement(nn.Module):
@@ -109,28 +173,35 @@ class FeatureRefinement(nn.Module):
     level_weights : 'mean', 'area' or 'halving'
         mean: sum_i D_i / (N C_i H_i W_i); area: D_i / N over the level's area relative to the
         deepest level's; halving, the original: sum_i D_i 2^-(levels - 1 - i) / (1000 N), i = 0 shallowest.
+    margins : {teacher map: (C,)}, optional
+        From `empirical_margins`; those of the BatchNorms where not given.
 
     Source: METHOD, L_feat.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, levels: tuple[str, ...], level_weights: str = "mean") -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, levels: tuple[str, ...], level_weights: str = "mean",
+        margins: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         pairs = match_levels(student, teacher, levels)
         self.pairs = sorted(pairs, key=lambda pair: stride_of(pair[0]))  # shallowest first
         self.level_weights = level_weights
+        self.kind = "empirical" if margins else "bn"
         norms, teacher_norms = student.feature_norms(), teacher.feature_norms()
-        self.connectors = nn.ModuleList(connector(norms[s].num_features, teacher_norms[t].num_features) for s, t in self.pairs)
+        self.connectors = nn.ModuleList(Connector(norms[s].num_features, teacher_norms[t].num_features) for s, t in self.pairs)
         for i, (_, name) in enumerate(self.pairs):
-            self.register_buffer(f"margin{i}", bn_margin(teacher_norms[name]))
+            self.register_buffer(f"margin{i}", margins[name] if margins else bn_margin(teacher_norms[name]))
 
-    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor]) -> Tensor:
-        """Maps by name, (N, C_i, H_i, W_i) each -> L_feat, ()."""
+    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], once: Callable = anew) -> Tensor:
+        """Maps by name, (N, C_i, H_i, W_i) each -> L_feat, (); `once` is `Step.once`, which spares arms in lockstep work."""
         total = 0.0
         deepest = teacher_maps[self.pairs[-1][1]]
         for i, (name_s, name_t) in enumerate(self.pairs):
-            teacher = teacher_maps[name_t]
-            distance = partial_l2(self.connectors[i](student_maps[name_s]), teacher, getattr(self, f"margin{i}"))
-            total = total + distance * self._weight(i, teacher, deepest)
+            teacher, connected = teacher_maps[name_t], self.connectors[i](student_maps[name_s].float())
+            require_same_size(connected, teacher)
+            target = once((name_t, self.kind), lambda i=i, teacher=teacher: refinement_target(teacher.float(), getattr(self, f"margin{i}")))
+            total = total + _PartialL2.apply(connected, *target) * self._weight(i, teacher, deepest)
         return total
 
     def _weight(self, i: int, teacher: Tensor, deepest: Tensor) -> float:
