@@ -1,4 +1,4 @@
-"""Per-case scores and their summaries (DESIGN, Scores)."""
+"""Per-case scores of masks and networks, and their means (DESIGN, Scores)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .config import LesionKDError
 from .prepare import Prepared
 
 METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice")
@@ -15,6 +16,18 @@ HIGHER_IS_BETTER = {name: name != "hd95" for name in METRICS}
 THRESHOLD = 0.5
 SURFACE_TOLERANCE = 2.0
 """Tolerance of the surface Dice, px at the prepared size."""
+
+PUBLISHED = {"id": "case", "lesion_pixels": "lesion_px"}
+"""What the committed results call columns of a per-case table: for `rename` when they are written; `tables.study` renames back."""
+
+
+def mask_dice(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Dice (N,) of two stacks of masks, (N, H, W) bool, say of teacher and student; two empty masks agree: 1."""
+    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    if first.shape != second.shape or first.ndim != 3:
+        raise LesionKDError(f"masks to compare have the shapes {first.shape} and {second.shape}; both want one shape (N, H, W)")
+    both, sizes = np.count_nonzero(first & second, (1, 2)), np.count_nonzero(first, (1, 2)) + np.count_nonzero(second, (1, 2))
+    return np.where(sizes > 0, 2 * both / np.maximum(sizes, 1), 1.0)
 
 
 def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
@@ -35,13 +48,12 @@ def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
 
     Source: DESIGN, Scores; distances from MONAI.
     """
+    dice = mask_dice(predicted, truth)
     predicted, truth = np.asarray(predicted, bool), np.asarray(truth, bool)
-    if predicted.shape != truth.shape or truth.ndim != 3:
-        raise ValueError(f"score_masks: predicted is {predicted.shape}, truth {truth.shape}; both want one shape (N, H, W)")
     hit, lesion, marked = ((m.reshape(len(truth), -1).sum(1)) for m in (predicted & truth, truth, predicted))
     with np.errstate(invalid="ignore", divide="ignore"):
         table = pd.DataFrame({
-            "dice": np.where(lesion + marked, 2 * hit / (lesion + marked), 1.0),
+            "dice": dice,
             "iou": np.where(lesion + marked, hit / (lesion + marked - hit), 1.0),
             "sensitivity": hit / lesion,
             "precision": hit / marked,
@@ -78,7 +90,10 @@ def surface_scores(predicted: np.ndarray, truth: np.ndarray, tolerance: float, s
 
 
 def score_network(network, prepared: Prepared, splits: tuple[str, ...] = ("val", "test")) -> pd.DataFrame:
-    """Per-case scores of a network on prepared cases: id, group, split, label and the columns of `score_masks`."""
+    """Per-case scores of a network on prepared cases: id, group, split, label, the columns of `score_masks`, contrast.
+
+    contrast is |mean grey of the lesion - that of the ring around it| / 255 as prepared; NaN without a lesion.
+    """
     from .inference import probabilities
 
     rows = np.concatenate([prepared.index(split) for split in splits])
@@ -88,7 +103,8 @@ def score_network(network, prepared: Prepared, splits: tuple[str, ...] = ("val",
 
 def _with_cases(prepared: Prepared, rows: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
     scores = score_masks(predicted, prepared.masks[rows] > 0)
-    return pd.concat([prepared.cases.iloc[rows][["id", "group", "split", "label"]].reset_index(drop=True), scores], axis=1)
+    cases = prepared.cases.iloc[rows].reset_index(drop=True)
+    return pd.concat([cases[["id", "group", "split", "label"]], scores, cases["contrast"].abs()], axis=1)
 
 
 def score_otsu(prepared: Prepared, split: str = "test") -> pd.DataFrame:
@@ -143,56 +159,3 @@ def bootstrap_mean(values: np.ndarray, groups: np.ndarray, draws: int = 2000, se
     means = (drawn @ sums[:, 0]) / (drawn @ sums[:, 1])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
-
-
-def differences(per_case: pd.DataFrame, arm: str, other: str, metric: str = "dice") -> pd.DataFrame:
-    """Paired differences arm - other, averaged over a group's cases: rows are groups, columns seeds.
-
-    `per_case` has the columns arm, seed, id, group; both arms are scored on the same cases.
-    """
-    index = ["group", "id", "seed"]
-    values = [per_case[per_case["arm"] == a].set_index(index)[metric] for a in (arm, other)]
-    if set(values[0].index) != set(values[1].index):
-        raise ValueError(f"differences: arms {arm!r} and {other!r} were not scored on the same cases and seeds")
-    return (values[0] - values[1]).unstack("seed").groupby("group").mean()
-
-
-def compare_arms(per_case: pd.DataFrame, method: str = "method", metric: str = "dice", draws: int = 5000) -> pd.DataFrame:
-    """The method against every other arm, as DESIGN's Scores says.
-
-    A case's difference is averaged over seeds, then over its group; Wilcoxon signed-rank (Pratt) on
-    groups; bootstrap 95 % interval over groups and seeds; Holm over the family of all comparisons.
-
-    Returns
-    -------
-    DataFrame
-        other, difference, low, high, p, p_holm, better, worse (groups), groups, seeds.
-    """
-    from scipy.stats import wilcoxon
-
-    rows = []
-    arms = list(per_case["arm"].unique())
-    for other in [arm for arm in arms if arm != method] if method in arms else []:
-        table = differences(per_case, method, other, metric)
-        by_group, values = table.mean(axis=1), table.to_numpy()
-        rng = np.random.default_rng(0)
-        groups, seeds = (rng.integers(n, size=(draws, n)) for n in values.shape)
-        means = [np.nanmean(values[np.ix_(g, s)]) for g, s in zip(groups, seeds)]
-        p = wilcoxon(by_group, zero_method="pratt").pvalue if by_group.any() else 1.0
-        low, high = np.percentile(means, [2.5, 97.5])
-        rows.append({
-            "other": other, "difference": by_group.mean(), "low": low, "high": high, "p": float(p), "p_holm": np.nan,
-            "better": int((by_group > 0).sum()), "worse": int((by_group < 0).sum()), "groups": len(table), "seeds": table.shape[1],
-        })
-    result = pd.DataFrame(rows, columns=["other", "difference", "low", "high", "p", "p_holm", "better", "worse", "groups", "seeds"])
-    result["p_holm"] = holm(result["p"].to_numpy(float))
-    return result
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down adjustment of (m,) p-values."""
-    order = np.argsort(p)
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1)
-    return adjusted

@@ -1,12 +1,14 @@
-"""Scores and statistics against hand computation, brute force and SciPy."""
+"""Scores of masks against hand computation and brute force."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.ndimage import binary_erosion
-from scipy.stats import wilcoxon
+from scipy.ndimage import binary_dilation, binary_erosion
 
-from lesionkd_core.evaluation import bootstrap_mean, compare_arms, differences, holm, score_masks, summarize
+from lesionkd_core.config import LesionKDError, PrepareConfig
+from lesionkd_core.evaluation import bootstrap_mean, mask_dice, score_masks, score_otsu, summarize
+from lesionkd_core.prepare import prepare_data
+from lesionkd_core.prepare.pixels import RING
 
 
 def square(*box: int, size: int = 16) -> np.ndarray:
@@ -77,7 +79,7 @@ def test_scores_of_a_batch_are_those_of_its_cases():
 
 @pytest.mark.fault
 def test_masks_of_unequal_shapes_are_refused():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(LesionKDError, match="one shape"):
         score_masks(np.zeros((1, 4, 4)), np.zeros((1, 4, 5)))
 
 
@@ -98,53 +100,17 @@ def test_bootstrap_resamples_groups_and_not_cases():
     assert by_group[1] - by_group[0] == pytest.approx(2 * 1.96 * error, rel=0.1)
 
 
-def table_of_arms(shift: float, seeds: int = 2) -> pd.DataFrame:
-    rng = np.random.default_rng(3)
-    rows = []
-    for case in range(30):
-        level = rng.normal(0.7, 0.1)
-        for seed in range(seeds):
-            for arm, gain in (("method", shift), ("alone", 0.0), ("feat", 0.0)):
-                rows.append({"arm": arm, "seed": seed, "id": f"c{case:02d}", "group": f"g{case // 2}", "dice": level + gain + rng.normal(0, 0.02)})
-    return pd.DataFrame(rows)
+def test_contrast_of_a_case_is_the_lesion_against_its_ring():
+    prepared = prepare_data(PrepareConfig(dataset="phantom-ultrasound", cases=20, pixels=64, normals="keep"), tell=lambda *_: None)
+    table = score_otsu(prepared)
+    rows = prepared.index("test")
+    assert table["id"].tolist() == prepared.cases["id"].iloc[rows].tolist()
+    for got, image, mask in zip(table["contrast"], prepared.images[rows], prepared.masks[rows] > 0):
+        grey = image @ np.array([0.299, 0.587, 0.114])
+        ring = binary_dilation(mask, np.ones((2 * max(2, round(RING * 64)) + 1,) * 2)) & ~mask
+        assert got == pytest.approx(abs(grey[mask].mean() - grey[ring].mean()) / 255, abs=0.005) if mask.any() else np.isnan(got)
 
 
-def test_differences_average_seeds_then_groups():
-    table = table_of_arms(0.05)
-    by_hand = {}
-    for group, cases in table.groupby("group"):
-        wide = cases.pivot_table(index="id", columns="arm", values="dice")
-        by_hand[group] = (wide["method"] - wide["alone"]).mean()
-    got = differences(table, "method", "alone").mean(axis=1)
-    assert got.to_dict() == pytest.approx(by_hand)
-
-
-def test_comparison_is_scipys_wilcoxon_on_groups_with_holm_over_the_family():
-    table = table_of_arms(0.05)
-    result = compare_arms(table).set_index("other")
-    for other in ("alone", "feat"):
-        groups = differences(table, "method", other).mean(axis=1)
-        assert result.loc[other, "p"] == pytest.approx(wilcoxon(groups, zero_method="pratt").pvalue)
-        assert result.loc[other, "low"] < result.loc[other, "difference"] < result.loc[other, "high"]
-    assert (result["low"] > 0).all() and (result["groups"] == 15).all()
-    assert result["p_holm"].tolist() == pytest.approx(holm(result["p"].to_numpy()).tolist())
-
-
-def test_no_difference_gives_an_interval_over_zero_and_equal_arms_p_one():
-    result = compare_arms(table_of_arms(0.0)).set_index("other").loc["alone"]
-    assert result["low"] < 0 < result["high"]
-    same = table_of_arms(0.0)
-    same["dice"] = same.groupby("id")["dice"].transform("first")
-    assert (compare_arms(same)["p"] == 1).all()
-
-
-def test_holm_by_hand():
-    assert holm(np.array([0.01, 0.04, 0.03])).tolist() == pytest.approx([0.03, 0.06, 0.06])
-    assert holm(np.array([0.5, 0.6])).tolist() == [1.0, 1.0]
-
-
-@pytest.mark.fault
-def test_arms_scored_on_other_cases_are_not_compared():
-    table = table_of_arms(0.0)
-    with pytest.raises(ValueError, match="same cases"):
-        differences(table.drop(index=table.index[0]), "method", "alone")
+def test_dice_between_two_networks_masks_by_hand():
+    teacher, student = np.stack([square(0, 0, 4, 4), EMPTY, EMPTY]), np.stack([square(0, 2, 4, 8), EMPTY, square(1, 1, 3, 3)])
+    assert mask_dice(teacher, student).tolist() == [16 / 40, 1, 0]
