@@ -1,23 +1,17 @@
-"""What the figures look at: cases worth showing, feature maps, edge labels and node assignments."""
+"""Cases worth showing, and what becomes of their edge labels."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from .batches import normalize
-from .config import EdgeConfig, GraphConfig
-from .edges import edge_at_stride, edge_label, edge_label_batch
-from .inference import TrainedNetwork, build, read_config
-from .losses import EdgeGraph, FeatureRefinement, FittedGraph, margin_relu
-from .networks import stride_of
-from .prepare import Prepared, near_pairs
-from .store import Result, read_checkpoint
+from ..config import EdgeConfig
+from ..edges import edge_at_stride, edge_label
+from ..losses import EdgeGraph
+from ..networks import stride_of
+from ..prepare import Prepared, near_pairs
 
 
 def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
@@ -85,12 +79,6 @@ def edge_survival(masks: np.ndarray, width: int, strides: tuple[int, ...] = (2, 
     return pd.DataFrame(rows)
 
 
-@torch.no_grad()
-def feature_maps(trained: TrainedNetwork, images: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-    """(N, S, S, 3) uint8 -> logits (N, 1, S, S) and all maps before their last ReLU, by name (steps S1, S2)."""
-    return trained.network.forward_features(normalize(images))
-
-
 def edge_views(cfg: EdgeConfig, masks: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Masks (N, S, S) 0/1 -> edge labels at full size and at the graph's stride, and live nodes of each case (N,)."""
     stride = stride_of(cfg.edge_level.partition(":")[0])
@@ -99,50 +87,3 @@ def edge_views(cfg: EdgeConfig, masks: np.ndarray) -> tuple[dict[str, np.ndarray
     edge = graph.edge_at(torch.from_numpy(full).float().unsqueeze(1), stride)
     live = graph.live_nodes(edge).sum(1).numpy()
     return {"edge, 1:1": full, f"edge at stride {stride}": edge[:, 0].numpy()}, live
-
-
-@dataclass(frozen=True)
-class NodeView:
-    """One case in the graph: edge (h, w) and projection P (K, h, w) at the map's resolution."""
-
-    edge: np.ndarray
-    projection: np.ndarray
-
-
-@torch.no_grad()
-def node_views(cfg: GraphConfig, teacher: TrainedNetwork, fitted: FittedGraph, images: np.ndarray, masks: np.ndarray) -> list[NodeView]:
-    """Where the teacher's pixels go in the graph: images (N, S, S, 3) uint8, masks (N, S, S) 0/1 (step S4)."""
-    name = cfg.edge_level.rpartition(":")[2]
-    full = edge_label_batch(torch.from_numpy(np.asarray(masks)).float().unsqueeze(1), cfg.edge_width)
-    edge = fitted.graph.edge_at(full, stride_of(name))
-    _, projection = fitted.graph.project(feature_maps(teacher, images)[1][name], edge)
-    return [NodeView(e[0].numpy(), p.unflatten(1, edge.shape[-2:]).numpy()) for e, p in zip(edge, projection)]
-
-
-@torch.no_grad()
-def mean_responses(networks: dict[str, TrainedNetwork], images: np.ndarray, levels: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Mean over channels of |map| for the first of `images`: {network: {level: (h, w)}}; 'a:b' as in `match_levels`."""
-    shown = {}
-    for side, (who, trained) in enumerate(networks.items()):  # the teacher's name of a level comes last
-        names = [level.rpartition(":")[2] if side == 0 else level.partition(":")[0] for level in levels]
-        maps = feature_maps(trained, images)[1]
-        shown[who] = {name: maps[name][0].abs().mean(0).numpy() for name in names}
-    return shown
-
-
-@torch.no_grad()
-def refinement_view(run: Result, teacher: TrainedNetwork, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """T, T' = max(T, m) and connected S of the shallowest level for the first image, each (C, h, w), and the
-    channel of T's largest mean response. Network and connectors are those of the last epoch (step S3)."""
-    cfg = read_config(run.path)
-    student = build(cfg)
-    saved = read_checkpoint(run.path / "checkpoint_last")["objective"]
-    loss = FeatureRefinement(student, teacher.network, cfg.feature_levels, cfg.level_weights)
-    for module, prefix in ((student, "network."), (loss, "terms.feat.")):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)})
-        module.eval()
-    name_s, name_t = loss.pairs[0]
-    t = feature_maps(teacher, images)[1][name_t]
-    s = loss.connectors[0](student.forward_features(normalize(images))[1][name_s])
-    channel = int(t[0].clamp_min(0).mean((1, 2)).argmax())
-    return t[0].numpy(), margin_relu(t, loss.margin0)[0].numpy(), s[0].numpy(), channel

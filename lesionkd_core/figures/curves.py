@@ -1,0 +1,172 @@
+"""What happens in training: losses, validation Dice, who pulls how hard, and the choice of weights."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..statistics.arms import in_order
+from .style import ONE_COLUMN, TWO_COLUMNS, Look, charts, key, legend, legend_height, look_of, need, nothing, parts, style, typeset, whole_numbers
+
+OWN = ("alone", "feat", "edge", "method", "shuffled", "method_kd")
+
+
+def training_curves(histories: dict[str, pd.DataFrame], losses: dict[str, str]) -> Figure:
+    """Validation Dice of each run, and the named losses of the last one, over epochs."""
+    with style():
+        fig, (left, right) = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 2.2))
+        for name, history in histories.items():
+            label, colour, _, line = look_of(name)
+            left.plot(history["epoch"], history["val_dice"], linestyle=line, color=colour, label=label)
+        left.set(xlabel="Epoch", ylabel="Validation Dice", ylim=(0, 1))
+        left.legend()
+        history = list(histories.values())[-1]
+        for (column, label), line in zip(losses.items(), ("-", "--", "-.", ":")):
+            right.plot(history["epoch"], history[column], line, label=typeset(label))
+        right.set(xlabel="Epoch", ylabel="Loss before its weight", yscale="log")
+        whole_numbers((left, right))
+        right.legend()
+    return fig
+
+
+def learning_curves(curves: pd.DataFrame) -> Figure:
+    """Validation Dice of every arm by epoch: mean over seeds as a line, their range as a band; one chart a data set and teacher.
+
+    Over six arms share two charts: the method's own, and its rivals between the student alone and the method.
+
+    Parameters
+    ----------
+    curves : DataFrame
+        From `statistics.learning_curves`.
+    """
+    need(curves, "arm", "epoch", "mean", "low", "high")
+    found, arms = list(parts(curves)), in_order(curves)
+    own = [arm for arm in arms if arm in OWN]
+    sheets = [arms] if len(arms) <= 6 else [own, [arm for arm in arms if arm not in own or arm in ("alone", "method")]]
+    with style():
+        if not arms:
+            return nothing("no run has finished an epoch")
+        keys = {look_of(arm).label: key(look_of(arm)) for arm in arms}
+        fig, axes = charts(len(sheets) * len(found), 1.9, keys, columns=3 if len(found) > 2 else 2, sharey=True)
+        for i, axis in enumerate(axes):
+            (name, part), sheet = found[i % len(found)], sheets[i // len(found)]
+            for place, arm in enumerate(sheet):
+                curve = part[part["arm"] == arm]
+                _band(axis, curve["epoch"], curve, arm, look_of(arm), place / len(sheet))
+            axis.set_xlabel(f"Epoch\n{name}".strip())
+            if axis.get_subplotspec().is_first_col():
+                axis.set_ylabel("Validation Dice")
+        whole_numbers(axes)
+        legend(fig, keys)
+    return fig
+
+
+def _band(axis, x: pd.Series, table: pd.DataFrame, name: str, look: Look, shift: float, marks: int = 5) -> None:
+    """Columns mean, low, high over x; markers are shifted, so that curves do not hide each other's."""
+    step = max(1, len(x) // marks)
+    axis.plot(
+        x, table["mean"], linestyle=look.line, color=look.colour, marker=look.marker, markevery=(int(shift * step), step), label=name,
+        zorder=2.5 if name == "method" else 2,
+    )
+    if (table["high"] > table["low"]).any():
+        axis.fill_between(x, table["low"], table["high"], color=look.colour, alpha=0.15, linewidth=0)
+
+
+def gradients(history: pd.DataFrame) -> Figure:
+    """What every weighted term asks of the layers that all terms reach: above the norm of its gradient, below its cosine with L_seg's.
+
+    Mean over seeds as a line, their range as a band; one column an arm, up to four abreast.
+
+    Parameters
+    ----------
+    history : DataFrame
+        Columns epoch, grad_TERM and cos_TERM of runs' histories; arm, seed and those of `statistics.FAMILY` where there are several.
+    """
+    need(history, "epoch", "grad_seg")
+    terms = [name.removeprefix("grad_") for name in history if name.startswith("grad_")]
+    history = history if "arm" in history else history.assign(arm="")
+    found = [(", ".join(filter(None, (look_of(arm).label, name))), part[part["arm"] == arm]) for name, part in parts(history) for arm in in_order(part)]
+    with style():
+        if not found:
+            return nothing("no run has finished an epoch")
+        across, blocks = min(4, len(found)), -(-len(found) // 4)
+        width = TWO_COLUMNS if across > 1 else ONE_COLUMN
+        keys = {_term(term).label: key(_term(term)) for term in terms}
+        size = (width, 2.9 * blocks + legend_height(keys, width))
+        fig, axes = plt.subplots(2 * blocks, across, squeeze=False, sharex=True, sharey="row", figsize=size)
+        for axis in axes.flat:
+            axis.set_visible(False)
+        for i, (name, part) in enumerate(found):
+            block, column = divmod(i, 4)
+            _pull(*axes[2 * block : 2 * block + 2, column], part, terms, name)
+        for norms, cosines in zip(axes[::2, 0], axes[1::2, 0]):
+            norms.set(ylabel="Norm of gradient")
+            cosines.set(ylabel=typeset("Cosine with L_seg"), ylim=(-1.05, 1.05))
+        whole_numbers(axes.flat)
+        legend(fig, keys)
+    return fig
+
+
+def _pull(norms, cosines, history: pd.DataFrame, terms: list[str], name: str) -> None:
+    """One arm's terms: norms of their gradients, and cosines."""
+    for axis, measure in ((norms, "grad"), (cosines, "cos")):
+        axis.set_visible(True)
+        for i, term in enumerate(terms):
+            column = f"{measure}_{term}"
+            if column in history and history[column].notna().any():
+                over_seeds = history.groupby("epoch")[column].agg(mean="mean", low="min", high="max").reset_index()
+                _band(axis, over_seeds["epoch"], over_seeds, term, _term(term), i / len(terms))
+    if history.filter(regex="^grad_").gt(0).any(axis=None):
+        norms.set_yscale("log")
+    cosines.axhline(0, color="black", linewidth=0.6)
+    cosines.tick_params(labelbottom=True)
+    cosines.set_xlabel(f"Epoch\n{name}".strip())
+
+
+def _term(name: str) -> Look:
+    """A loss term is drawn as the arm that has it alone."""
+    return Look(typeset("L_seg"), "#000000", ".", "-") if name == "seg" else look_of(name)._replace(label=look_of(name).label.removeprefix("+ "))
+
+
+def weight_sweep(table: pd.DataFrame) -> Figure:
+    """Validation Dice against a term's weight, one line an arm; the student alone as a dashed line with the range of its seeds.
+
+    Mean over seeds as a line, seeds as small points, a ring around each arm's best weight; one chart a data set and teacher.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns arm, weight (of the term that the arm's line varies; without meaning for `alone`), val_dice; seed and those of
+        `statistics.FAMILY` where there are several.
+    """
+    need(table, "arm", "weight", "val_dice")
+    found = list(parts(table))
+    arms = [arm for arm in in_order(table) if arm != "alone"]
+    with style():
+        if table.empty:
+            return nothing("no weight has been tried")
+        keys = {look_of(arm).label: key(look_of(arm)._replace(marker="" if arm == "alone" else look_of(arm).marker)) for arm in in_order(table)}
+        fig, axes = charts(len(found), 2.4, keys, sharey=True)
+        for axis, (name, part) in zip(axes, found):
+            alone = part.loc[part["arm"] == "alone", "val_dice"]
+            if alone.notna().any():
+                axis.axhline(alone.mean(), color=look_of("alone").colour, linestyle=look_of("alone").line, label="alone")
+                axis.axhspan(alone.min(), alone.max(), color=look_of("alone").colour, alpha=0.15, linewidth=0)
+            for arm in arms:
+                _tried(axis, part[(part["arm"] == arm) & (part["weight"] > 0)], arm)
+            axis.set(xscale="log", xlabel=f"Weight of the term\n{name}".strip())
+            axis.label_outer()
+        axes[0].set_ylabel("Validation Dice")
+        legend(fig, keys)
+    return fig
+
+
+def _tried(axis, part: pd.DataFrame, arm: str) -> None:
+    _, colour, marker, line = look_of(arm)
+    means = part.groupby("weight")["val_dice"].mean().dropna()
+    if means.empty:
+        return
+    axis.plot(part["weight"], part["val_dice"], ".", color=colour, markersize=2.5, alpha=0.6)
+    axis.plot(means.index, means, linestyle=line, color=colour, marker=marker, label=arm)
+    axis.plot(means.idxmax(), means.max(), "o", color=colour, markerfacecolor="none", markersize=9, markeredgewidth=0.8)
