@@ -16,8 +16,10 @@ notebooks: $(SETUP)  ## execute all notebooks with the smoke profile and save th
 	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	$(PY) -m tests.readme_index
 
-bench: $(SETUP)  ## ratios of times, in one run
-	$(PY) -m pytest tests/benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-group-by=func
+bench: $(SETUP)  ## ratios of times, in one run; into runs/bench.json (BEFORE=an earlier one stands beside it)
+	@mkdir -p runs
+	$(PY) -m pytest tests/benchmarks -q --benchmark-only --benchmark-disable-gc --benchmark-json=runs/bench-raw.json --benchmark-columns=median,rounds
+	$(PY) -m tests.benchmarks.report runs/bench-raw.json runs/bench.json $(BEFORE)
 
 $(SETUP): requirements.lock pyproject.toml
 	python3 -m venv .venv

@@ -12,7 +12,7 @@ import torch
 from lesionkd_core.batches import load_batch
 from lesionkd_core.config import DistillConfig
 from lesionkd_core.inference import build
-from lesionkd_core.losses import build_terms
+from lesionkd_core.losses import Measured, build_terms
 from lesionkd_core.training import Objective
 
 CASES, PIXELS, BATCH = 640, 128, 16
@@ -30,12 +30,12 @@ def prepared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("augmentation", ["none", "flips", "full"])
-def test_loading_a_batch_against_the_students_step(benchmark, prepared, augmentation):
+def test_loading_a_batch_against_the_students_step(benchmark, report, prepared, augmentation):
     torch.set_num_threads(2)
     cfg = DistillConfig(profile="cpu", terms="")
     student = build(cfg)
-    objective = Objective(student, build_terms(cfg, student, None, None), cfg).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(objective.parameters(), cfg.lr)
+    objective = Objective(student, build_terms(cfg, student, None, Measured()), cfg).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(objective.parameters(), cfg.lr, fused=True)
     batches, steps = cycle(np.random.default_rng(0).permutation(CASES).reshape(-1, BATCH)), []
     images, masks = load_batch(prepared, next(batches), 0, 0, augmentation)
 
@@ -48,5 +48,6 @@ def test_loading_a_batch_against_the_students_step(benchmark, prepared, augmenta
         return (prepared, next(batches), 0, len(steps), augmentation), {}
 
     benchmark.pedantic(load_batch, setup=step, rounds=40, warmup_rounds=3)
-    benchmark.extra_info["step_ms"] = round(1000 * median(steps[3:]), 1)
-    benchmark.extra_info["loader_over_step"] = round(benchmark.stats.stats.median / median(steps[3:]), 4)
+    base = f"student's step beside the loader, {augmentation}"
+    report(base, 1000 * median(steps[3:]), "ms")
+    report(f"loading a batch, augment {augmentation}", 1000 * benchmark.stats.stats.median, "ms", base)

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("pixels", [128, 256])
-def test_preparing_against_decoding(benchmark, folder, tmp_path, monkeypatch, pixels):
+def test_preparing_against_decoding(benchmark, report, folder, tmp_path, monkeypatch, pixels):
     cfg = PrepareConfig(dataset=str(folder), pixels=pixels)
     _, cases = fingerprint(cfg)
     decoding = []
@@ -51,9 +51,9 @@ def test_preparing_against_decoding(benchmark, folder, tmp_path, monkeypatch, pi
         monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / str(len(decoding))))  # an empty place: everything is prepared anew
 
     benchmark.pedantic(lambda: prepare_data(cfg, lambda *_: None), setup=decode_then, rounds=3)
-    ratio = benchmark.stats.stats.median / float(np.median(decoding))
-    benchmark.extra_info["preparing / decoding in one process"] = round(ratio, 2)
-    print(f"\npreparing {CASES} images of {SIZE} at {pixels} px / decoding them in one process: {ratio:.2f}")
+    base = f"decoding {CASES} images in one process, beside {pixels} px"
+    report(base, 1000 * float(np.median(decoding)), "ms")
+    report(f"preparing them at {pixels} px", 1000 * benchmark.stats.stats.median, "ms", base)
 
 
 PEAK = """
@@ -65,7 +65,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def test_peak_memory_at_ten_times_the_images(benchmark, tmp_path, monkeypatch):
+def test_peak_memory_at_ten_times_the_images(benchmark, report, tmp_path, monkeypatch):
     monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "runs"))
     peaks = []
 
@@ -76,5 +76,5 @@ def test_peak_memory_at_ten_times_the_images(benchmark, tmp_path, monkeypatch):
             peaks.append(int(done.stdout.split()[-1]) / 1024)
 
     benchmark.pedantic(both, rounds=1)
-    benchmark.extra_info["peak MiB at 150 and 1500 images"] = [round(p) for p in peaks]
-    print(f"\npeak memory: {peaks[0]:.0f} MiB at 150 images, {peaks[1]:.0f} MiB at 1500: {peaks[1] / peaks[0]:.2f}")
+    report("peak memory preparing 150 images", peaks[0], "MiB")
+    report("peak memory preparing 1500 images", peaks[1], "MiB", "peak memory preparing 150 images")
