@@ -192,6 +192,11 @@ def weight() -> float:
     return (held.stop - held.start) / _spread if _spread else 1 / size()
 
 
+def share_of(count: Tensor) -> Tensor | float:
+    """Factor on a mean over so many of this rank's items that makes the weighted sum over ranks the mean over everybody's."""
+    return count / total(count).clamp_min(1) / weight() if _spread else 1.0
+
+
 def total(x: Tensor) -> Tensor:
     """Sum over all ranks, whoever holds what; no gradient."""
     if not _steps:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..config import DistillConfig
 from .baselines import OnLogits, OnMaps, attention_loss, cwd_loss, dist_loss, hint_loss, kd_loss
 from .edge_reasoning import EdgeGraph, EdgeHead, EdgeReasoning, EdgeRelation, derange, grid_cells
@@ -44,7 +45,7 @@ class Step:
 
     def edge_label(self, shuffled: bool) -> Tensor:
         """The edge label of every case, or of another case (the control)."""
-        return self.once("shuffled edges", lambda: derange(self.edge)) if shuffled else self.edge
+        return self.once("shuffled edges", lambda: ranks.own(derange(ranks.gather(self.edge)))) if shuffled else self.edge
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ TERMS: dict[str, Term] = {
     "fitnets": Term("w_fitnets", lambda cfg, student, teacher, _: OnMaps(student, teacher, cfg.fitnets_levels, hint_loss, regress=True), _rival),
     "at": Term("w_at", lambda cfg, student, teacher, _: OnMaps(student, teacher, cfg.at_levels, attention_loss, regress=False), _rival),
     "cwd": Term("w_cwd", lambda cfg, *_: OnLogits(partial(cwd_loss, temperature=cfg.cwd_temperature)), _rival),
-    "dist": Term("w_dist", lambda cfg, *_: OnLogits(partial(dist_loss, temperature=cfg.dist_temperature)), _rival),
+    "dist": Term("w_dist", lambda cfg, *_: OnLogits(partial(dist_loss, temperature=cfg.dist_temperature), whole=True), _rival),
 }
 """The method's two terms, then its rivals, in the order in which tables show them."""
 

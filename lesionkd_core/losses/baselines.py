@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ranks
 from ..networks import match_levels
 from .feature_refinement import Connector, require_same_size
 
@@ -161,15 +162,19 @@ def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
 
 class OnLogits(nn.Module):
-    """A rival that compares logits: `kd_loss`, `cwd_loss` or `dist_loss`, with its temperature bound."""
+    """A rival that compares logits: `kd_loss`, `cwd_loss` or `dist_loss`, with its temperature bound.
 
-    def __init__(self, loss: Loss) -> None:
+    `whole` is for a loss that is no mean over cases: every rank then computes it of the whole batch.
+    """
+
+    def __init__(self, loss: Loss, whole: bool = False) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.whole = loss, whole
 
     def forward(self, step: Step) -> Tensor:
         """Full-size logits (N, 1, H, W) of both networks -> ()."""
-        return self.loss(step.logits, step.teacher_logits)
+        both = step.logits, step.teacher_logits
+        return self.loss(*(ranks.gather(x.float()) for x in both) if self.whole else both)
 
 
 class OnMaps(nn.Module):

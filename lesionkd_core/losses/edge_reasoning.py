@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ranks
 from ..edges import edge_at_stride
 from ..networks import match_levels, stride_of
 from .feature_refinement import Connector, anew, require_same_size
@@ -158,13 +159,13 @@ class EdgeHead(nn.Module):
     def forward(self, graph: EdgeGraph, x: Tensor, edge: Tensor) -> Tensor:
         """BCE of the re-projected edge against Label_edge over images that have one, ()."""
         has_edge = edge.flatten(1).amax(1) > 0
-        x, edge = x[has_edge], edge[has_edge]
+        x, edge, share = x[has_edge], edge[has_edge], ranks.share_of(has_edge.sum())
         if not len(x):
             return self.head.weight.sum() * 0.0
         states, projection = graph.project(x, edge)
         reasoned = graph.reason(graph.build_graph(states, projection)).relu()
         logits = self.head((reasoned @ projection).unflatten(2, x.shape[-2:]))
-        return F.binary_cross_entropy_with_logits(logits, edge)
+        return share * F.binary_cross_entropy_with_logits(logits, edge)
 
 
 class EdgeReasoning(nn.Module):
@@ -217,9 +218,10 @@ class EdgeReasoning(nn.Module):
 
     def _learned_along(self, x: Tensor, target: Tensor, cells: Cells) -> Tensor:
         reasoned = self.graph(target, cells)
-        if not cells.live.any():
+        live = ranks.gather(cells.live.float()) > 0
+        if not live.any():
             return x.sum() * 0.0
-        std = reasoned.detach().transpose(1, 2)[cells.live].std(0, correction=0).clamp_min(1e-6).view(1, -1, 1)
+        std = ranks.gather(reasoned.detach()).transpose(1, 2)[live].std(0, correction=0).clamp_min(1e-6).view(1, -1, 1)
         distance = _node_distance(self.graph(x, cells), reasoned, std, cells)
         return distance + self.head(self.graph, x, cells.edge) + self.head(self.graph, target, cells.edge)
 
