@@ -27,6 +27,7 @@ _HOME = {
     "original": ("score_original",),
     "stages": ("ablate", "distill", "distill_arms", "fit_graph", "sweep_weights", "train_teacher"),
     "study": ("add_to_study", "study_tables"),
+    "sweeps.results": ("collect", "summarize_results"),
     "leak": ("measure_leak",),
     "views": (
         "assignment_entropy", "cases_of_each_label", "collapse_check", "connected_student", "edge_pyramid", "edge_survival", "edge_views", "example_pairs",

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     many.add_argument("--workers", type=int, default=0, help="runs at a time on this machine's CPU; 0 is as many as fit")
     many.add_argument("--gpus", type=int, help="runs at a time on this machine's GPUs; by default one each, 0 uses none")
     table = commands.add_parser("results", help="collect the scores of all finished runs and show their means")
-    table.add_argument("--by", default="dataset, test_dataset, teacher, arm", help="comma-separated parameters that make the rows")
+    table.add_argument("--by", default="dataset, test_dataset, profile, teacher, arm", help="comma-separated parameters that make the rows")
     table.add_argument("--where", default="", metavar="SQL", help="which rows count, such as \"width = 4 and arm <> 'teacher'\"")
     table.add_argument("--split", default="test", choices=("test", "val"), help="choose parameters by val alone")
     table.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")

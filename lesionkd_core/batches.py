@@ -37,7 +37,7 @@ def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[np.n
 
 
 def _send(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """To a GPU from pinned memory, so that the copy runs beside the step before."""
+    """To a device; to a GPU from pinned memory, so that this thread need not wait for the steps before."""
     x = torch.from_numpy(array)
     return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 

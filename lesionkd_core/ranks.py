@@ -77,7 +77,8 @@ def join(cfg: TeacherConfig) -> None:
     except LesionKDError:
         raise
     except Exception as error:  # whatever Lightning, NCCL and gloo raise
-        raise LesionKDError(f"{count} processes on device = {cfg.device!r} do not come together: {str(error).splitlines()[0]}") from error
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        raise LesionKDError(f"{count} processes on device = {cfg.device!r} do not come together: {problem}") from error
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 

@@ -118,7 +118,7 @@ def environment(cfg: StageConfig) -> dict[str, Any]:
         "commit": commit(), "python": platform.python_version(), "platform": platform.platform(),
         "packages": {name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device,
-        "threads": cfg.threads or torch.get_num_threads(), "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's
+        "threads": cfg.threads or torch.get_num_threads(), "processes": int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1,
         "seeds": {n: v for n, v in cfg if n.endswith("seed")},
     }
 

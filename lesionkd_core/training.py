@@ -39,7 +39,8 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
             fabric.launch()
         return fabric
     except Exception as error:  # whatever Lightning raises for an absent device
-        raise LesionKDError(f"device = {cfg.device!r} cannot be used here: {str(error).splitlines()[0]}; device='auto' takes what there is") from error
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        raise LesionKDError(f"device = {cfg.device!r} cannot be used here: {problem}; device='auto' takes what there is") from error
 
 
 @dataclass
@@ -197,9 +198,11 @@ def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: 
             for learner in learners:
                 learner.step(fabric, images, masks, look, measure=steps == 0)
             steps += 1
-        rows = []
+        if fabric.device.type == "cuda":
+            torch.cuda.synchronize(fabric.device)
+        rows, seconds = [], time.perf_counter() - started
         for learner in learners:
-            learner.seconds += (time.perf_counter() - started) / len(learners)
+            learner.seconds += seconds / len(learners)
             rows.append(learner.close_epoch(steps, validation_dice(learner.network, prepared)))
         progress.epoch(", ".join(f"{key} {np.mean([row[key] for row in rows]):.3f}" for key in ("loss_total", "val_dice")))
     progress.close()

@@ -66,12 +66,8 @@ def test_two_processes_train_what_one_does(spread, tmp_path, monkeypatch):
     for stage in ("teacher", "distill"):
         [name] = [name for name in results(tmp_path) if name.startswith(stage)]
         run, other = (type(one)(runs / name) for runs in (tmp_path, spread.runs))
-        print(stage, run.per_case["dice"].mean(), (run.per_case["dice"] - other.per_case["dice"]).abs().max())
-        print((run.history - other.history).abs().max().to_dict())
-        last = [store.read_checkpoint(r.path / "checkpoint_last")["objective"] for r in (run, other)]
-        apart = {n: float((last[0][n].double() - last[1][n].double()).abs().max()) for n in last[0]}
-        for worst in sorted(apart, key=apart.get)[-3:]:
-            print(worst, apart[worst])
+        assert (run.per_case["dice"] - other.per_case["dice"]).abs().max() < 0.01  # measured 0.0007; over many epochs runs part, as with threads
+        assert run.history["loss_total"].to_numpy() == pytest.approx(other.history["loss_total"].to_numpy(), rel=0.02)  # measured 0.005
 
 
 def test_a_notebook_finds_what_many_processes_made(spread, monkeypatch):

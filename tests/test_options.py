@@ -7,12 +7,25 @@ from torch import nn
 
 from lesionkd_core import store
 from lesionkd_core.config import ARMS, AblationConfig, ConfigError, DistillConfig, GraphConfig, LesionKDError, TeacherConfig
+from lesionkd_core.edges import edge_label_batch
 from lesionkd_core.inference import build, load_network
-from lesionkd_core.losses import EdgeGraph, EdgeHead, EdgeReasoning, EdgeRelation, FeatureRefinement, Measured, build_terms, empirical_margins
+from lesionkd_core.losses import (
+    EdgeGraph,
+    EdgeHead,
+    EdgeReasoning,
+    EdgeRelation,
+    FeatureRefinement,
+    Measured,
+    Step,
+    build_terms,
+    derange,
+    empirical_margins,
+)
 from lesionkd_core.networks import ResNet34UNet, UNet, use_statistics
 from lesionkd_core.prepare import prepare_data
 from lesionkd_core.stages import distill, distill_arms, sweep_weights, train_teacher
 from lesionkd_core.stages.teacher import starting_teacher
+from lesionkd_core.training import Look
 
 TINY = {"dataset": "phantom-ct", "pixels": 32, "cases": 40, "batch_size": 6, "teacher_epochs": 1, "graph_epochs": 1, "epochs": 2, "threads": 1, "device": "cpu"}
 
@@ -163,6 +176,14 @@ def test_students_of_every_width_have_the_terms_of_the_method(c):
     student = build(cfg)
     assert sum(p.numel() for p in student.parameters()) == parameters
     assert set(build_terms(cfg, student, ResNet34UNet(), Measured())) == {"feat", "edge"}
+
+
+def test_shuffled_arms_of_other_edge_widths_get_their_own_labels():
+    masks = torch.zeros(2, 1, 32, 32)
+    masks[0, :, 4:12, 4:12], masks[1, :, 16:28, 16:28] = 1, 1
+    look = Look(masks, torch.zeros(2, 1, 32, 32), {})
+    thin, wide = (Step(look.logits, {}, masks, look.edge(width), look.logits, {}, look.shared).edge_label(shuffled=True) for width in (1, 3))
+    assert torch.equal(thin, derange(edge_label_batch(masks, 1))) and torch.equal(wide, derange(edge_label_batch(masks, 3)))
 
 
 # arms

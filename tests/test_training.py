@@ -238,7 +238,7 @@ def test_another_profile_with_the_same_fields_finds_the_result():
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("options", [{"seed": 8}, {"teacher_seed": 8}, {"epochs": 3}])
+@pytest.mark.parametrize("options", [{"seed": 8}, {"teacher_seed": 8}, {"epochs": 3}, {"teacher_bn": "batch"}])
 def test_arms_that_do_not_share_their_batches_are_refused(options):
     with pytest.raises(LesionKDError, match="lockstep"):
         distill_arms([DistillConfig(**TINY), DistillConfig(**TINY | options)], silent)

@@ -45,7 +45,7 @@ class Step:
 
     def edge_label(self, shuffled: bool) -> Tensor:
         """The edge label of every case, or of another case (the control)."""
-        return self.once("shuffled edges", lambda: ranks.own(derange(ranks.gather(self.edge)))) if shuffled else self.edge
+        return self.once(("shuffled", id(self.edge)), lambda: ranks.own(derange(ranks.gather(self.edge)))) if shuffled else self.edge
 
 
 @dataclass(frozen=True)

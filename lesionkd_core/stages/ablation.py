@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .. import store
+from .. import ranks, store
 from ..config import ARMS, AblationConfig
 from ..external import score_external, with_test_dataset
 from ..statistics import compare_arms
@@ -51,6 +51,10 @@ def ablate(cfg: AblationConfig, tell=print) -> Ablation:
     scored = dict(runs)
     if any(ARMS[arm]["terms"] for arm in cfg.arms):
         scored["teacher", cfg.teacher_seed] = train_teacher(cfg, tell)
+    return ranks.after_first(lambda: _compare(cfg, scored, runs, tell))
+
+
+def _compare(cfg: AblationConfig, scored: dict[tuple[str, int], Run], runs: dict[tuple[str, int], Run], tell) -> Ablation:
     others = [external.digest for run in scored.values() for external in score_external(run, cfg, tell).values()]
     upstream = "|".join([run.digest for run in scored.values()] + others)
     path = store.folder(cfg, upstream)

@@ -32,8 +32,8 @@ def distill_arms(cfgs: Sequence[DistillConfig], tell=print) -> list[Run]:
     """
     cfgs = [cfg.upstream(DistillConfig) for cfg in cfgs]
     shared = {(cfg.upstream(TeacherConfig), cfg.seed, cfg.epochs) for cfg in cfgs}
-    if len(shared) != 1:
-        raise LesionKDError("arms in lockstep share data, teacher, seed, batches and epochs; start what differs there as runs of their own")
+    if len(shared) != 1 or len({cfg.teacher_bn for cfg in cfgs if cfg.terms}) > 1:
+        raise LesionKDError("arms in lockstep share data, teacher and its statistics, seed, batches and epochs; start what differs there as runs of their own")
     for cfg in cfgs:
         levels = [level for term in cfg.terms for name in TERM_FIELDS[term] if name.endswith("levels") for level in getattr(cfg, name)]
         check_levels(cfg, (*levels, *(cfg.edge_level,) * ("edge" in cfg.terms)))
@@ -65,7 +65,7 @@ def _train_pending(pending: dict[Path, tuple[DistillConfig, str]], prepared: Pre
     teacher = None
     if any(cfg.terms for cfg, _ in pending.values()):
         teacher = _teacher_of(train_teacher(any_cfg, tell), prepared).to(fabric.device, memory_format=torch.channels_last)
-        use_statistics(teacher, any_cfg.teacher_bn)
+        use_statistics(teacher, next(cfg.teacher_bn for cfg, _ in pending.values() if cfg.terms))
     measured = _measure([cfg for cfg, _ in pending.values()], prepared, teacher, tell)
     by_epoch: dict[int, list[Learner]] = {}
     for (path, (cfg, upstream)), known in zip(pending.items(), measured):

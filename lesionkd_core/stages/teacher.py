@@ -51,7 +51,8 @@ def _train(path: Path, cfg: TeacherConfig, prepared: Prepared, tell) -> None:
     if cfg.teacher_checkpoint:
         tell(f"taking the teacher {cfg.teacher} from {cfg.teacher_checkpoint} as it is; what it was trained on is yours to know")
         learner.epochs = 0
-        learner.close_epoch(1, validation_dice(learner.network, prepared))
+        if not learner.history:
+            learner.close_epoch(1, validation_dice(learner.network, prepared))
     else:
         tell(f"training the teacher {cfg.teacher} for {cfg.teacher_epochs} epochs")
         train(fabric, prepared, [learner], None, "teacher")

@@ -44,6 +44,8 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0, gpus: int | None = 
     import pandas as pd
 
     file = Path(file)
+    if workers < 0 or (gpus or 0) < 0:
+        raise LesionKDError(f"--workers = {workers}, --gpus = {gpus}: wants numbers from 0")
     runs = read_sweep(file)
     rows = {run.target: _row(run, "found", 0.0, place) for run in runs if (place := finished_results(run.target))}
     tell(f"{file.name}: {len(runs)} runs, {len(rows)} of them found finished")
@@ -69,6 +71,7 @@ def connect(scheduler: str, tasks: list[Task], workers: int, gpus: int | None, t
         with client:
             if not client.scheduler_info(n_workers=-1)["workers"]:
                 tell(f"{scheduler} has no workers yet; waiting for the first")
+                client.wait_for_workers(1)
             yield client
         return
     local = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}

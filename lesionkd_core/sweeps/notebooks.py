@@ -72,6 +72,8 @@ def execute(notebook: Path, parameters: dict[str, Any], target: Path, **options)
         pm.execute_notebook(str(notebook), str(target), parameters, kernel_name="python3", progress_bar=False, **options)
     except pm.PapermillExecutionError as error:
         return None, f"{error.ename}: {error.evalue}"
+    except RuntimeError as error:  # DeadKernelError and a kernel that does not start
+        return None, f"{type(error).__name__}: {error}"
     place = named_results(target)
     if place:
         (place / "notebook.ipynb").write_bytes(target.read_bytes())

@@ -15,7 +15,7 @@ from .notebooks import package
 
 STAGES = ("teacher", "distill", "external")
 """Stages that score cases. An ablation's rows are its students' rows, so each scored case is there once."""
-BY = ("dataset", "test_dataset", "teacher", "arm")
+BY = ("dataset", "test_dataset", "profile", "teacher", "arm")
 MEMORY = "2GB"
 """DuckDB writes to a temporary folder what goes beyond."""
 
@@ -99,7 +99,8 @@ def _arm(recorded: dict[str, Any]) -> str:
         return sorted(value) if isinstance(value, (list, tuple)) else value
 
     fitting = (name for name, arm in ARMS.items() if all(unordered(recorded.get(n)) == unordered(v) for n, v in arm.items()))
-    return next(fitting, " + ".join(recorded["terms"]))
+    shuffled = ", shuffled" * ("edge" in recorded["terms"] and recorded.get("shuffle_edges", False))
+    return next(fitting, " + ".join(recorded["terms"]) + shuffled)
 
 
 def _name(dataset: str) -> str:
@@ -145,16 +146,19 @@ def summarize_results(by: tuple[str, ...] | str = BY, where: str = "", split: st
     """
     duckdb, names = package("duckdb"), list(_names(by))
     files = (folder or store.runs_root() / "results") / "*.parquet"
+    if not any(files.parent.glob(files.name)):
+        raise LesionKDError(f"no finished run is collected in {files.parent}: `python -m lesionkd_core results` collects them")
     with _connect() as connection:
         try:
             rows = connection.read_parquet(str(files), union_by_name=True)
             if unknown := [name for name in names if name not in rows.columns]:
                 raise LesionKDError(f"no column {unknown[0]!r} in the results: {nearest(unknown[0], rows.columns)}")
             return connection.sql(_query(names, where), params=[split]).df()
-        except duckdb.IOException:
-            raise LesionKDError(f"no finished run is collected in {files.parent}: `python -m lesionkd_core results` collects them") from None
-        except duckdb.Error as error:
+        except (duckdb.ParserException, duckdb.BinderException, duckdb.ConversionException) as error:
             raise LesionKDError(f"where = {where!r}: {str(error).partition(chr(10))[0]}") from None
+        except duckdb.Error as error:
+            problem = str(error).partition("\n")[0]
+            raise LesionKDError(f"{files.parent} cannot be summarized: {problem}; what is damaged there can be removed and collected anew") from None
 
 
 def _query(names: list[str], where: str) -> str:

@@ -67,6 +67,8 @@ class PlainTerms(nn.Module):
         self.connectors = nn.ModuleList(joined(s, t) for s, t in self.LEVELS.values())
         self.edge_connector, self.phi, self.theta = joined(16, 64), nn.Conv2d(64, 16, 1), nn.Conv2d(64, 16, 1)
         self.nodes, self.states = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        for fixed in (self.phi, self.theta, self.nodes, self.states):
+            fixed.requires_grad_(False)  # the graph is frozen
         self.margins = [bn_margin(teacher.feature_norms()[name]) for name in self.LEVELS]
 
     def refinement(self, maps, teacher_maps):
@@ -90,7 +92,8 @@ class PlainTerms(nn.Module):
         edge = F.max_pool2d(masks, 3, 1, 1) - masks
         edge = F.max_pool2d(edge, 4)
         h_s, live = self.graph(self.edge_connector(maps["encoder.stride4"]), edge)
-        h_t, _ = self.graph(teacher_maps["encoder.stride4"], edge)
+        with torch.no_grad():
+            h_t, _ = self.graph(teacher_maps["encoder.stride4"], edge)
         return ((h_s - h_t).square().mean(1) * live).sum() / live.sum()
 
 
@@ -120,7 +123,7 @@ def plain_step(terms: str, teacher: nn.Module):
     return step
 
 
-def test_a_students_step_against_a_plain_version(in_turns):
+def test_a_students_step_against_a_plain_version(in_turns, report):
     """Teacher pass apart: 128 px, batch 16, two threads."""
     images, masks = batch()
     teacher = frozen(ResNet34UNet())
@@ -132,7 +135,9 @@ def test_a_students_step_against_a_plain_version(in_turns):
         steps[f"step, {name}"] = lambda step=ours: step(images, masks, Look(masks, look.logits, look.maps))  # nothing shared with other arms
     ours = student_step("feat, edge", teacher, graph)
     steps["step, both terms, beside other arms"] = lambda: ours(images, masks, look)  # what the teacher becomes in the losses is there
-    in_turns(steps, "step, BCE alone")
+    medians = in_turns(steps, "step, BCE alone")
+    for name in ("BCE alone", "+ L_feat", "+ L_edge", "both terms"):
+        report(f"step / plain step, {name}", medians[f"step, {name}"] / medians[f"plain step, {name}"], "ratio")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
