@@ -2,19 +2,25 @@ PY := .venv/bin/python
 SETUP := .venv/.done
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 
-.PHONY: run test lab notebooks bench
+.PHONY: run test lab notebooks bench runtime cost
 run: $(SETUP)  ## distil a student on the built-in data
 	$(PY) -m lesionkd_core run 04_distill
 
-test: $(SETUP)  ## unit, method, notebook and fault tests; nbval compares the committed outputs
+test: $(SETUP) runtime  ## unit, method, notebook and fault tests; nbval compares the committed outputs
 	$(PY) -m pytest --nbval
 
 lab: $(SETUP)  ## read and run the notebooks
 	$(PY) -m jupyterlab notebooks
 
-notebooks: $(SETUP)  ## execute all notebooks with the smoke profile and save them, then the README's index
+notebooks: $(SETUP) runtime  ## execute all notebooks with the smoke profile and save them, then the README's index
 	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	$(PY) -m tests.readme_index
+
+runtime: $(SETUP)  ## fetch what the phone page runs on: onnxruntime-web, one npm package, checked; once into the user's cache
+	@$(PY) -c "from lesionkd_core.export.page import fetch_runtime; print('onnxruntime-web:', fetch_runtime()['wasm'])"
+
+cost: $(SETUP) runtime  ## latency of all networks in all engines, Chromium included; into data/results/cost.csv (20 minutes, wants an idle machine)
+	$(PY) -m tests.benchmarks.cost
 
 bench: $(SETUP)  ## ratios of times, in one run; into runs/bench.json (BEFORE=an earlier one stands beside it)
 	@mkdir -p runs

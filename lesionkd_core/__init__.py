@@ -12,7 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"
 
 _HOME = {
-    "config": ("AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "GraphConfig", "LesionKDError", "PrepareConfig", "TeacherConfig"),
+    "config": (
+        "AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "ExportConfig", "GraphConfig", "LesionKDError", "PrepareConfig", "TeacherConfig",
+    ),
     "store": ("short",),
     "datasets": ("CATALOGUE",),
     "datasets.download": ("download",),
@@ -27,8 +29,11 @@ _HOME = {
     "original": ("score_original",),
     "stages": ("ablate", "distill", "distill_arms", "fit_graph", "sweep_weights", "train_teacher"),
     "study": ("add_to_study", "study_tables"),
+    "sweeps.cluster": ("sweep",),
     "sweeps.results": ("collect", "summarize_results"),
     "leak": ("measure_leak",),
+    "export": ("export_student", "segment_golden"),
+    "export.cost": ("measure_cost", "peak_memory"),
     "views": (
         "assignment_entropy", "cases_of_each_label", "collapse_check", "connected_student", "edge_pyramid", "edge_survival", "edge_views", "example_pairs",
         "feature_maps", "feature_views", "graph_of", "mean_responses", "node_views", "refinement_view", "spread_of_cases",

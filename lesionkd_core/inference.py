@@ -59,7 +59,7 @@ def build(cfg: StageConfig) -> nn.Module:
     """The untrained network of a configuration; its initialization depends on its seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(getattr(cfg, cfg.seed_field))
-        return UNet(width=cfg.width) if isinstance(cfg, DistillConfig) else TEACHERS[cfg.teacher]()
+        return UNet(width=cfg.width, stem=cfg.stem) if isinstance(cfg, DistillConfig) else TEACHERS[cfg.teacher]()
 
 
 def load_network(run: str | Path) -> TrainedNetwork:

@@ -27,10 +27,10 @@ def _check_size(x: Tensor) -> None:
         raise LesionKDError(f"a network got images of shape {tuple(x.shape)}; wants (N, C, H, W), H and W at least {SMALLEST} px")
 
 
-def _two_convolutions(inputs: int, outputs: int, bias: bool) -> nn.Sequential:
-    """3x3 convolution, BN, ReLU, 3x3 convolution, BN: the last ReLU is left to the caller."""
+def _two_convolutions(inputs: int, outputs: int, bias: bool, stem: int = 1) -> nn.Sequential:
+    """3x3 convolution (over blocks of stem x stem px), BN, ReLU, 3x3 convolution, BN: the last ReLU is left to the caller."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias), BatchNorm2d(outputs), nn.ReLU(inplace=True),
+        nn.Conv2d(inputs, outputs, 3 * stem, stem, padding=stem, bias=bias), BatchNorm2d(outputs), nn.ReLU(inplace=True),
         nn.Conv2d(outputs, outputs, 3, padding=1, bias=bias), BatchNorm2d(outputs),
     )
 
@@ -41,42 +41,48 @@ class UNet(nn.Module):
     Encoder blocks of c, 2c, 4c, 8c, 8c channels at strides 1 to 16, decoder blocks of 4c, 2c, c, c
     at strides 8 to 1, transposed 2x2 convolutions on the way up, a 1x1 head.
 
+    With `stem` 2 or 4, which is not the paper's, levels of smaller stride are left out: the first
+    convolution reads blocks of stem x stem px (space-to-depth and 3x3 in one), the head writes such
+    blocks (1x1 and depth-to-space in one), and the last decoder block is as wide as the first encoder block.
+
     Source: METHOD, Student; TinyUnet (2022).
     """
 
-    def __init__(self, in_channels: int = 3, out_channels: int = 1, width: int = 64) -> None:
+    def __init__(self, in_channels: int = 3, out_channels: int = 1, width: int = 64, stem: int = 1) -> None:
         super().__init__()
-        down = [width, 2 * width, 4 * width, 8 * width, 8 * width]
-        up = [4 * width, 2 * width, width, width]
+        self.strides = [stride for stride in (1, 2, 4, 8, 16) if stride >= stem]
+        down = [width * min(stride, 8) for stride in self.strides]
+        up = [width * max(stride // 2, 1) for stride in self.strides[-2::-1]]
+        up[-1] = down[0]
         self.encoder = nn.ModuleList(
-            _two_convolutions(i, o, bias=True) for i, o in zip([in_channels, *down], down)
+            _two_convolutions(i, o, True, stem if level == 0 else 1) for level, (i, o) in enumerate(zip([in_channels, *down], down))
         )
         below = [down[-1], *up]
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(c, c, 2, stride=2) for c in below[:-1])
         self.decoder = nn.ModuleList(
             _two_convolutions(b + s, o, bias=True) for b, s, o in zip(below, down[-2::-1], up)
         )
-        self.head = nn.Conv2d(width, out_channels, 1)
+        self.head = nn.ConvTranspose2d(up[-1], out_channels, stem, stride=stem) if stem > 1 else nn.Conv2d(up[-1], out_channels, 1)
 
     def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
         """{map: the BatchNorm that gives it}."""
-        names = [f"encoder.stride{2**i}" for i in range(5)] + [f"decoder.stride{2**i}" for i in (3, 2, 1, 0)]
+        names = [f"encoder.stride{s}" for s in self.strides] + [f"decoder.stride{s}" for s in self.strides[-2::-1]]
         return dict(zip(names, [block[-1] for block in (*self.encoder, *self.decoder)]))
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (N, out, H, W) and all maps before their last ReLU, {name: (N, C, H/stride, W/stride)}."""
         _check_size(x)
-        maps, skips = {}, []
-        for level, block in enumerate(self.encoder):
-            if level:
-                x = F.max_pool2d(x, 2)
-            maps[f"encoder.stride{2**level}"] = x = block(x)
+        image, maps, skips = x, {}, []
+        for stride, block in zip(self.strides, self.encoder):
+            if skips:
+                x = F.max_pool2d(x, 2, 2)  # the stride said, since converters to phones want it
+            maps[f"encoder.stride{stride}"] = x = block(x)
             skips.append(x := F.relu(x))
-        for level, up, block in zip((3, 2, 1, 0), self.upsample, self.decoder):
-            x = block(torch.cat([skips[level], _pad_to(up(x), skips[level])], dim=1))
-            maps[f"decoder.stride{2**level}"] = x
+        for stride, skip, up, block in zip(self.strides[-2::-1], skips[-2::-1], self.upsample, self.decoder):
+            x = block(torch.cat([skip, _pad_to(up(x), skip)], dim=1))
+            maps[f"decoder.stride{stride}"] = x
             x = F.relu(x)
-        return self.head(x), maps
+        return _pad_to(self.head(x), image), maps
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) -> logits (N, out, H, W), any size from 32 px up."""

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,3 +29,12 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if config.lesionkd_runs:
         shutil.rmtree(config.lesionkd_runs, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A student that was really trained, on the phantom with the smoke profile: some test cases are segmented well, some badly."""
+    from lesionkd_core.config import DistillConfig
+    from lesionkd_core.stages import distill
+
+    return distill(DistillConfig(terms=""), tell=lambda *_: None)

@@ -21,6 +21,7 @@ from .base import (
     Names,
     Seed,
     Seeds,
+    Sizes,
     StageConfig,
     Weight,
     Window,
@@ -29,8 +30,8 @@ from .base import (
 )
 
 __all__ = [
-    "ARMS", "PROFILES", "TERM_FIELDS", "AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "ExternalConfig", "GraphConfig",
-    "LesionKDError", "PrepareConfig",    "StageConfig", "TeacherConfig", "nearest",
+    "ARMS", "PROFILES", "TERM_FIELDS", "AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "ExportConfig", "ExternalConfig", "GraphConfig",
+    "LesionKDError", "PrepareConfig", "StageConfig", "TeacherConfig", "nearest",
 ]
 
 
@@ -191,6 +192,7 @@ class DistillConfig(GraphConfig):
     terms: Names = Field(("feat", "edge"), description="losses beside BCE, comma-separated: feat, edge; rivals kd, fitnets, at, cwd, dist; empty trains alone")
     seed: Seed = Field(0, description="seed of the student's initialization and batch order")
     width: int = Field(4, ge=1, le=64, description="channels of the student's first block; 4 is the paper's")
+    stem: Literal[1, 2, 4] = Field(1, description="1 is the paper's student; 2 or 4 read and write blocks of as many px, which is faster on phones")
     epochs: int = Field(10, ge=1, description="passes over the training cases, student")
     lr: float = Field(5e-3, gt=0, description="peak learning rate of the one-cycle schedule, student and connectors")
     w_seg: Weight = Field(1.0, description="weight of L_seg (step S6)")
@@ -227,6 +229,7 @@ class DistillConfig(GraphConfig):
         absent = {name for term, names in TERM_FIELDS.items() if term not in self.terms for name in names}
         if not self.terms:  # no teacher looks on either
             absent |= {n for n in GraphConfig.model_fields if n.startswith("teacher")} | {"encoder_weights"}
+        absent |= {"stem"} if self.stem == 1 else set()  # came later than the first runs
         return {name: value for name, value in super().hashed().items() if name not in absent} | {"terms": sorted(self.terms)}
 
 
@@ -265,7 +268,8 @@ class AblationConfig(DistillConfig):
 
     def hashed(self) -> dict[str, Any]:
         """Everything but what the arms decide, and the data sets that are scored."""
-        return {n: v for n, v in TeacherConfig.hashed(self).items() if n not in ("seed", "terms", "shuffle_edges")} | {"test_dataset": list(self.test_dataset)}
+        decided = {"seed", "terms", "shuffle_edges"} | ({"stem"} if self.stem == 1 else set())
+        return {n: v for n, v in TeacherConfig.hashed(self).items() if n not in decided} | {"test_dataset": list(self.test_dataset)}
 
     @model_validator(mode="after")
     def _known_arms(self) -> Self:
@@ -277,3 +281,32 @@ class AblationConfig(DistillConfig):
     def arm(self, name: str, seed: int) -> DistillConfig:
         """The configuration of one arm with one seed."""
         return DistillConfig(**{n: getattr(self, n) for n in DistillConfig.model_fields} | ARMS[name] | {"seed": seed})
+
+
+FORMATS = ("onnx", "executorch", "coreml", "page")
+
+
+class ExportConfig(StageConfig):
+    """Finished student -> files for phones (stage `export`, step S7)."""
+
+    stage = "export"
+    run: str = Field("", description="folder of a finished student (runs/distill/...); empty takes the one that notebook 04 makes with this profile")
+    formats: Names = Field(FORMATS, min_length=1, description="what is written, comma-separated: onnx, executorch, coreml, page")
+    sizes: Sizes = Field((128, 256), description="ExecuTorch's fixed sides beside the run's own, comma-separated, px; multiples of 32")
+    threshold: float = Field(0.5, ge=0.05, le=0.95, description="probability over which a pixel is lesion, in the page and in model.json")
+    calibration: int = Field(64, ge=1, description="training cases that the ranges of int8 are taken from")
+    engines: Names = Field(("torch", "onnx"), description="whose latency is measured, comma-separated: torch, onnx, executorch, browser")
+    cost_pixels: Sizes = Field((128,), description="sides at which latency is measured, comma-separated, px; multiples of 32")
+    repeats: int = Field(5, ge=1, description="turns through all networks and engines in which latency is measured")
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Self:
+        for field, known in (("formats", FORMATS), ("engines", ("torch", "onnx", "executorch", "browser"))):
+            for name in getattr(self, field):
+                if name not in known:
+                    raise ValueError(f"{field} names {name!r}: {nearest(name, known)}")
+        return self
+
+    def hashed(self) -> dict[str, Any]:
+        """What the files are made with; the student itself counts by its own digest, and latency is measured beside them."""
+        return {name: getattr(self, name) for name in ("formats", "sizes", "threshold", "calibration")}

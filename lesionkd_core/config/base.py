@@ -59,6 +59,13 @@ def _seeds(value: Any) -> Any:
     return tuple(int(part) for part in _names(value)) if isinstance(value, str) else _names(value)
 
 
+def _sizes(value: Any) -> Any:
+    """'128, 256' -> (128, 256); one number alone is one size."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    return tuple(int(part) for part in _names(value)) if isinstance(value, str) else _names(value)
+
+
 def _distinct(values: tuple) -> tuple:
     if len(set(values)) != len(values):
         raise ValueError("names one value twice")
@@ -76,6 +83,8 @@ def _window(value: str) -> str:
 Names = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_distinct)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), AfterValidator(_distinct), Field(min_length=1)]
+Size = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(_sizes), AfterValidator(_distinct), Field(min_length=1)]
 Level = Annotated[str, Field(pattern=r"^(en|de)coder\.stride(1|2|4|8|16|32)(:(en|de)coder\.stride(1|2|4|8|16|32))?$")]
 Levels = Annotated[tuple[Level, ...], BeforeValidator(_names), AfterValidator(_distinct), Field(min_length=1)]
 EdgeLevel = Annotated[Level, BeforeValidator(lambda v: {"low": "encoder.stride4", "deep": "encoder.stride16"}.get(v, v) if isinstance(v, str) else v)]

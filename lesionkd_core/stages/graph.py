@@ -37,7 +37,7 @@ class Graph(store.Result):
 def check_levels(cfg: GraphConfig, levels: tuple[str, ...]) -> list[tuple[str, str]]:
     """(student's map, teacher's map) of every level; refuses maps that do not exist or differ in stride, before anything is trained."""
     with torch.device("meta"):
-        return match_levels(UNet(width=getattr(cfg, "width", 4)), TEACHERS[cfg.teacher](), levels)
+        return match_levels(UNet(width=getattr(cfg, "width", 4), stem=getattr(cfg, "stem", 1)), TEACHERS[cfg.teacher](), levels)
 
 
 def fit_graph(cfg: GraphConfig, tell=print) -> Graph:

@@ -1,0 +1,244 @@
+"""The phone page in a real browser (headless Chromium with a phone's viewport and touch): offline, the same masks, clear messages."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lesionkd_core import inference
+from lesionkd_core.config import LesionKDError
+from lesionkd_core.datasets import read_image
+from lesionkd_core.export import page as pages
+from lesionkd_core.export.browser import CHROMIUM, FLAGS
+from lesionkd_core.export.deploy import Deployed
+from lesionkd_core.export.to_onnx import write_onnx
+from lesionkd_core.prepare import prepare_data
+from lesionkd_core.prepare.pixels import prepare_image
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright: pip install -e '.[dev]'")
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True, "offline": True}
+MAY_DIFFER = 0.001
+"""Share of pixels of a mask that may differ from PyTorch's: the page's network gives probabilities in steps of 1/255."""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM.exists():
+        pytest.skip(f"the page is tested in Debian's chromium, which is not installed ({CHROMIUM})")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    try:
+        return pages.fetch_runtime(address="http://127.0.0.1:9/no-download-in-tests.tgz")
+    except LesionKDError:
+        pytest.skip("the page's runtime is not there: `make runtime` fetches it once (make test does that)")
+
+
+@pytest.fixture(scope="module")
+def student(trained):
+    return inference.load_student(trained)
+
+
+@pytest.fixture(scope="module")
+def html(student, runtime, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    write_onnx(Deployed(student.network).eval(), folder / "student.onnx")
+    pages.write_page(student, folder / "student.onnx", folder / "segment.html", ["Trained on <phantoms> & nothing else."], 0.5, runtime)
+    return folder / "segment.html"
+
+
+@pytest.fixture
+def phone(browser, html):
+    """The page, opened from the disk without a network, ready; `requests` holds every address it asked for."""
+    context = browser.new_context(**PHONE)
+    found = context.new_page()
+    found.requests, found.errors = [], []
+    found.on("request", lambda request: found.requests.append(request.url))
+    found.on("pageerror", lambda error: found.errors.append(str(error)))
+    found.goto(html.as_uri())
+    found.wait_for_selector("body[data-state=ready]", timeout=60_000)
+    yield found
+    assert found.errors == []
+    context.close()
+
+
+def lesion_picture(width, height, seed=0):
+    """A dark, soft lesion on bright skin with some texture, (height, width, 3) uint8."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    depth = 1 / (1 + np.exp(8 * (np.hypot((x / width - 0.45) / 0.25, (y / height - 0.55) / 0.2) - 1)))
+    skin = np.array([225, 180, 160]) * (0.9 + 0.1 * np.sin(x / 7)[..., None])
+    return (skin - depth[..., None] * np.array([140, 130, 110]) + random.normal(0, 4, (height, width, 1))).clip(0, 255).astype(np.uint8)
+
+
+def choose(phone, file):
+    phone.set_input_files("#choose", file)
+    phone.wait_for_selector("body[data-state=ready]", timeout=60_000)
+
+
+def saved_mask(phone) -> np.ndarray:
+    with phone.expect_download() as download:
+        phone.get_by_role("button", name="Save mask").click()
+    return np.asarray(Image.open(download.value.path()).convert("RGB"))[..., 0]
+
+
+def test_it_loads_offline_from_the_disk_and_asks_for_nothing(phone):
+    assert phone.requests[0].startswith("file:")
+    assert all(url.startswith(("blob:", "data:")) for url in phone.requests[1:]), phone.requests
+    assert phone.get_by_text("not a medical device").is_visible() and phone.get_by_text("does not leave it").is_visible()
+    refused = phone.evaluate("fetch('https://example.org/').then(() => 'sent', (error) => String(error))")
+    assert "TypeError" in refused
+    assert phone.get_by_role("status").inner_text() == "Ready. Take a photo or choose one."
+
+
+@pytest.mark.parametrize(("width", "height", "mode"), [
+    (640, 480, "RGB"), (480, 640, "RGB"), (64, 64, "RGB"), (1600, 300, "RGB"), (40, 50, "RGB"), (301, 219, "L"), (200, 200, "RGBA"), (2, 3, "RGB"),
+])
+def test_its_masks_are_pytorchs(phone, student, tmp_path, width, height, mode):
+    file = tmp_path / "photo.png"
+    Image.fromarray(lesion_picture(width, height)).convert(mode).save(file)
+    choose(phone, file)
+    mask = saved_mask(phone)
+    expected = inference.predict(student, [read_image(file)])[0] > 0.5
+    assert mask.shape == (height, width) and set(np.unique(mask)) <= {0, 255}
+    assert ((mask > 0) != expected).mean() <= MAY_DIFFER
+    if width > 2 and mode != "L":
+        assert 0 < expected.mean() < 1, "a picture without a mask to compare"
+
+
+def test_its_masks_of_test_cases_are_pytorchs(phone, student, tmp_path):
+    data = prepare_data(student.cfg, lambda *_: None)
+    rows = data.index("test")[:8]
+    for row in rows:
+        file = tmp_path / f"{row}.png"
+        Image.fromarray(np.asarray(data.images[row])).resize((200, 150), Image.Resampling.BICUBIC).save(file)
+        choose(phone, file)
+        assert ((saved_mask(phone) > 0) != (inference.predict(student, [read_image(file)])[0] > 0.5)).mean() <= MAY_DIFFER
+
+
+@pytest.mark.parametrize("look", [{}, {"fit": "pad"}, {"colour": "grey"}, {"gamma": 0.7, "fit": "pad"}])
+def test_it_prepares_photos_as_the_training_did_to_the_bit(browser, student, html, runtime, tmp_path, look):
+    cfg = student.cfg.with_values(**look)
+    other = inference.TrainedNetwork(student.network, cfg, student.path)
+    pages.write_page(other, html.parent / "student.onnx", tmp_path / "segment.html", [], 0.5, runtime)
+    page = browser.new_context(offline=True).new_page()
+    page.goto((tmp_path / "segment.html").as_uri())
+    page.wait_for_selector("body[data-state=ready]", timeout=60_000)
+    for seed, (width, height) in enumerate([(640, 480), (300, 900), (65, 63), (64, 200), (30, 20), (1000, 33), (513, 511)]):
+        picture, file = lesion_picture(width, height, seed), io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        found = page.evaluate("""async (base64) => {
+            const photo = new Image();
+            photo.src = 'data:image/png;base64,' + base64;
+            await photo.decode();
+            return Array.from(prepare(photo, photo.naturalWidth, photo.naturalHeight));
+        }""", base64.b64encode(file.getvalue()).decode())
+        expected = prepare_image(picture, cfg)
+        np.testing.assert_array_equal(np.array(found, np.uint8).reshape(expected.shape), expected, err_msg=f"{width} x {height}, {look}")
+    page.context.close()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("notes.txt", b"no picture", "notes.txt is not a picture"),
+    ("broken.png", b"\x89PNG\r\n\x1a\nbroken", "broken.png is no picture that this browser can read"),
+    ("empty.jpg", b"", "empty.jpg is no picture that this browser can read"),
+])
+def test_what_is_no_picture_gets_a_clear_message(phone, name, content, said):
+    kind = {"txt": "text/plain", "png": "image/png", "jpg": "image/jpeg"}[name[-3:]]
+    choose(phone, {"name": name, "mimeType": kind, "buffer": content})
+    alert = phone.get_by_role("alert")
+    assert alert.is_visible() and said in alert.inner_text() and "Choose a" in alert.inner_text()
+    assert phone.get_by_role("button", name="Save mask").is_disabled()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("size", "said"), [((8000, 6250), "has 50 megapixels; this page takes up to 40"), ((1, 1), "has 1 x 1 px: nothing to segment")])
+def test_a_picture_of_an_impossible_size_gets_a_clear_message_and_the_one_before_stays(phone, tmp_path, size, said):
+    Image.fromarray(lesion_picture(100, 80)).save(tmp_path / "good.png")
+    choose(phone, tmp_path / "good.png")
+    Image.new("L", size, 128).save(tmp_path / "bad.png")
+    choose(phone, tmp_path / "bad.png")
+    assert said in phone.get_by_role("alert").inner_text()
+    assert phone.get_by_role("status").inner_text() == "Still showing good.png."
+    assert saved_mask(phone).shape == (80, 100)
+    choose(phone, tmp_path / "good.png")
+    assert not phone.get_by_role("alert").is_visible()
+
+
+def test_the_threshold_moves_the_contour_and_is_said(phone, tmp_path):
+    Image.fromarray(lesion_picture(320, 240)).save(tmp_path / "photo.png")
+    choose(phone, tmp_path / "photo.png")
+    slider, shares = phone.get_by_role("slider", name="Threshold"), []
+    for value in ("5", "50", "95"):
+        slider.fill(value)
+        assert phone.locator("#threshold-value").inner_text() == f"{value} %"
+        shares.append((saved_mask(phone) > 0).mean())
+        said = phone.get_by_role("status").inner_text()
+        assert (f"{100 * shares[-1]:.1f} % of the picture" in said or shares[-1] == 0) and "ms on this device" in said
+    assert shares[0] > shares[1] > shares[2]
+    assert "photo.png: " in phone.locator("#view").get_attribute("aria-label")
+
+
+def test_what_is_shown_changes_the_picture_and_not_the_mask(phone, tmp_path):
+    Image.fromarray(lesion_picture(320, 240)).save(tmp_path / "photo.png")
+    choose(phone, tmp_path / "photo.png")
+    drawn = {}
+    for kind in ("Contour", "Probability", "Photo"):
+        phone.get_by_role("radio", name=kind).tap()
+        drawn[kind] = phone.evaluate("document.getElementById('view').toDataURL()")
+    assert len(set(drawn.values())) == 3
+
+
+def test_it_works_by_keyboard_alone(phone, tmp_path):
+    Image.fromarray(lesion_picture(100, 100)).save(tmp_path / "photo.png")
+    choose(phone, tmp_path / "photo.png")
+    reached = []
+    phone.evaluate("document.activeElement.blur()")
+    for _ in range(8):
+        phone.keyboard.press("Tab")
+        reached.append(phone.evaluate("document.activeElement.id || document.activeElement.name || document.activeElement.tagName"))
+    stops = [name for name in dict.fromkeys(reached) if name not in ("BODY", "HTML")]
+    assert stops[:6] == ["shown", "threshold", "SUMMARY", "camera", "choose", "save"]
+    phone.get_by_role("slider").focus()
+    phone.keyboard.press("ArrowRight")
+    assert phone.locator("#threshold-value").inner_text() == "51 %"
+
+
+def test_buttons_are_within_a_thumbs_reach_and_large_enough(phone):
+    for name in ("camera", "choose", "save"):
+        box = phone.locator(f".button:has(#{name}), #{name}.button").bounding_box()
+        assert box["height"] >= 44 and box["y"] + box["height"] > 0.9 * PHONE["viewport"]["height"] and box["y"] + box["height"] <= PHONE["viewport"]["height"]
+    assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE["viewport"]["width"], "no scrolling sideways"
+    assert phone.locator("#camera").get_attribute("capture") == "environment"
+
+
+def luminance(colour: str) -> float:
+    channels = [int(v) / 255 for v in colour.strip("rgb()").split(",")[:3]]
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_by_day_and_night(phone, scheme):
+    phone.emulate_media(color_scheme=scheme)
+    style = "(e) => { const s = getComputedStyle(e); return [s.color, s.backgroundColor]; }"
+    back = phone.locator("body").evaluate(style)[1]
+    assert (luminance(back) > 0.5) == (scheme == "light")
+    for selector in ("body", ".notice", "summary", ".button.primary", "#save", "#problem"):
+        text, own = phone.locator(selector).first.evaluate(style)
+        bright, dark = sorted((luminance(text), luminance(back if own == "rgba(0, 0, 0, 0)" else own)), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= 4.5, (selector, text, own)
+
+
+def test_what_the_page_says_of_the_network_is_escaped(phone):
+    phone.get_by_text("About this network").click()
+    assert phone.get_by_text("Trained on <phantoms> & nothing else.").is_visible()
+    assert phone.get_by_text("MIT licence").is_visible()
