@@ -11,6 +11,7 @@ from .config import AblationConfig
 from .evaluation import PUBLISHED
 from .external import with_test_dataset
 from .stages import Run, ablate, train_teacher
+from .statistics.arms import by_seed, case_mean, families
 
 PER_CASE = (
     "run", "dataset", "test_dataset", "profile", "teacher", "arm", "seed", "split", "fold", "case", "group", "lesion_px", "contrast",
@@ -60,3 +61,25 @@ def add_to_study(cfg: AblationConfig, folder: Path, tell=print) -> dict[str, pd.
         merged[name] = new.sort_values(["dataset", "profile", "teacher", "fold"], kind="stable")
         store.write_table(path, merged[name])
     return merged
+
+
+def cost_points(per_case: pd.DataFrame, cost: pd.DataFrame, arms: tuple[str, ...] = ("alone", "method")) -> pd.DataFrame:
+    """What `figures.pareto` draws: Dice of students and teachers of the study beside the multiplications of their networks.
+
+    Returns
+    -------
+    DataFrame
+        dataset, model (student and its arm, or the teacher's network), dice, low, high, parameters, macs at the study's size.
+    """
+    known = cost[(cost["engine"] == "ONNX Runtime") & (cost["precision"] == "float32") & (cost["pixels"] == 128)].set_index("model")
+    rows = []
+    for family, part in families(per_case):
+        for arm in ("teacher", *arms):
+            if arm not in set(part["arm"]):
+                continue
+            dice, low, high = case_mean(by_seed(part, arm))
+            network = family["teacher"] if arm == "teacher" else "student"
+            facts = {name: known.loc[network, name] for name in ("parameters", "macs", "latency_ms_median")}
+            model = network if arm == "teacher" else f"student, {arm}"
+            rows.append({"dataset": family["test_dataset"], "model": model, "dice": dice, "low": low, "high": high} | facts)
+    return pd.DataFrame(rows).drop_duplicates(["dataset", "model"], ignore_index=True)

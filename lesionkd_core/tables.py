@@ -15,6 +15,7 @@ import pandas as pd
 from . import store
 from .evaluation import HIGHER_IS_BETTER, PUBLISHED
 from .figures import METRIC_LABELS, NETWORKS, STYLES
+from .statistics.arms import by_seed, case_mean, families, in_order
 
 
 def markdown(table: pd.DataFrame, digits: int = 3):
@@ -61,6 +62,19 @@ def arms(table: pd.DataFrame) -> pd.DataFrame:
     of_seeds = {name: table[name].map("{:.3f}".format, na_action="ignore").fillna("") for name in table if name.startswith("dice_seed")}
     named = table.assign(**of_seeds, arm=[_label(arm) for arm in table["arm"]])
     return named.rename(columns=METRIC_LABELS | {"false_alarm": "false alarms"}).rename(columns=lambda c: c.replace("dice_seed", "Dice, seed "))
+
+
+def study_scores(per_case: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm, one column a data set: mean Dice [95 % interval over groups and seeds] and missed lesions a seed, from `study()`."""
+    rows: dict[str, dict[str, str]] = {}
+    for family, part in families(per_case):
+        column = f"{family['test_dataset']}, {part['id'].nunique()} cases, {part.loc[part['arm'] != 'teacher', 'seed'].nunique()} seeds"
+        for arm in ("teacher", *in_order(part, without="teacher")):
+            mean, low, high = case_mean(by_seed(part, arm))
+            own = part[part["arm"] == arm]
+            missed = own["missed"].sum() / own["seed"].nunique()
+            rows.setdefault(arm, {"arm": _label(arm)})[column] = f"{mean:.3f} [{low:.3f}, {high:.3f}], {missed:.1f} missed"
+    return pd.DataFrame(rows.values()).fillna("not measured")
 
 
 def in_words(table: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""The README's table of notebooks, made from their first cells: `python -m tests.readme_index`."""
+"""What the README says of notebooks and of the study, made from their first cells and from data/results: `python -m tests.readme_index`."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- notebooks: made by `make notebooks` -->", "<!-- end of notebooks -->"
+STUDY = "<!-- study: made from data/results by `make notebooks` -->", "<!-- end of study -->"
 
 
 def index() -> str:
@@ -17,10 +18,21 @@ def index() -> str:
     return "\n".join(rows)
 
 
+def study() -> str:
+    """Table and sentences of the committed study."""
+    import lesionkd_core as lkd
+
+    scored = lkd.tables.study()
+    words = lkd.tables.in_words(lkd.compare_arms(scored)), lkd.tables.in_words(lkd.accuracy_ratio(scored))
+    return "\n\n".join([lkd.tables.study_scores(scored).to_markdown(index=False), *words])
+
+
 def with_index(readme: str) -> str:
-    """The README with its table made anew."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{index()}\n{END}{rest.split(END)[1]}"
+    """The README with these parts made anew."""
+    for (begin, end), make in (((BEGIN, END), index), (STUDY, study)):
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{make()}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 if __name__ == "__main__":

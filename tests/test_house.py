@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 CORE = ROOT / "lesionkd_core"
 ROOMS = [
     "config", "store", "ranks", "progress", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks", "losses", "inference",
-    "evaluation", "statistics", "original", "external", "training", "stages", "study", "sweeps", "leak", "views", "figures", "tables", "__main__",
+    "evaluation", "statistics", "original", "external", "training", "stages", "study", "sweeps", "leak", "views", "export", "figures", "tables", "__main__",
 ]
 """From the top of the house to its ground floor."""
 
@@ -67,11 +67,11 @@ def code_lines(path: Path) -> int:
 def test_the_core_stays_thin():
     """What computes the method stays far under 4,000 lines; what is around it has budgets of its own."""
     around = {"datasets": "data", **dict.fromkeys(("statistics", "views", "figures", "tables", "study", "leak"), "study"),
-              **dict.fromkeys(("ranks", "sweeps", "__main__"), "machines")}
-    spent = dict.fromkeys(("method", "data", "study", "machines"), 0)
+              **dict.fromkeys(("ranks", "sweeps", "__main__"), "machines"), "export": "phones"}
+    spent = dict.fromkeys(("method", "data", "study", "machines", "phones"), 0)
     for path in CORE.rglob("*.py"):
         spent[around.get(room_of(path), "method")] += code_lines(path)
-    assert all(spent[part] < limit for part, limit in {"method": 3000, "data": 1600, "study": 1400, "machines": 900}.items()), spent
+    assert all(spent[part] < limit for part, limit in {"method": 3000, "data": 1600, "study": 1450, "machines": 900, "phones": 700}.items()), spent
 
 
 def test_files_and_functions_stay_short():
@@ -107,7 +107,7 @@ def lock() -> dict[str, str]:
 
 def test_the_lock_pins_every_dependency_exactly():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"] + project["optional-dependencies"]["mobile"]
     names = {re.match(r"[A-Za-z0-9-]+", line)[0].lower() for line in wanted}
     assert names <= set(lock())
     assert lock()["torch"] == "2.13.0"

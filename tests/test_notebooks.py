@@ -95,6 +95,7 @@ CHANGED = {
     "04_distill": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "width": 2, "seed": 5},
     "05_ablations": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2},
     "06_paper_figures": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2},
+    "07_mobile": {"formats": "onnx", "engines": "onnx", "cost_pixels": 64, "repeats": 1, "calibration": 8, "threshold": 0.4},
 }
 
 

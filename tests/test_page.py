@@ -90,7 +90,7 @@ def saved_mask(phone) -> np.ndarray:
 
 
 def test_it_loads_offline_from_the_disk_and_asks_for_nothing(phone):
-    assert phone.requests[0].startswith("file:")
+    assert phone.requests[0].startswith("file:") and phone.title() == phone.get_by_role("heading").inner_text() == "Lesion segmentation: phantom-dermoscopy"
     assert all(url.startswith(("blob:", "data:")) for url in phone.requests[1:]), phone.requests
     assert phone.get_by_text("not a medical device").is_visible() and phone.get_by_text("does not leave it").is_visible()
     refused = phone.evaluate("fetch('https://example.org/').then(() => 'sent', (error) => String(error))")

@@ -21,7 +21,7 @@ CHANGED = {  # every other parameter, with a value that is not the smoke profile
     "teacher": "unet64", "teacher_seed": 1, "teacher_epochs": 3, "teacher_lr": 0.002, "batch_size": 4,
     "weight_decay": 0.0, "augment": "none", "precision": "bf16-mixed", "test_dataset": ("ph2",),
     "states": 8, "anchors": "masked_cosine", "normalize": "size", "graph_epochs": 4, "graph_lr": 0.02,
-    "terms": (), "seed": 1, "width": 8, "epochs": 3, "lr": 0.001, "w_seg": 2.0, "w_feat": 2.0, "w_edge": 1.0,
+    "terms": (), "seed": 1, "width": 8, "stem": 2, "epochs": 3, "lr": 0.001, "w_seg": 2.0, "w_feat": 2.0, "w_edge": 2.0,
     "feature_levels": ("decoder.stride8",), "level_weights": "area", "shuffle_edges": True,
     "encoder_weights": __file__, "teacher_checkpoint": __file__, "graph": "joint", "teacher_bn": "batch", "margin": "empirical",
     "w_kd": 2.0, "kd_temperature": 2.0, "w_fitnets": 2.0, "fitnets_levels": ("decoder.stride8",), "w_at": 2.0, "at_levels": ("decoder.stride8",),

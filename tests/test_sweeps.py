@@ -66,7 +66,7 @@ def test_every_combination_of_the_product_and_every_included_run_is_there_once(s
 
 
 def test_one_configuration_written_in_several_ways_is_one_run(sweep_of):
-    same = [{}, {"seeds": 1}, {"seeds": "0"}, {"pixels": 64, "profile": "smoke"}, {"device": "cpu"}, {"w_feat": 1}]
+    same = [{}, {"seeds": 1}, {"seeds": "0"}, {"pixels": 64, "profile": "smoke"}, {"device": "cpu"}, {"w_feat": 10}]
     other = [{"test_dataset": "phantom-ultrasound"}, {"seeds": 2}, {"w_feat": 1e-3}]
     assert len(plan.read_sweep(sweep_of({"include": same + other}))) == 4
 

@@ -196,8 +196,8 @@ class DistillConfig(GraphConfig):
     epochs: int = Field(10, ge=1, description="passes over the training cases, student")
     lr: float = Field(5e-3, gt=0, description="peak learning rate of the one-cycle schedule, student and connectors")
     w_seg: Weight = Field(1.0, description="weight of L_seg (step S6)")
-    w_feat: Weight = Field(1.0, description="weight of L_feat (step S6)")
-    w_edge: Weight = Field(0.1, description="weight of L_edge (step S6)")
+    w_feat: Weight = Field(10.0, description="weight of L_feat (step S6)")
+    w_edge: Weight = Field(1.0, description="weight of L_edge (step S6)")
     feature_levels: Levels = Field(
         ("decoder.stride8", "decoder.stride4", "decoder.stride2"),
         description="Feats lists: 'a' is both networks' map a, 'a:b' the student's a, the teacher's b",
@@ -206,15 +206,15 @@ class DistillConfig(GraphConfig):
     margin: Literal["bn", "empirical"] = Field("bn", description="margin ReLU: from the teacher's BatchNorm, or the mean negative response in training")
     shuffle_edges: bool = Field(False, description="control: every case gets the edge label of another case")
 
-    w_kd: Weight = Field(1.0, description="weight of logit distillation (Hinton et al. 2015)")
+    w_kd: Weight = Field(10.0, description="weight of logit distillation (Hinton et al. 2015)")
     kd_temperature: float = Field(4.0, ge=1, le=100, description="temperature of logit distillation; 2.5 to 4 for small students (Hinton et al. 2015)")
     w_fitnets: Weight = Field(1.0, description="weight of the hint (FitNets, Romero et al. 2015)")
     fitnets_levels: Levels = Field(("encoder.stride16",), description="maps that give the hint, as in feature_levels")
     w_at: Weight = Field(1000.0, description="weight of attention transfer; 1000 in the authors' code (Zagoruyko & Komodakis 2017)")
     at_levels: Levels = Field(("encoder.stride4", "encoder.stride8", "encoder.stride16"), description="maps whose attention is copied, as in feature_levels")
-    w_cwd: Weight = Field(3.0, description="weight of channel-wise distillation of the logits; 3 in the authors' code (CWD, Shu et al. 2021)")
+    w_cwd: Weight = Field(1.0, description="weight of channel-wise distillation of the logits; 3 in the authors' code (CWD, Shu et al. 2021)")
     cwd_temperature: float = Field(4.0, gt=0, le=100, description="temperature of the distribution over pixels; 4 in the authors' code (CWD)")
-    w_dist: Weight = Field(1.0, description="weight of the intra-class relation; 1 in the authors' segmentation code (DIST, Huang et al. 2022)")
+    w_dist: Weight = Field(3.0, description="weight of the intra-class relation; 1 in the authors' segmentation code (DIST, Huang et al. 2022)")
     dist_temperature: float = Field(1.0, gt=0, le=100, description="temperature of the probabilities; 1 in the authors' segmentation code (DIST)")
 
     @model_validator(mode="after")

@@ -91,6 +91,14 @@ def interval(values: np.ndarray, draws: int = 5000) -> tuple[float, float]:
         return percentiles(total / count)
 
 
+def case_mean(scored: pd.DataFrame, draws: int = 5000) -> tuple[float, float, float]:
+    """Mean over cases and seeds of `by_seed`, and its 95 % interval; whole groups and seeds are drawn with replacement."""
+    sums, sizes = scored.groupby(level="group").sum().to_numpy(), scored.groupby(level="group").size().to_numpy(float)
+    of_groups, of_seeds = drawn(*sums.shape, draws)
+    means = ((of_groups @ sums) * of_seeds).sum(1) / sums.shape[1] / (of_groups @ sizes)
+    return float(scored.to_numpy().mean()), *(percentiles(means) if len(sums) > 1 else (np.nan, np.nan))
+
+
 def covers(groups: int, seeds: int) -> str:
     """What an interval over so many groups and seeds covers: 'cases and seeds', 'cases', 'nothing'."""
     return "nothing" if groups < 2 else "cases" if seeds < 2 else "cases and seeds"

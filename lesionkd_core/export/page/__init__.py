@@ -6,6 +6,7 @@ import base64
 import gzip
 import html
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -77,9 +78,7 @@ def write_page(student: TrainedNetwork, network: Path, path: Path, about: list[s
         "network": _packed(network),
     } | {part: _packed(file) for part, file in (runtime or fetch_runtime()).items()}
     page = here.joinpath("segment.html").read_text(encoding="utf-8")
-    for name, content in filled.items():
-        page = page.replace("{{" + name + "}}", content, 1)
-    store.write_text(path, page)
+    store.write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], page))
 
 
 def _packed(file: Path) -> str:
