@@ -6,7 +6,8 @@ NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 run: $(SETUP)  ## distil a student on the built-in data
 	$(PY) -m lesionkd_core run 04_distill
 
-test: $(SETUP) runtime  ## unit, method, notebook and fault tests; nbval compares the committed outputs
+test: $(SETUP)  ## unit, method, notebook and fault tests; nbval compares the committed outputs
+	-@$(MAKE) --no-print-directory runtime
 	$(PY) -m pytest --nbval
 
 lab: $(SETUP)  ## read and run the notebooks

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import store
-from .config import AblationConfig
+from .config import PROFILES, AblationConfig
 from .evaluation import PUBLISHED
 from .external import with_test_dataset
 from .stages import Run, ablate, train_teacher
@@ -64,22 +64,23 @@ def add_to_study(cfg: AblationConfig, folder: Path, tell=print) -> dict[str, pd.
 
 
 def cost_points(per_case: pd.DataFrame, cost: pd.DataFrame, arms: tuple[str, ...] = ("alone", "method")) -> pd.DataFrame:
-    """What `figures.pareto` draws: Dice of students and teachers of the study beside the multiplications of their networks.
+    """What `figures.pareto` draws: Dice of the study's students of width 4 and of its teachers, beside what their networks cost in ONNX Runtime.
 
     Returns
     -------
     DataFrame
-        dataset, model (student and its arm, or the teacher's network), dice, low, high, parameters, macs at the study's size.
+        dataset, model (student and its arm, or the teacher's network), dice, low, high, parameters, macs and latency_ms_median at the profile's size.
     """
-    known = cost[(cost["engine"] == "ONNX Runtime") & (cost["precision"] == "float32") & (cost["pixels"] == 128)].set_index("model")
-    rows = []
+    measured = cost[(cost["engine"] == "ONNX Runtime") & (cost["precision"] == "float32")].set_index(["pixels", "model"])
+    rows, several = [], per_case["teacher"].nunique() > 1
     for family, part in families(per_case):
+        known = measured.loc[PROFILES[family["profile"]]["pixels"]]
         for arm in ("teacher", *arms):
             if arm not in set(part["arm"]):
                 continue
             dice, low, high = case_mean(by_seed(part, arm))
             network = family["teacher"] if arm == "teacher" else "student"
             facts = {name: known.loc[network, name] for name in ("parameters", "macs", "latency_ms_median")}
-            model = network if arm == "teacher" else f"student, {arm}"
+            model = network if arm == "teacher" else f"student, {arm}" + f" of {family['teacher']}" * (several and arm != "alone")
             rows.append({"dataset": family["test_dataset"], "model": model, "dice": dice, "low": low, "high": high} | facts)
     return pd.DataFrame(rows).drop_duplicates(["dataset", "model"], ignore_index=True)

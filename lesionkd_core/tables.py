@@ -67,14 +67,27 @@ def arms(table: pd.DataFrame) -> pd.DataFrame:
 def study_scores(per_case: pd.DataFrame) -> pd.DataFrame:
     """One row an arm, one column a data set: mean Dice [95 % interval over groups and seeds] and missed lesions a seed, from `study()`."""
     rows: dict[str, dict[str, str]] = {}
+    several = [name for name in ("profile", "teacher") if name in per_case and per_case[name].nunique() > 1]
     for family, part in families(per_case):
-        column = f"{family['test_dataset']}, {part['id'].nunique()} cases, {part.loc[part['arm'] != 'teacher', 'seed'].nunique()} seeds"
+        names = [family["test_dataset"], *(_label(family[name]) for name in several)]
+        column = ", ".join([*names, f"{part['id'].nunique()} cases", f"{part.loc[part['arm'] != 'teacher', 'seed'].nunique()} seeds"])
         for arm in ("teacher", *in_order(part, without="teacher")):
             mean, low, high = case_mean(by_seed(part, arm))
             own = part[part["arm"] == arm]
             missed = own["missed"].sum() / own["seed"].nunique()
             rows.setdefault(arm, {"arm": _label(arm)})[column] = f"{mean:.3f} [{low:.3f}, {high:.3f}], {missed:.1f} missed"
     return pd.DataFrame(rows.values()).fillna("not measured")
+
+
+def speedups(cost: pd.DataFrame, large: str = "unet64") -> str:
+    """How many times faster the students are than a large network, a line an engine and size, float32, from `measure_cost`."""
+    lines = []
+    for (engine, pixels), part in cost[cost["precision"] == "float32"].groupby(["engine", "pixels"], sort=False):
+        times = part.set_index("model")["latency_ms_median"]
+        if large in times:
+            students = ", ".join(f"{times[large] / times[name]:.0f} x {name}" for name in times.index if name.startswith("student"))
+            lines.append(f"{_label(large)} in {engine}, {pixels} px: {times[large]:.0f} ms = {students}")
+    return "\n".join(lines)
 
 
 def in_words(table: pd.DataFrame) -> str:

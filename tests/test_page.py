@@ -1,11 +1,14 @@
 """The phone page in a real browser (headless Chromium with a phone's viewport and touch): offline, the same masks, clear messages."""
 
 import base64
+import http.server
 import io
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lesionkd_core import inference
 from lesionkd_core.config import LesionKDError
@@ -93,9 +96,57 @@ def test_it_loads_offline_from_the_disk_and_asks_for_nothing(phone):
     assert phone.requests[0].startswith("file:") and phone.title() == phone.get_by_role("heading").inner_text() == "Lesion segmentation: phantom-dermoscopy"
     assert all(url.startswith(("blob:", "data:")) for url in phone.requests[1:]), phone.requests
     assert phone.get_by_text("not a medical device").is_visible() and phone.get_by_text("does not leave it").is_visible()
-    refused = phone.evaluate("fetch('https://example.org/').then(() => 'sent', (error) => String(error))")
-    assert "TypeError" in refused
     assert phone.get_by_role("status").inner_text() == "Ready. Take a photo or choose one."
+
+
+def test_its_policy_refuses_every_connection(browser, html):
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        online = browser.new_context().new_page()
+        online.goto(html.as_uri())
+        online.wait_for_selector("body[data-state=ready]", timeout=60_000)
+        for way in ("fetch(url).catch(() => {})", "new Image().src = url", "navigator.sendBeacon(url, 'x')", "new WebSocket(url.replace('http', 'ws'))"):
+            refused = online.evaluate("""async ([way, url]) => {
+                const refused = new Promise((resolve) => {
+                    document.addEventListener('securitypolicyviolation', (e) => resolve(e.effectiveDirective), { once: true });
+                });
+                try { %s } catch {}
+                return refused;
+            }""" % way, ["", f"http://127.0.0.1:{server.server_port}/leak"])  # noqa: UP031
+            assert refused in ("connect-src", "img-src"), way
+        server.shutdown()
+    assert asked == []
+    online.context.close()
+
+
+def test_a_photo_chosen_later_wins_over_a_slow_one_before_it(phone, tmp_path):
+    Image.fromarray(np.tile(lesion_picture(500, 500), (9, 9, 1))).save(tmp_path / "large.png", compress_level=1)
+    Image.fromarray(lesion_picture(90, 70)).save(tmp_path / "small.png")
+    phone.set_input_files("#camera", tmp_path / "large.png")
+    phone.set_input_files("#choose", tmp_path / "small.png")
+    phone.wait_for_selector("#view[aria-label^='small.png']", timeout=60_000)
+    phone.wait_for_timeout(3000)
+    assert phone.locator("#view").get_attribute("aria-label").startswith("small.png") and saved_mask(phone).shape == (70, 90)
+
+
+def test_orientation_is_obeyed_and_colour_profiles_are_passed_over_as_in_training(phone, student, tmp_path):
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.fromarray(lesion_picture(200, 120)).save(tmp_path / "turned.jpg", exif=turned, quality=95, subsampling=0)
+    gamma = PngInfo()
+    gamma.add(b"gAMA", (100_000).to_bytes(4, "big"))  # linear: a browser that obeys it makes the picture much brighter
+    Image.fromarray(lesion_picture(200, 120)).save(tmp_path / "gamma.png", pnginfo=gamma)
+    for name, shape in (("turned.jpg", (200, 120)), ("gamma.png", (120, 200))):
+        choose(phone, tmp_path / name)
+        mask, expected = saved_mask(phone) > 0, inference.predict(student, [read_image(tmp_path / name)])[0] > 0.5
+        assert mask.shape == expected.shape == shape and (mask != expected).mean() <= MAY_DIFFER, name
 
 
 @pytest.mark.parametrize(("width", "height", "mode"), [

@@ -8,7 +8,10 @@ from lesionkd_core.figures.style import save
 from tests.conftest import ROOT
 from tests.readme_index import STUDY, study
 
-COLUMNS = ["run", "dataset", "test_dataset", "profile", "teacher", "arm", "seed", "split", "fold", "case", "group", "lesion_px", "contrast", "dice", "iou", "sensitivity", "precision", "hd95", "surface_dice", "missed"]
+COLUMNS = [
+    "run", "dataset", "test_dataset", "profile", "teacher", "arm", "seed", "split", "fold", "case", "group", "lesion_px", "contrast",
+    "dice", "iou", "sensitivity", "precision", "hd95", "surface_dice", "missed",
+]
 ARMS = {"teacher", "alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist"}
 
 

@@ -294,10 +294,17 @@ class ExportConfig(StageConfig):
     formats: Names = Field(FORMATS, min_length=1, description="what is written, comma-separated: onnx, executorch, coreml, page")
     sizes: Sizes = Field((128, 256), description="ExecuTorch's fixed sides beside the run's own, comma-separated, px; multiples of 32")
     threshold: float = Field(0.5, ge=0.05, le=0.95, description="probability over which a pixel is lesion, in the page and in model.json")
+    logits: bool = Field(False, description="also write student-logits.onnx, which gives raw logits as float32 instead of the mask image")
     calibration: int = Field(64, ge=1, description="training cases that the ranges of int8 are taken from")
     engines: Names = Field(("torch", "onnx"), description="whose latency is measured, comma-separated: torch, onnx, executorch, browser")
     cost_pixels: Sizes = Field((128,), description="sides at which latency is measured, comma-separated, px; multiples of 32")
     repeats: int = Field(5, ge=1, description="turns through all networks and engines in which latency is measured")
+
+    @model_validator(mode="after")
+    def _whole_percent(self) -> Self:
+        if abs(100 * self.threshold - round(100 * self.threshold)) > 1e-6:
+            raise ValueError(f"threshold = {self.threshold}: the page's slider has whole percents; give two decimals")
+        return self
 
     @model_validator(mode="after")
     def _known_names(self) -> Self:
@@ -309,4 +316,4 @@ class ExportConfig(StageConfig):
 
     def hashed(self) -> dict[str, Any]:
         """What the files are made with; the student itself counts by its own digest, and latency is measured beside them."""
-        return {name: getattr(self, name) for name in ("formats", "sizes", "threshold", "calibration")}
+        return {name: getattr(self, name) for name in ("formats", "sizes", "threshold", "logits", "calibration")}

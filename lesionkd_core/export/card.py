@@ -35,7 +35,7 @@ def facts(student: TrainedNetwork) -> list[str]:
     return [
         f"A U-Net of width {cfg.width} with {sum(p.numel() for p in student.network.parameters()):,} parameters, trained {trained} "
         f"on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed {cfg.seed}).",
-        f"On {test['cases']} test cases that it never saw: Dice {dice['mean']:.3f} (95 % interval {dice['low']:.3f} to {dice['high']:.3f}), "
+        f"On {test['cases']} test cases that it never saw, at threshold 0.5: Dice {dice['mean']:.3f} (95 % interval {dice['low']:.3f} to {dice['high']:.3f}), "
         f"{test['missed']} of {test['lesions']} lesions missed entirely, {test['false_alarms']} false alarms on images without a lesion.",
         f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
         INTENDED, LIMITS, PATENT,
@@ -51,7 +51,8 @@ def model_card(student: TrainedNetwork, parity: pd.DataFrame, threshold: float) 
     scored = pd.DataFrame([{"metric": m, "mean": v["mean"], "low": v["low"], "high": v["high"]} for m, v in metrics.items()])
     return "\n\n".join([
         f"# Model card: {student.path.name}", made,
-        "## Scores", scores, f"Masks at threshold {threshold}; means over test cases with 95 % intervals (bootstrap over groups).",
+        "## Scores", scores,
+        f"Masks at threshold 0.5; means over test cases with 95 % intervals (bootstrap over groups). The page and model.json start at {threshold}.",
         scored.to_markdown(index=False, floatfmt=".3f"),
         "## The same model in every file", "Against PyTorch in float32, on test cases:", parity[columns].to_markdown(index=False, floatfmt=".4f"),
         "## Intended use", intended, "## Limits", limits, "## Data and rights", licence, patent,

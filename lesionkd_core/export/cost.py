@@ -16,10 +16,11 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..config import LesionKDError
 from ..networks import ResNet34UNet, UNet
 from .browser import BrowserEngine
 from .deploy import Deployed
-from .engines import executorch_engine, onnx_engine, torch_engine
+from .engines import executorch_engine, executorch_threads, onnx_engine, torch_engine
 from .to_executorch import write_executorch
 from .to_onnx import write_int8, write_onnx
 
@@ -136,12 +137,14 @@ def one_thread() -> Iterator[None]:
     """Torch on one thread, and where the system can do that, everything started meanwhile on one core."""
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     torch.set_num_threads(1)
+    executorch_threads(1)
     if cores:
         os.sched_setaffinity(0, {max(cores)})
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        executorch_threads(threads)
         if cores:
             os.sched_setaffinity(0, cores)
 
@@ -149,12 +152,16 @@ def one_thread() -> Iterator[None]:
 def peak_memory(file: Path, pixels: int) -> float:
     """MiB that a fresh process needs at its peak to load a network in ONNX Runtime and segment one image, beyond the runtime itself."""
     code = (
-        "import resource, sys, numpy as np, onnxruntime as ort\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import re, sys, numpy as np, onnxruntime as ort\n"
+        "def status(name): return int(re.search(name + r':\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts anew; a child's ru_maxrss would start at its parent's
+        "before = status('VmRSS')\n"
         "options = ort.SessionOptions(); options.intra_op_num_threads = 1\n"
         "session = ort.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])\n"
         "session.run(None, {'image': np.zeros((1, int(sys.argv[2]), int(sys.argv[2]), 3), np.uint8)})\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(status('VmHWM') - before)"
     )
+    if not Path("/proc/self/clear_refs").exists():
+        raise LesionKDError("peak memory is read from /proc, which this system does not have; measure on Linux")
     done = subprocess.run([sys.executable, "-c", code, str(file), str(pixels)], capture_output=True, text=True, check=True)
-    return int(done.stdout) / (1024 * (1024 if sys.platform == "darwin" else 1))
+    return int(done.stdout) / 1024

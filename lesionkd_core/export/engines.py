@@ -69,8 +69,20 @@ def executorch_engine(file: Path, precision: str) -> Engine:
         name = f"forward_{images.shape[1]}"
         if name not in program.method_names or images.shape[1] != images.shape[2]:
             raise LesionKDError(f"{file.name} has {', '.join(sorted(program.method_names))}; none takes {images.shape[2]} x {images.shape[1]} px")
-        with quiet():
-            method = methods[name] = methods.get(name) or program.load_method(name)
+        if name not in methods:
+            with quiet():
+                methods[name] = program.load_method(name)
+        method = methods[name]
         return np.concatenate([method.execute([torch.from_numpy(image[None].copy())])[0].numpy().copy() for image in images])
 
     return Engine("ExecuTorch", precision, file, segment)
+
+
+def executorch_threads(count: int) -> None:
+    """How many threads ExecuTorch's pool has, where it is installed; it otherwise takes as many as there are cores when it is first used."""
+    try:
+        with quiet():
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    except ImportError:
+        return
+    _unsafe_reset_threadpool(count)

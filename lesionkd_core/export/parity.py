@@ -63,17 +63,20 @@ def parity(reference: Engine, engines: Iterable[tuple[Engine, int]], images: np.
 def check_parity(table: pd.DataFrame, pixels: int) -> None:
     """Refuse an export that flips more than 1 % of the pixels, or lost more than 0.005 mean Dice at the size of its training (elsewhere Dice says little).
 
+    In float32 no pixel may differ by more than one step of 255.
+
     Raises
     ------
     ParityError
         Names every such file, with what it lost.
     """
     fallen = table["dice_reference"] - table["dice"]
-    wrong = table[(fallen > DICE_MAY_FALL) & (table["pixels"] == pixels) | (table["flipped"] > MAY_FLIP)]
+    inexact = (table["precision"] == "float32") & (table["max_difference"] > 1.01 / 255)
+    wrong = table[(fallen > DICE_MAY_FALL) & (table["pixels"] == pixels) | (table["flipped"] > MAY_FLIP) | inexact]
     if len(wrong):
         lines = [
             f"{row.file} ({row.engine}, {row.precision}, {row.pixels} px): Dice {row.dice:.4f} against {row.dice_reference:.4f}, "
-            f"{100 * row.flipped:.2f} % of the pixels flipped"
+            f"{100 * row.flipped:.2f} % of the pixels flipped, largest difference {row.max_difference:.3f}"
             for row in wrong.itertuples()
         ]
         raise ParityError("not the network that was trained, do not ship it:\n" + "\n".join(lines))

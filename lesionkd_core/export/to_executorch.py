@@ -9,18 +9,16 @@ import torch
 from torch.export import ExportedProgram
 
 from .. import store
-from ..config import LesionKDError
 from .deploy import Deployed
 from .to_onnx import quiet
 
 
 def write_executorch(network: Deployed, path: Path, sizes: tuple[int, ...], images: dict[int, np.ndarray] | None = None) -> None:
     """One program with a method `forward_S` for every size S; int8 by channel where images {S: (N, S, S, 3) uint8} for calibration are given."""
-    _need()
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
     with quiet(), torch.no_grad():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
         programs = {f"forward_{s}": _quantized(network, images[s]) if images else _exported(network.eval(), s) for s in sizes}
         lowered = to_edge_transform_and_lower(programs, partitioner=[XnnpackPartitioner()]).to_executorch()
     with store.replacing(path) as partial:
@@ -40,12 +38,3 @@ def _quantized(network: Deployed, images: np.ndarray) -> ExportedProgram:
     for image in images:
         observed(torch.from_numpy(image[None].copy()))
     return _exported(convert_pt2e(observed), images.shape[1])
-
-
-def _need() -> None:
-    try:
-        with quiet():
-            import executorch.exir  # noqa: F401
-            import torchao  # noqa: F401
-    except ImportError as error:
-        raise LesionKDError(f"formats names executorch, which is not installed ({error}): pip install -e '.[mobile]', or leave it out of formats") from None

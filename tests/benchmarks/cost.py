@@ -33,7 +33,4 @@ if __name__ == "__main__":
     cost = lkd.measure_cost(sizes, ENGINES, repeats=15, tell=lambda text: print(f"{time.monotonic() - begun:6.0f} s  {text}", flush=True))
     store.write_table(RESULTS / "cost.csv", cost)
     store.write_table(RESULTS / "memory.csv", memory(sizes))
-    for row in cost[cost["model"] == "unet64"].itertuples():
-        same = cost[(cost["engine"] == row.engine) & (cost["pixels"] == row.pixels) & (cost["precision"] == "float32")].set_index("model")["latency_ms_median"]
-        times = ", ".join(f"{row.latency_ms_median / same[name]:.0f} x {name}" for name in same.index if name.startswith("student"))
-        print(f"U-Net 64 in {row.engine}, {row.pixels} px: {row.latency_ms_median:.0f} ms, {times}")
+    print(lkd.tables.speedups(cost))

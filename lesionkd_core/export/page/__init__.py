@@ -47,6 +47,12 @@ def fetch_runtime(folder: Path | None = None, address: str = ADDRESS, checksum: 
     return {part: Path(folder) / f"{RUNTIME}-{VERSION}" / "package" / "dist" / file for part, file in PARTS.items()}
 
 
+def check_look(student: TrainedNetwork) -> None:
+    """Refuse a student whose images are prepared in a way that the page does not compute."""
+    if student.cfg.clahe:
+        raise LesionKDError(f"the student was trained with clahe = {student.cfg.clahe}, which the phone page does not compute; leave page out of formats")
+
+
 def write_page(student: TrainedNetwork, network: Path, path: Path, about: list[str], threshold: float = 0.5, runtime: dict[str, Path] | None = None) -> None:
     """One HTML file with the runtime and an exported network (.onnx) inside.
 
@@ -62,9 +68,8 @@ def write_page(student: TrainedNetwork, network: Path, path: Path, about: list[s
     LesionKDError
         The student's images are prepared in a way that the page does not compute (clahe).
     """
+    check_look(student)
     cfg = student.cfg
-    if cfg.clahe:
-        raise LesionKDError(f"the student was trained with clahe = {cfg.clahe}, which the phone page does not compute; leave page out of formats")
     curve = (255 * (np.arange(256) / 255) ** cfg.gamma).round().astype(int).tolist() if cfg.gamma != 1 else None
     settings = {"pixels": cfg.pixels, "fit": cfg.fit, "colour": cfg.colour, "gamma": curve, "threshold": threshold}
     licence = f"Contains ONNX Runtime Web {VERSION}, Copyright (c) Microsoft Corporation, MIT licence."

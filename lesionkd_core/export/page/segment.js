@@ -8,6 +8,7 @@ const STRIP = 256;  // rows of the photo in memory at a time; iOS takes no canva
 const SHOWN = 1024;  // longest side of the picture on the screen
 const CONTOUR = [238, 119, 51];
 let session = null;
+let turn = 0;  // a photo chosen later wins over a slow one before it
 let current = null;  // { name, width, height, photo (canvas), probability (S x S) }
 
 // --- Pillow's resampling: weights of every output pixel over the input pixels that it covers
@@ -151,8 +152,7 @@ async function unpack(id) {
 
 async function start() {
   if (!("DecompressionStream" in window) || !("WebAssembly" in window)) {
-    fail("This browser is too old for the network. Wanted is Chrome or Edge 80, Firefox 113, Safari 16.4 or newer.");
-    return;
+    throw new Error("this browser is too old; wanted is Chrome or Edge 105, Firefox 121, Safari 16.4 or newer");
   }
   const as = (bytes, type) => URL.createObjectURL(new Blob([bytes], { type }));
   const script = document.createElement("script");
@@ -175,26 +175,32 @@ async function segment(square) {
   return { probability: mask.data, milliseconds: performance.now() - begun };
 }
 
-async function decode(file) {
+async function sizeOf(file) {  // without decoding the pixels yet
   const photo = new Image();
   photo.src = URL.createObjectURL(file);
   try {
-    await photo.decode();
+    await new Promise((resolve, reject) => { photo.onload = resolve; photo.onerror = reject; });
   } catch {
     throw new Error(`${file.name} is no picture that this browser can read. Choose a JPEG or PNG photo.`);
   } finally {
     URL.revokeObjectURL(photo.src);
   }
-  const [width, height] = [photo.naturalWidth, photo.naturalHeight];
+  return [photo.naturalWidth, photo.naturalHeight];
+}
+
+async function decode(file) {  // turned as the camera says, colours as they are in the file: as the training's images were read
+  const [width, height] = await sizeOf(file);
   if (width * height > LARGEST) {
     throw new Error(`${file.name} has ${Math.round(width * height / 1e6)} megapixels; this page takes up to ${LARGEST / 1e6}. Choose a smaller photo or make it smaller first.`);
   }
   if (width < 2 || height < 2) throw new Error(`${file.name} has ${width} x ${height} px: nothing to segment. Choose a larger picture.`);
+  const photo = await createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
   return { photo, width, height };
 }
 
 async function open(file) {
   if (!file) return;
+  const mine = ++turn;
   fail("");
   document.body.dataset.state = "busy";
   say(`Segmenting ${file.name} …`);
@@ -202,15 +208,17 @@ async function open(file) {
     if (file.type && !file.type.startsWith("image/")) throw new Error(`${file.name} is not a picture (${file.type}). Choose a JPEG or PNG photo.`);
     const { photo, width, height } = await decode(file);
     const { probability, milliseconds } = await segment(prepare(photo, width, height));
+    if (mine !== turn) return;
     const scale = Math.min(1, SHOWN / Math.max(width, height)), shown = document.createElement("canvas");
     shown.width = Math.max(1, Math.round(width * scale));
     shown.height = Math.max(1, Math.round(height * scale));
     shown.getContext("2d").drawImage(photo, 0, 0, shown.width, shown.height);
-    current = { name: file.name, width, height, shown, probability, milliseconds };
-    current.restored = restore(probability, current, shown.width, shown.height);
+    const restored = restore(probability, { width, height }, shown.width, shown.height);
+    current = { name: file.name, width, height, shown, probability, milliseconds, restored };
     $("save").disabled = false;
     draw();
   } catch (error) {
+    if (mine !== turn) return;
     fail(error.message);
     say(current ? `Still showing ${current.name}.` : "No photo yet.");
   }
@@ -264,18 +272,23 @@ function drawContour(data, restored, width, height, over) {
 }
 
 async function save() {
+  try {
+    await writeMask();
+  } catch {
+    fail(`The mask of ${current.width} x ${current.height} px is too large for this browser. Choose a smaller photo.`);
+  }
+}
+
+async function writeMask() {
   const { width, height, probability, name } = current, over = limit();
   const canvas = document.createElement("canvas");
   canvas.width = width;
   canvas.height = height;
-  const mask = restore(probability, current, width, height), picture = new ImageData(width, height);
-  mask.forEach((p, i) => picture.data.set(p > over ? [255, 255, 255, 255] : [0, 0, 0, 255], 4 * i));
+  const mask = restore(probability, current, width, height), picture = new ImageData(width, height), pixels = new Uint32Array(picture.data.buffer);
+  mask.forEach((p, i) => { pixels[i] = p > over ? 0xffffffff : 0xff000000; });  // white, black; opaque
   canvas.getContext("2d").putImageData(picture, 0, 0);
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
-  if (!blob) {
-    fail(`The mask of ${width} x ${height} px is too large for this browser. Choose a smaller photo.`);
-    return;
-  }
+  if (!blob) throw new Error("no canvas of this size");
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
   link.download = `${name.replace(/\.[^.]*$/, "")}_mask.png`;
@@ -284,7 +297,11 @@ async function save() {
 }
 
 $("threshold").value = Math.round(100 * settings.threshold);
-$("threshold").addEventListener("input", draw);
+$("threshold").addEventListener("input", () => {
+  $("result").setAttribute("aria-busy", "true");  // a screen reader hears the last value only
+  draw();
+});
+$("threshold").addEventListener("change", () => $("result").removeAttribute("aria-busy"));
 document.querySelectorAll("[name=shown]").forEach((choice) => choice.addEventListener("change", draw));
 for (const id of ["camera", "choose"]) {
   $(id).addEventListener("change", async (event) => {
@@ -294,4 +311,7 @@ for (const id of ["camera", "choose"]) {
 }
 $("save").addEventListener("click", save);
 draw();
-start().catch((error) => fail(`The network could not be started: ${error.message ?? error}. Open the page in a current browser.`));
+start().catch((error) => {
+  say("The network is not there.");
+  fail(`The network could not be started: ${error.message ?? error}. Open the page in a current browser.`);
+});
