@@ -66,7 +66,7 @@ def measure_cost(
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        stack.enter_context(one_thread())
+        stack.enter_context(one_thread("executorch" in engines))
         browser = stack.enter_context(BrowserEngine()) if "browser" in engines else None
         rows, timers = [], []
         for name in networks:
@@ -133,18 +133,20 @@ def _timer(engine, image: np.ndarray) -> Callable[[], list[float]]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread(executorch: bool) -> Iterator[None]:
     """Torch on one thread, and where the system can do that, everything started meanwhile on one core."""
     threads, cores = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     torch.set_num_threads(1)
-    executorch_threads(1)
+    if executorch:
+        executorch_threads(1)
     if cores:
         os.sched_setaffinity(0, {max(cores)})
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        executorch_threads(threads)
+        if executorch:
+            executorch_threads(threads)
         if cores:
             os.sched_setaffinity(0, cores)
 

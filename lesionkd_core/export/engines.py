@@ -79,10 +79,8 @@ def executorch_engine(file: Path, precision: str) -> Engine:
 
 
 def executorch_threads(count: int) -> None:
-    """How many threads ExecuTorch's pool has, where it is installed; it otherwise takes as many as there are cores when it is first used."""
-    try:
-        with quiet():
-            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-    except ImportError:
-        return
-    _unsafe_reset_threadpool(count)
+    """How many threads ExecuTorch's pool has; it otherwise takes as many as there are cores when it is first used."""
+    with quiet():
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(count)
