@@ -1,4 +1,7 @@
-"""`python -m lesionkd_core run NOTEBOOK -p NAME VALUE`, `... sweep FILE`, `... results`, `... predict RUN IMAGES --out MASKS`, `... download NAME`."""
+"""`python -m lesionkd_core run NOTEBOOK -p NAME VALUE`, `... sweep FILE`, `... results`, `... predict RUN IMAGES --out MASKS`, `... download NAME`.
+
+`... list`, `... show RUN` and `... clean` look after what was made.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 from .config import ConfigError, LesionKDError
 from .store import runs_root
-from .sweeps.notebooks import configuration, literal, run_notebook  # noqa: F401 - test_notebooks
+from .sweeps.notebooks import literal, run_notebook
 
 TRAINING = {
     "train-teacher": ("TeacherConfig", "train_teacher", "find or train the teacher"),
@@ -30,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     _takes_parameters(run)
     for name, (_, _, text) in TRAINING.items():
         _takes_parameters(commands.add_parser(name, help=f"{text}, without a notebook"))
+    _looks_after_runs(commands)
     predict = commands.add_parser("predict", help="segment a folder of images with a trained student (step S7)")
     predict.add_argument("run", type=Path, help="folder of a finished run, such as runs/distill/...")
     predict.add_argument("images", type=Path, help="folder of images, NIfTI volumes, folders of DICOM series")
@@ -43,6 +47,38 @@ def main(argv: list[str] | None = None) -> int:
     fetch.add_argument("--mirror", default="", metavar="URL", help="address of a folder with the same files")
     fetch.add_argument("--archive", default="", metavar="FILE", help="an archive on this machine, or a folder of them, instead of a download")
     fetch.add_argument("--to", metavar="FOLDER", help="where data sets lie, instead of LESIONKD_DATA")
+    _runs_many(commands)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "run":
+            return run_notebook(args.notebook, dict(args.parameter))
+        if args.command in TRAINING:
+            return train(args.command, dict(args.parameter))
+        if args.command in ("list", "show", "clean"):
+            return look_at_runs(args)
+        if args.command in ("sweep", "results"):
+            return run_sweep(args) if args.command == "sweep" else show_results(args)
+        return predict_images(args) if args.command == "predict" else download_release(args)
+    except LesionKDError as error:
+        _tell_once(f"{type(error).__name__}: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _tell_once("\nstopped; the same command goes on from here")
+        return 130
+
+
+def _looks_after_runs(commands: argparse._SubParsersAction) -> None:
+    shown = commands.add_parser("list", help="finished runs as a table")
+    shown.add_argument("stage", nargs="?", default="", help="prepare, teacher, graph, distill, ablation, external or export; all by default")
+    show = commands.add_parser("show", help="a short report on one run")
+    show.add_argument("run", help="its folder, such as runs/distill/..., or its name")
+    clean = commands.add_parser("clean", help="free space after asking: what killed runs left behind, or the runs that are named")
+    clean.add_argument("run", nargs="*", help="folders or names of runs to remove; without one, only leftovers")
+    clean.add_argument("--unfinished", action="store_true", help="also runs that did not finish and that nobody works on")
+    clean.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _runs_many(commands: argparse._SubParsersAction) -> None:
     many = commands.add_parser("sweep", help="execute a notebook many times, as a YAML file says, on this machine or a cluster (docs/sweeps.md)")
     many.add_argument("file", type=Path)
     many.add_argument("--scheduler", default="", metavar="ADDRESS", help="a running Dask scheduler, such as tcp://127.0.0.1:8786")
@@ -53,21 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     table.add_argument("--where", default="", metavar="SQL", help="which rows count, such as \"width = 4 and arm <> 'teacher'\"")
     table.add_argument("--split", default="test", choices=("test", "val"), help="choose parameters by val alone")
     table.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "run":
-            return run_notebook(args.notebook, dict(args.parameter))
-        if args.command in TRAINING:
-            return train(args.command, dict(args.parameter))
-        if args.command in ("sweep", "results"):
-            return run_sweep(args) if args.command == "sweep" else show_results(args)
-        return predict_images(args) if args.command == "predict" else download_release(args)
-    except LesionKDError as error:
-        _tell_once(f"{type(error).__name__}: {error}")
-        return 1
-    except KeyboardInterrupt:
-        _tell_once("\nstopped; the same command goes on from here")
-        return 130
 
 
 def _takes_parameters(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +146,39 @@ def show_results(args: argparse.Namespace) -> int:
     return 0
 
 
+def look_at_runs(args: argparse.Namespace) -> int:
+    """List finished runs, report on one, or free space once that is agreed to."""
+    from . import runs, store
+
+    if args.command == "list":
+        from tabulate import tabulate
+
+        table = runs.list_runs(args.stage)
+        print(tabulate(table, headers="keys", tablefmt="simple", showindex=False) if len(table) else f"no finished run in {runs_root()}")
+        return 0
+    if args.command == "show":
+        print(runs.report(store.locate(args.run)))
+        return 0
+    items = runs.clearable([store.locate(run) for run in args.run], args.unfinished)
+    for item in items:
+        print(f"{item.size / 2**20:9.1f} MiB  {store.short(item.path)}  ({item.what})")
+    total = f"{sum(item.size for item in items) / 2**20:.1f} MiB"
+    if not items:
+        print("nothing to clear away, or another process works on it")
+    elif _agreed(args.yes, f"remove these for good, {total}?"):
+        runs.clear(items)
+        print(f"freed {total}")
+    return 0
+
+
+def _agreed(yes: bool, question: str) -> bool:
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("no terminal to ask in: read the lines above and add --yes if you agree")
+    if not yes:
+        print(f"{question} [y/N] ", end="", flush=True)
+    return yes or sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def predict_images(args: argparse.Namespace) -> int:
     """Segment a folder; unreadable files are listed, and the exit code says that there were some."""
     from .inference import load_student, predict_folder
@@ -159,14 +213,7 @@ def download_release(args: argparse.Namespace) -> int:
         print("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
         return 0 if args.list else 2
 
-    def agree() -> bool:
-        if not args.yes and not sys.stdin.isatty():
-            raise ConfigError("no terminal to ask in: read the terms above and add --yes if you accept them")
-        if not args.yes:
-            print("Go on? [y/N] ", end="", flush=True)
-        return args.yes or sys.stdin.readline().strip().lower() in ("y", "yes")
-
-    download(args.name, root, args.mirror, args.archive, partial(print, flush=True), agree)
+    download(args.name, root, args.mirror, args.archive, partial(print, flush=True), lambda: _agreed(args.yes, "Go on?"))
     return 0
 
 

@@ -70,10 +70,7 @@ def load_network(run: str | Path) -> TrainedNetwork:
     UnfinishedRun, LesionKDError
         The folder is no finished training run, or its checkpoint is not of this network.
     """
-    path = Path(getattr(run, "path", run)).expanduser()
-    if not path.exists() and path.parts[:1] == ("runs",):  # as notebooks print it
-        path = store.runs_root().joinpath(*path.parts[1:])
-    path = path.resolve()
+    path = store.locate(run)
     cfg = read_config(path)
     if not store.is_done(path):
         raise store.UnfinishedRun(f"{path} is not finished (no DONE in it); start its notebook again to go on with it.")

@@ -2,6 +2,7 @@
 
 ``runs/<stage>/<dataset>-<profile>-s<seed>-<hash8>/`` under LESIONKD_RUNS, else under the checkout.
 A folder without `DONE` is unfinished work: training goes on from it, everything else starts anew.
+`DONE` holds the checksum of every file; each is held against it before it is used again.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import LesionKDError, StageConfig
+from .config import LesionKDError, StageConfig, nearest
+from .integrity import DamagedResult, checked, checksums, is_whole
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TEXT = (
@@ -50,6 +53,20 @@ def short(path: Path) -> str:
     return f"runs/{path.relative_to(root).as_posix()}" if path.is_relative_to(root) else str(path)
 
 
+def locate(run: Any) -> Path:
+    """The folder of a run: a result, its path, what a notebook prints of it (`runs/distill/...`), or its name alone."""
+    path = Path(getattr(run, "path", run)).expanduser()
+    if path.exists():
+        return path.resolve()
+    inside = runs_root().joinpath(*path.parts[1:] if path.parts[:1] == ("runs",) else path.parts)
+    if inside.exists():
+        return inside
+    known = {found.name: found for found in runs_root().glob("*/*") if found.is_dir()}
+    if path.name not in known:
+        raise UnfinishedRun(f"no run {str(run)!r}: {nearest(path.name, known)}" if known else f"no run {str(run)!r}: {runs_root()} holds none yet")
+    return known[path.name]
+
+
 def folder(cfg: StageConfig, upstream: str) -> Path:
     """The folder of the result of `cfg`, made from what has the digest `upstream`."""
     dataset = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(cfg.dataset).name) or "data"
@@ -73,16 +90,17 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def lock(path: Path, tell: Callable[[str], None] = print) -> Iterator[None]:
-    """Only one process works on a folder; another waits, and says so. A dead holder's lock is free."""
+    """Only one process works on a folder; another waits, and says for whom. A dead holder's lock is free."""
     from filelock import FileLock, Timeout
 
     make_folder(path.parent)
-    guard = FileLock(path.with_name(path.name + ".lock"))
+    guard = FileLock(file := path.with_name(path.name + ".lock"))
     try:
         guard.acquire(timeout=0.2)
     except Timeout:
-        tell(f"another process works on {short(path)}; waiting for it")
+        tell(f"another process ({file.read_text() or 'just starting'}) works on {short(path)}; waiting for it")
         guard.acquire()
+    file.write_text(f"{os.getpid()} on {socket.gethostname()}")
     try:
         yield
     finally:
@@ -102,8 +120,8 @@ def begin(path: Path, cfg: StageConfig, upstream: str, keep: bool = False) -> No
 
 
 def finish(path: Path) -> None:
-    """Declare the result complete; what is drawn from it may be added, nothing of it changes."""
-    write_text(path / "DONE", "")
+    """Declare the result complete, with the checksum of every file; what is drawn from it may be added, nothing of it changes."""
+    write_json(path / "DONE", checksums(path))
 
 
 def environment(cfg: StageConfig) -> dict[str, Any]:
@@ -166,7 +184,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run, or say that the folder is no run."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(checked(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UnfinishedRun(f"{path.parent} holds no {path.name}: it is not the folder of a run. Finished runs lie in {runs_root()}/<stage>/.") from None
     except ValueError:
@@ -184,7 +202,7 @@ def read_table(path: Path):
     import pandas as pd
 
     text = dict.fromkeys(TEXT, str)
-    numbers = [name for name in pd.read_csv(path, nrows=0).columns if name not in text]
+    numbers = [name for name in pd.read_csv(checked(path), nrows=0).columns if name not in text]
     return pd.read_csv(path, encoding_errors="surrogateescape", dtype=text, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
 
 
@@ -194,6 +212,13 @@ def write_array(path: Path, array) -> None:
 
     with replacing(path) as partial, open(partial, "wb") as file:
         np.save(file, array, allow_pickle=False)
+
+
+def read_array(path: Path, mmap: bool = True):
+    """Read a .npy file; by default it stays on the disk until it is looked at."""
+    import numpy as np
+
+    return np.load(checked(path), mmap_mode="r" if mmap else None, allow_pickle=False)
 
 
 @contextmanager
@@ -217,11 +242,15 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint on the CPU without running any code in it."""
+    """Load a checkpoint on the CPU without running any code in it; damaged bytes are found."""
     import torch
 
     try:
+        if not is_whole(checked(path)):
+            raise ValueError("its bytes are damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedResult:
+        raise
     except FileNotFoundError:
         raise UnfinishedRun(f"{path.parent} holds no {path.name}: the run has not finished an epoch, or this is no training run.") from None
     except Exception as error:  # damaged bytes make torch's unpickler fail in many ways

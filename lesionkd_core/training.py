@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,12 @@ class TrainingDiverged(LesionKDError):
 
 
 def start_fabric(cfg: TeacherConfig) -> Fabric:
-    """Device, precision and threads as the configuration says."""
+    """Device, precision, threads and determinism as the configuration says."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch wants it said
+    torch.use_deterministic_algorithms(cfg.deterministic)
     try:
         fabric = Fabric(precision=cfg.precision, **ranks.fabric_options(cfg.device))
         if ranks.size() > 1:
@@ -94,6 +98,7 @@ class Learner:
     best: float = -1.0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    latest: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
 
@@ -131,12 +136,16 @@ class Learner:
             self.measured = gradients(self.network, weighted)
         total = sum(weighted.values())
         total.backward()
-        ranks.add_gradients(self.optimizer.param_groups[0]["params"])
+        trained = self.optimizer.param_groups[0]["params"]
+        ranks.add_gradients(trained)
+        if self.cfg.clip_grad:
+            nn.utils.clip_grad_norm_(trained, self.cfg.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        for name, loss in {"total": total.detach(), **{name: share * loss.detach() for name, loss in losses.items()}}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + loss  # stays on the device: no wait in the loop
+        self.latest = {"total": total.detach(), **{name: share * loss.detach() for name, loss in losses.items()}}
+        for name, loss in self.latest.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss
 
     def close_epoch(self, steps: int, val_dice: float) -> dict[str, float]:
         """Write the epoch down: best by validation Dice, then last, then history."""
@@ -146,7 +155,7 @@ class Learner:
         self.sums = {}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             raise TrainingDiverged(
-                f"epoch {row['epoch']} of {store.short(self.path)}: {', '.join(bad)} is not finite. "
+                f"end of epoch {row['epoch']} of {store.short(self.path)}: {', '.join(bad)} is not finite. "
                 "A lower learning rate or weight helps; the last good epoch is kept."
             )
         self.history.append(row)
@@ -197,6 +206,8 @@ def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: 
             look = _look(fabric, teacher, images, masks) if teacher is not None else None  # Feats_T, step S1
             for learner in learners:
                 learner.step(fabric, images, masks, look, measure=steps == 0)
+            if not torch.stack([learner.latest["total"] for learner in learners]).isfinite().all():  # one wait for the device, for all arms
+                _stop(learners, prepared, epoch, steps)
             steps += 1
         if fabric.device.type == "cuda":
             torch.cuda.synchronize(fabric.device)
@@ -206,6 +217,24 @@ def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: 
             rows.append(learner.close_epoch(steps, validation_dice(learner.network, prepared)))
         progress.epoch(", ".join(f"{key} {np.mean([row[key] for row in rows]):.3f}" for key in ("loss_total", "val_dice")))
     progress.close()
+
+
+def _stop(learners: list[Learner], prepared: Prepared, epoch: int, step: int) -> None:
+    """Write down where a loss stopped being a number (`diverged.json`), and say it; nothing of this epoch is kept."""
+    learner = next(learner for learner in learners if not learner.latest["total"].isfinite())
+    seed = getattr(learner.cfg, learner.cfg.seed_field)
+    rows = prepared.index("train")
+    batch = rows[epoch_order(len(rows), learner.cfg.batch_size, seed, epoch)[step]]
+    losses = {name: float(value) for name, value in learner.latest.items()}
+    bad = [f"loss_{name} is {value}" for name, value in losses.items() if not math.isfinite(value) and name != "total"] or ["their sum is not finite"]
+    store.write_json(learner.path / "diverged.json", {
+        "epoch": epoch + 1, "step": step + 1, "lr": learner.schedule.get_last_lr()[0],
+        "losses": {name: str(value) for name, value in losses.items()}, "cases": prepared.cases["id"].iloc[batch].tolist(),
+    })
+    raise TrainingDiverged(
+        f"step {step + 1} of epoch {epoch + 1} of {store.short(learner.path)}: {', '.join(bad)}; the batch's cases are in diverged.json there. "
+        "A lower learning rate or weight helps, or clip_grad = 1; the last good epoch is kept."
+    )
 
 
 def _look(fabric: Fabric, teacher: nn.Module, images: Tensor, masks: Tensor) -> Look:
@@ -222,24 +251,29 @@ def validation_dice(network: nn.Module, prepared: Prepared) -> float:
     return float(np.concatenate(ranks.collect(np.where(size, 2 * hit / np.maximum(size, 1), 1.0))).mean())
 
 
-def score_and_finish(learner: Learner, prepared: Prepared) -> None:
+def score_and_finish(learner: Learner, prepared: Prepared, tell: Callable[[str], None]) -> None:
     """Score `checkpoint_best` on validation and test cases and declare the run complete; of many ranks, the first."""
     if ranks.first():
-        _score(learner, prepared)
+        _score(learner, prepared, tell)
     ranks.agree()
 
 
-def _score(learner: Learner, prepared: Prepared) -> None:
+def _score(learner: Learner, prepared: Prepared, tell: Callable[[str], None]) -> None:
     import pandas as pd
 
     best = store.read_checkpoint(learner.path / "checkpoint_best")
     learner.network.load_state_dict(best["network"])
     per_case = score_network(learner.network, prepared)
+    marked = per_case["predicted_pixels"]
+    constant = len(marked) > 1 and marked.nunique() == 1 and marked.iloc[0] in (0, prepared.masks[0].size)
+    if constant:
+        tell(f"warning: {store.short(learner.path)} marks {'nothing' if marked.iloc[0] == 0 else 'everything'} in every case: it has learned nothing")
     store.write_table(learner.path / "history.csv", pd.DataFrame(learner.history))
     store.write_table(learner.path / "per_case.csv", per_case)
     store.write_json(learner.path / "summary.json", {
         **{split: summarize(per_case[per_case["split"] == split]) for split in ("val", "test")},
         "best_epoch": best["epoch"], "epochs": learner.epochs, "seconds": round(learner.seconds, 1),
         "parameters": sum(p.numel() for p in learner.network.parameters()), "split_hash": prepared.split_hash,
+        "constant": bool(constant),
     })
     store.finish(learner.path)

@@ -25,6 +25,7 @@ from tests.conftest import ROOT
 
 TINY = {
     "dataset": "phantom-ct", "pixels": 32, "cases": 34, "batch_size": 6, "teacher_epochs": 1, "graph_epochs": 1, "epochs": 4, "threads": 1, "device": "cpu",
+    "weak_teacher": "allow",
 }
 
 

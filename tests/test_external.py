@@ -16,7 +16,10 @@ from lesionkd_core.stages import ablate, distill
 
 from .test_datasets import lesion, own_folder, picture, save
 
-TINY = {"pixels": 32, "cases": 40, "batch_size": 6, "teacher_epochs": 1, "graph_epochs": 1, "epochs": 1, "threads": 1, "device": "cpu", "terms": ()}
+TINY = {
+    "pixels": 32, "cases": 40, "batch_size": 6,
+    "teacher_epochs": 1, "graph_epochs": 1, "epochs": 1, "threads": 1, "device": "cpu", "weak_teacher": "allow", "terms": (),
+}
 
 
 def silent(*_):

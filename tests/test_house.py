@@ -15,8 +15,9 @@ from tests.conftest import ROOT
 
 CORE = ROOT / "lesionkd_core"
 ROOMS = [
-    "config", "store", "ranks", "progress", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks", "losses", "inference",
-    "evaluation", "statistics", "original", "external", "training", "stages", "study", "sweeps", "leak", "views", "export", "figures", "tables", "__main__",
+    "config", "integrity", "store", "ranks", "progress", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks", "losses", "inference",
+    "evaluation", "statistics", "original", "external", "training", "stages", "study", "runs", "sweeps", "leak", "views", "export", "figures", "tables",
+    "__main__",
 ]
 """From the top of the house to its ground floor."""
 
@@ -67,7 +68,7 @@ def code_lines(path: Path) -> int:
 def test_the_core_stays_thin():
     """What computes the method stays far under 4,000 lines; what is around it has budgets of its own."""
     around = {"datasets": "data", **dict.fromkeys(("statistics", "views", "figures", "tables", "study", "leak"), "study"),
-              **dict.fromkeys(("ranks", "sweeps", "__main__"), "machines"), "export": "phones"}
+              **dict.fromkeys(("ranks", "runs", "sweeps", "__main__"), "machines"), "export": "phones"}
     spent = dict.fromkeys(("method", "data", "study", "machines", "phones"), 0)
     for path in CORE.rglob("*.py"):
         spent[around.get(room_of(path), "method")] += code_lines(path)

@@ -10,7 +10,7 @@ import papermill
 import pytest
 
 from lesionkd_core import config
-from lesionkd_core.__main__ import configuration
+from lesionkd_core.sweeps.notebooks import configuration
 from tests.conftest import ROOT
 from tests.readme_index import with_index
 
@@ -88,13 +88,14 @@ def test_the_readmes_index_is_made_from_the_notebooks():
 
 TINY = {"dataset": "phantom-ultrasound", "pixels": 32, "cases": 48}
 SHORT = {"teacher_epochs": 2, "batch_size": 8}
+WEAK = {"weak_teacher": "allow"}
 CHANGED = {
     "01_data_prep": TINY | {"split_seed": 3},
     "02_edge_labels": TINY | {"grid": 3, "edge_width": 2},
     "03_teacher": TINY | SHORT,
-    "04_distill": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "width": 2, "seed": 5},
-    "05_ablations": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2},
-    "06_paper_figures": TINY | SHORT | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2},
+    "04_distill": TINY | SHORT | WEAK | {"epochs": 2, "graph_epochs": 1, "width": 2, "seed": 5},
+    "05_ablations": TINY | SHORT | WEAK | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2},
+    "06_paper_figures": TINY | SHORT | WEAK | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2},
     "07_mobile": {"formats": "onnx", "engines": "onnx", "cost_pixels": 64, "repeats": 1, "calibration": 8, "threshold": 0.4},
 }
 

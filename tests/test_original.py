@@ -162,7 +162,7 @@ def test_a_student_is_traced_back_to_its_prepared_data_through_teacher_and_graph
     monkeypatch.setitem(inference.TEACHERS, "unet64", lambda: UNet(width=2))
     cfg = DistillConfig(
         dataset=str(images_folder(tmp_path / "mine")), pixels=32, cases=0, width=1, terms=terms, teacher="unet64", teacher_epochs=1, graph_epochs=1, epochs=1,
-        duplicate_bits=0,
+        duplicate_bits=0, weak_teacher="allow",
     )
     run = stages.distill(cfg, quiet)
     table = score_original(run)

@@ -13,13 +13,13 @@ import torch
 from lesionkd_core import inference, store
 from lesionkd_core.config import PROFILES, AblationConfig, DistillConfig, EdgeConfig, GraphConfig, LesionKDError, PrepareConfig, TeacherConfig
 
-NOWHERE = {"profile": "paper", "device": "cpu", "threads": 3, "dataset": "elsewhere/busi"}
+NOWHERE = {"profile": "paper", "device": "cpu", "threads": 3, "dataset": "elsewhere/busi", "deterministic": True, "weak_teacher": "allow"}
 CHANGED = {  # every other parameter, with a value that is not the smoke profile's
     "pixels": 96, "cases": 7, "normals": "keep", "difficulty": 0.7, "split_seed": 1, "val_fraction": 0.1, "test_fraction": 0.3, "duplicate_bits": 0,
     "fit": "pad", "colour": "grey", "clahe": 0.01, "gamma": 0.8, "window": "40, 400", "split": "random", "split_file": __file__, "folds": 5,
     "edge_width": 2, "edge_level": "encoder.stride16", "grid": 6, "grid_frame": "lesion",
     "teacher": "unet64", "teacher_seed": 1, "teacher_epochs": 3, "teacher_lr": 0.002, "batch_size": 4,
-    "weight_decay": 0.0, "augment": "none", "precision": "bf16-mixed", "test_dataset": ("ph2",),
+    "weight_decay": 0.0, "clip_grad": 1.0, "augment": "none", "precision": "bf16-mixed", "test_dataset": ("ph2",),
     "states": 8, "anchors": "masked_cosine", "normalize": "size", "graph_epochs": 4, "graph_lr": 0.02,
     "terms": (), "seed": 1, "width": 8, "stem": 2, "epochs": 3, "lr": 0.001, "w_seg": 2.0, "w_feat": 2.0, "w_edge": 2.0,
     "feature_levels": ("decoder.stride8",), "level_weights": "area", "shuffle_edges": True,

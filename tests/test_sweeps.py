@@ -121,7 +121,7 @@ def test_the_example_of_the_documentation_is_a_sweep(sweep_of):
     assert "13 runs" in (ROOT / "docs" / "sweeps.md").read_text()
 
 
-TINY = {"pixels": 32, "cases": 40, "teacher_epochs": 1, "epochs": 12, "graph_epochs": 1, "arms": "alone", "device": "cpu"}
+TINY = {"pixels": 32, "cases": 40, "teacher_epochs": 1, "epochs": 12, "graph_epochs": 1, "arms": "alone", "device": "cpu", "weak_teacher": "allow"}
 
 
 def test_a_shared_teacher_and_shared_arrays_are_tasks_of_their_own(sweep_of):

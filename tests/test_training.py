@@ -1,5 +1,10 @@
 """One loop: lockstep equals alone, a resumed run equals an undisturbed one, batches are a function of seed and epoch."""
 
+import re
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +12,17 @@ import torch
 from lesionkd_core import store
 from lesionkd_core.batches import MEAN, STD, epoch_batches, epoch_order, normalize
 from lesionkd_core.config import AblationConfig, DistillConfig, LesionKDError
+from lesionkd_core.evaluation import fixed_mask_dice
 from lesionkd_core.inference import build, load_network, load_student, predict
+from lesionkd_core.losses import TERMS
 from lesionkd_core.prepare import prepare_data
 from lesionkd_core.stages import ablate, distill, distill_arms, fit_graph, train_teacher
-from lesionkd_core.training import TrainingDiverged, gradients
+from lesionkd_core.training import Learner, TrainingDiverged, gradients, start_fabric
 
-TINY = {"dataset": "phantom-ct", "pixels": 32, "cases": 40, "batch_size": 6, "teacher_epochs": 2, "graph_epochs": 1, "epochs": 2, "threads": 1, "device": "cpu"}
+TINY = {
+    "dataset": "phantom-ct", "pixels": 32, "cases": 40, "batch_size": 6,
+    "teacher_epochs": 2, "graph_epochs": 1, "epochs": 2, "threads": 1, "device": "cpu", "weak_teacher": "allow",
+}
 
 
 def silent(*_):
@@ -35,8 +45,6 @@ def weights(run) -> dict[str, torch.Tensor]:
 
 def remake(monkeypatch, tmp_path, cfgs):
     """The same students once more, in an empty place, upstream results copied."""
-    import shutil
-
     for stage in ("prepare", "teacher", "graph"):
         shutil.copytree(store.runs_root() / stage, tmp_path / stage)
     monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
@@ -160,12 +168,100 @@ def test_gradients_are_taken_where_all_terms_reach():
 
 
 @pytest.mark.fault
-def test_a_loss_that_explodes_stops_the_run_and_names_it(monkeypatch, tmp_path):
-    monkeypatch.setattr("lesionkd_core.training.segmentation_loss", lambda logits, masks: (logits * torch.nan).mean())
-    cfg = DistillConfig(**TINY, seed=9, terms="")
-    with pytest.raises(TrainingDiverged, match=r"epoch 1 .* loss_seg"):
-        distill(cfg, silent)
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_loss_that_explodes_stops_the_run_with_step_term_and_cases(monkeypatch, bad):
+    """In the second epoch's fourth step; the arm beside it is not blamed, and what was kept goes on to the usual numbers."""
+    cfgs = [DistillConfig(**TINY, seed=9, terms=terms) for terms in ("", "feat")]
+    real, calls = TERMS["feat"].compute, []
+    batches = len(epoch_order(len(prepare_data(cfgs[0], silent).index("train")), 6, 9, 0))
+
+    def fourth_of_the_second_epoch(*args):
+        calls.append(1)
+        return real(*args) * (float(bad) if len(calls) == batches + 4 else 1)
+
+    monkeypatch.setitem(TERMS, "feat", replace(TERMS["feat"], compute=fourth_of_the_second_epoch))
+    with pytest.raises(TrainingDiverged, match=rf"step 4 of epoch 2 of runs/distill/\S+: loss_feat is {bad}; .*clip_grad") as error:
+        distill_arms(cfgs, silent)
+    path = store.runs_root() / re.search(r"runs/(distill/\S+):", str(error.value))[1]
+    written = store.read_json(path / "diverged.json")
+    assert (written["epoch"], written["step"], written["losses"]["feat"]) == (2, 4, bad)
+    prepared = prepare_data(cfgs[0], silent)
+    expected = prepared.index("train")[epoch_order(len(prepared.index("train")), 6, 9, 1)[3]]
+    assert written["cases"] == prepared.cases["id"].iloc[expected].tolist()
     monkeypatch.undo()
+    assert len(store.read_checkpoint(path / "checkpoint_last")["history"]) == 1, "the last good epoch is kept"
+    monkeypatch.setenv("LESIONKD_RUNS", str(path.parents[1]))
+    assert all(run.history["epoch"].tolist() == [1, 2] for run in distill_arms(cfgs, silent))
+    for run in distill_arms(cfgs, silent):
+        shutil.rmtree(run.path)  # for the other value
+
+
+@pytest.mark.fault
+def test_a_teacher_that_a_fixed_mask_beats_is_refused_unless_forced(monkeypatch, tmp_path):
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
+    cfg = DistillConfig(**TINY | {"teacher_epochs": 1, "teacher_lr": 1e-9, "weak_teacher": "refuse"}, terms="feat, edge")
+    run = train_teacher(cfg, silent)
+    prepared = prepare_data(cfg, silent)
+    fixed = fixed_mask_dice(prepared)
+    assert run.summary["val"]["dice"]["mean"] <= fixed
+    for terms in ("feat", "edge"):
+        with pytest.raises(LesionKDError, match=f"one fixed mask for every image has {fixed:.3f}.*weak_teacher = 'allow'"):
+            distill(cfg.with_values(terms=terms), silent)
+    assert not list(tmp_path.glob("distill/*/checkpoint_last"))
+    assert distill(cfg.with_values(terms="feat", weak_teacher="allow"), silent).summary["epochs"] == 2
+
+
+def test_the_fixed_mask_lies_where_training_lesions_lie():
+    """By hand: training lesions fill the left half, the first validation case too, the second has the right half."""
+    masks = np.zeros((4, 4, 4), np.uint8)
+    masks[:3, :, :2] = masks[3, :, 2:] = 1
+    rows = {"train": np.array([0, 1]), "val": np.array([2, 3])}
+    assert fixed_mask_dice(SimpleNamespace(masks=masks, index=rows.get)) == pytest.approx((1 + 0) / 2)
+
+
+@pytest.mark.fault
+def test_a_student_that_marks_nothing_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
+    told = []
+    run = distill(DistillConfig(**TINY | {"epochs": 1}, terms="", lr=1e-9, width=1, seed=3), told.append)
+    marked = run.per_case["predicted_pixels"].unique()
+    assert run.summary["constant"] == (len(marked) == 1 and marked[0] in (0, 32 * 32))
+    run = distill(DistillConfig(**TINY, terms="", seed=3), told.append)
+    with torch.no_grad():
+        best = store.read_checkpoint(run.path / "checkpoint_best")
+        for name in best["network"]:
+            if name.startswith("head."):
+                best["network"][name].zero_().sub_(1)
+    (run.path / "DONE").unlink()
+    store.write_checkpoint(run.path / "checkpoint_best", best)
+    told.clear()
+    again = distill(DistillConfig(**TINY, terms="", seed=3), told.append)
+    assert again.summary["constant"] and any("marks nothing in every case" in line for line in told)
+
+
+def test_clipping_bounds_the_gradient_of_a_step_and_no_more():
+    """A step of SGD with rate 1 moves the weights by the clipped gradient."""
+    prepared = prepare_data(DistillConfig(**TINY), silent)
+    images, masks = next(iter(epoch_batches(prepared, 6, 0, 0, "none")))
+    moved = {}
+    for clip in (0.0, 0.01, 1e6):
+        cfg = DistillConfig(**TINY, terms="", clip_grad=clip)
+        learner = Learner.start(start_fabric(cfg), store.runs_root() / "nowhere", cfg, build(cfg), torch.nn.ModuleDict(), prepared)
+        trained = [p for p in learner.network.parameters() if p.requires_grad]
+        before = torch.cat([p.detach().flatten().clone() for p in trained])
+        learner.optimizer = torch.optim.SGD(trained, lr=1.0)
+        learner.step(start_fabric(cfg), images, masks, None, measure=False)
+        moved[clip] = torch.cat([p.detach().flatten() for p in trained]) - before
+    assert moved[0.01].norm() == pytest.approx(0.01, rel=1e-3)
+    assert moved[0.0].norm() > 0.01
+    assert torch.equal(moved[0.0], moved[1e6])
+    assert torch.nn.functional.cosine_similarity(moved[0.0], moved[0.01], dim=0) == pytest.approx(1, abs=1e-4)
+
+
+def test_deterministic_is_switched_on_and_off_by_each_run():
+    for switch in (True, False):
+        start_fabric(DistillConfig(**TINY, deterministic=switch))
+        assert torch.are_deterministic_algorithms_enabled() == switch
 
 
 @pytest.mark.fault
@@ -178,10 +274,9 @@ def test_a_device_that_is_not_there_is_named():
 @pytest.mark.fault
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     run = distill(DistillConfig(**TINY, seed=2), silent)
-    import shutil
-
     copy = shutil.copytree(run.path, tmp_path / "run")
     store.write_checkpoint(copy / "checkpoint_best", {"network": {"weight": torch.zeros(1)}})
+    store.finish(copy)
     with pytest.raises(LesionKDError, match="another network"):
         load_network(copy)
 
@@ -211,11 +306,13 @@ def test_a_teacher_of_another_split_is_refused(monkeypatch):
     teacher_run = train_teacher(cfg, silent)
     summary = teacher_run.summary
     store.write_json(teacher_run.path / "summary.json", summary | {"split_hash": "0badbad0"})
+    store.finish(teacher_run.path)
     try:
         with pytest.raises(LesionKDError, match="0badbad0"):
             distill(cfg, silent)
     finally:
         store.write_json(teacher_run.path / "summary.json", summary)
+        store.finish(teacher_run.path)
 
 
 def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss():

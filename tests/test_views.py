@@ -16,7 +16,10 @@ from lesionkd_core.prepare import prepare_data
 from lesionkd_core.stages import distill, fit_graph, train_teacher
 from lesionkd_core.views.nodes import _untrained
 
-TINY = {"dataset": "phantom-ct", "pixels": 64, "cases": 40, "batch_size": 6, "teacher_epochs": 1, "graph_epochs": 1, "epochs": 1, "threads": 1, "device": "cpu"}
+TINY = {
+    "dataset": "phantom-ct", "pixels": 64, "cases": 40, "batch_size": 6,
+    "teacher_epochs": 1, "graph_epochs": 1, "epochs": 1, "threads": 1, "device": "cpu", "weak_teacher": "allow",
+}
 CFG = DistillConfig(**TINY)
 
 

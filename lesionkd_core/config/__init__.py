@@ -21,13 +21,13 @@ from .base import (
     Names,
     Seed,
     Seeds,
-    Sizes,
     StageConfig,
     Weight,
     Window,
     content_of,
     nearest,
 )
+from .export import ExportConfig
 
 __all__ = [
     "ARMS", "PROFILES", "TERM_FIELDS", "AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "ExportConfig", "ExternalConfig", "GraphConfig",
@@ -115,10 +115,12 @@ class TeacherConfig(PrepareConfig):
     teacher_lr: float = Field(1e-3, gt=0, description="peak learning rate of the one-cycle schedule, teacher")
     batch_size: int = Field(8, ge=2, description="cases in a batch")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's decoupled weight decay")
+    clip_grad: float = Field(0.0, ge=0, allow_inf_nan=False, description="largest norm of a step's gradient, over all trained weights; 0 does not clip")
     augment: Literal["none", "flips", "full"] = Field(
         "full", description="training cases: as they are; flipped and turned; or also warped, recoloured, noisy, blurred"
     )
     precision: Literal["32-true", "bf16-mixed"] = Field("32-true", description="Lightning Fabric's name of the arithmetic")
+    deterministic: bool = Field(False, description="only operations of torch that give the same bits every time; on a CPU with one thread all are anyway")
     encoder_weights: str = Field("", description="file of torchvision's resnet34 (ImageNet) for the teacher's encoder; empty starts at random")
     teacher_checkpoint: str = Field("", description="weights of your own trained teacher, a state dict of the network named by teacher; used as it is")
     test_dataset: Names = Field((), description="further data sets, comma-separated: all of each is scored with the trained network")
@@ -159,6 +161,9 @@ class GraphConfig(TeacherConfig, EdgeConfig):
         "frozen", description="fitted on the teacher and frozen; learned along with the student; or no graph, cosines between the cells' means"
     )
     teacher_bn: Literal["eval", "batch"] = Field("eval", description="statistics of the frozen teacher's BatchNorms: running, or of the batch as in overhaul")
+    weak_teacher: Literal["refuse", "allow"] = Field(
+        "refuse", description="a teacher no better on validation cases than one fixed mask for every image: refuse it, or allow it"
+    )
     graph_epochs: int = Field(3, ge=1, description="passes over the training cases, fitting the graph on the teacher")
     graph_lr: float = Field(1e-2, gt=0, description="Adam's learning rate, fitting the graph")
 
@@ -173,7 +178,7 @@ class GraphConfig(TeacherConfig, EdgeConfig):
 
 TERM_FIELDS = {
     "feat": ("w_feat", "feature_levels", "level_weights", "margin"),
-    "edge": ("w_edge", "shuffle_edges", *(n for n in GraphConfig.model_fields if n not in TeacherConfig.model_fields and n != "teacher_bn")),
+    "edge": ("w_edge", "shuffle_edges", *(n for n in GraphConfig.model_fields if n not in (*TeacherConfig.model_fields, "teacher_bn", "weak_teacher"))),
     "kd": ("w_kd", "kd_temperature"),
     "fitnets": ("w_fitnets", "fitnets_levels"),
     "at": ("w_at", "at_levels"),
@@ -229,7 +234,6 @@ class DistillConfig(GraphConfig):
         absent = {name for term, names in TERM_FIELDS.items() if term not in self.terms for name in names}
         if not self.terms:  # no teacher looks on either
             absent |= {n for n in GraphConfig.model_fields if n.startswith("teacher")} | {"encoder_weights"}
-        absent |= {"stem"} if self.stem == 1 else set()  # came later than the first runs
         return {name: value for name, value in super().hashed().items() if name not in absent} | {"terms": sorted(self.terms)}
 
 
@@ -268,7 +272,7 @@ class AblationConfig(DistillConfig):
 
     def hashed(self) -> dict[str, Any]:
         """Everything but what the arms decide, and the data sets that are scored."""
-        decided = {"seed", "terms", "shuffle_edges"} | ({"stem"} if self.stem == 1 else set())
+        decided = {"seed", "terms", "shuffle_edges"}
         return {n: v for n, v in TeacherConfig.hashed(self).items() if n not in decided} | {"test_dataset": list(self.test_dataset)}
 
     @model_validator(mode="after")
@@ -281,39 +285,3 @@ class AblationConfig(DistillConfig):
     def arm(self, name: str, seed: int) -> DistillConfig:
         """The configuration of one arm with one seed."""
         return DistillConfig(**{n: getattr(self, n) for n in DistillConfig.model_fields} | ARMS[name] | {"seed": seed})
-
-
-FORMATS = ("onnx", "executorch", "coreml", "page")
-
-
-class ExportConfig(StageConfig):
-    """Finished student -> files for phones (stage `export`, step S7)."""
-
-    stage = "export"
-    run: str = Field("", description="folder of a finished student (runs/distill/...); empty takes the one that notebook 04 makes with this profile")
-    formats: Names = Field(FORMATS, min_length=1, description="what is written, comma-separated: onnx, executorch, coreml, page")
-    sizes: Sizes = Field((128, 256), description="ExecuTorch's fixed sides beside the run's own, comma-separated, px; multiples of 32")
-    threshold: float = Field(0.5, ge=0.05, le=0.95, description="probability over which a pixel is lesion, in the page and in model.json")
-    logits: bool = Field(False, description="also write student-logits.onnx, which gives raw logits as float32 instead of the mask image")
-    calibration: int = Field(64, ge=1, description="training cases that the ranges of int8 are taken from")
-    engines: Names = Field(("torch", "onnx"), description="whose latency is measured, comma-separated: torch, onnx, executorch, browser")
-    cost_pixels: Sizes = Field((128,), description="sides at which latency is measured, comma-separated, px; multiples of 32")
-    repeats: int = Field(5, ge=1, description="turns through all networks and engines in which latency is measured")
-
-    @model_validator(mode="after")
-    def _whole_percent(self) -> Self:
-        if abs(100 * self.threshold - round(100 * self.threshold)) > 1e-6:
-            raise ValueError(f"threshold = {self.threshold}: the page's slider has whole percents; give two decimals")
-        return self
-
-    @model_validator(mode="after")
-    def _known_names(self) -> Self:
-        for field, known in (("formats", FORMATS), ("engines", ("torch", "onnx", "executorch", "browser"))):
-            for name in getattr(self, field):
-                if name not in known:
-                    raise ValueError(f"{field} names {name!r}: {nearest(name, known)}")
-        return self
-
-    def hashed(self) -> dict[str, Any]:
-        """What the files are made with; the student itself counts by its own digest, and latency is measured beside them."""
-        return {name: getattr(self, name) for name in ("formats", "sizes", "threshold", "logits", "calibration")}

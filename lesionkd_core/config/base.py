@@ -24,6 +24,10 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 """What the profile decides; a value given by name goes before it."""
+WHERE = ("profile", "device", "threads", "deterministic", "weak_teacher", "dataset")
+"""Where and how a result is computed: not part of its hash (data count by their content)."""
+LATER = {"stem": 1, "clip_grad": 0.0}
+"""Parameters that came after the first runs: they count once they are changed, so that those runs are found."""
 
 
 class LesionKDError(Exception):
@@ -163,7 +167,8 @@ class StageConfig(BaseModel):
 
     def hashed(self) -> dict[str, Any]:
         """The fields that the result is computed from: not where it ran, not where the data lay."""
-        return self.model_dump(exclude={"profile", "device", "threads", "dataset"}, mode="json")
+        later = {name for name, value in LATER.items() if getattr(self, name, None) == value}
+        return self.model_dump(exclude={*WHERE, *later}, mode="json")
 
     def digest(self, upstream: str) -> str:
         """Content address of the result: configuration, stage version and what it was made from."""

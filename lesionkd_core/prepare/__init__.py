@@ -23,6 +23,7 @@ from ..config import LesionKDError, PrepareConfig
 from ..datasets import CATALOGUE, Case, Reading, UnreadableFile, fingerprint, phantom, read
 from ..datasets.files import is_volume
 from ..edges import edge_label
+from ..integrity import checked, is_whole
 from ..progress import Progress
 from .groups import group_cases, near_pairs
 from .pixels import lesion_contrast, perceptual_hash, prepare_image, prepare_mask, restore
@@ -53,27 +54,27 @@ class Prepared(store.Result):
     @cached_property
     def images(self) -> np.ndarray:
         """(N, S, S, 3) uint8."""
-        return np.load(self.path / "images.npy", mmap_mode="r")
+        return store.read_array(self.path / "images.npy")
 
     @cached_property
     def masks(self) -> np.ndarray:
         """(N, S, S) uint8, 0 or 1."""
-        return np.load(self.path / "masks.npy", mmap_mode="r")
+        return store.read_array(self.path / "masks.npy")
 
     @cached_property
     def edges(self) -> np.ndarray:
         """(N, S, S) uint8, 0 or 1: Label_edge of the prepared masks, for viewing."""
-        return np.load(self.path / "edges.npy", mmap_mode="r")
+        return store.read_array(self.path / "edges.npy")
 
     @cached_property
     def hashes(self) -> np.ndarray:
         """(N, 63) bool: perceptual hashes."""
-        return np.load(self.path / "hashes.npy")
+        return store.read_array(self.path / "hashes.npy", mmap=False)
 
     @cached_property
     def split_hash(self) -> str:
         """Eight digits that change when any case changes its split or group."""
-        return hashlib.sha256((self.path / "split.csv").read_bytes()).hexdigest()[:8]
+        return hashlib.sha256(checked(self.path / "split.csv").read_bytes()).hexdigest()[:8]
 
     def index(self, split: str) -> np.ndarray:
         """Rows of a split, ascending."""
@@ -131,7 +132,7 @@ def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    return path.is_file() and zipfile.is_zipfile(path)
+    return zipfile.is_zipfile(path) and is_whole(path)
 
 
 def _jobs(cfg: PrepareConfig, raw: list[Case]) -> list[tuple[Case | int, str]]:

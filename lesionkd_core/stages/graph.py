@@ -20,7 +20,7 @@ from ..networks import TEACHERS, UNet, match_levels, stride_of, use_statistics
 from ..prepare import Prepared, prepare_data
 from ..progress import Progress
 from ..training import start_fabric
-from .teacher import train_teacher
+from .teacher import check_teacher, train_teacher
 
 
 class Graph(store.Result):
@@ -53,6 +53,7 @@ def fit_graph(cfg: GraphConfig, tell=print) -> Graph:
         return Graph(path)
     with ranks.lock(path, tell):
         if not ranks.agree(store.is_done(path)):
+            check_teacher(teacher_run, cfg, prepared)
             tell(f"fitting the graph for {cfg.graph_epochs} epochs")
             if ranks.first():
                 store.begin(path, cfg, teacher_run.digest)

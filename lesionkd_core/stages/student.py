@@ -17,7 +17,7 @@ from ..networks import use_statistics
 from ..prepare import Prepared, prepare_data
 from ..training import Learner, score_and_finish, start_fabric, train
 from .graph import check_levels, fit_graph, teacher_maps
-from .teacher import Run, train_teacher
+from .teacher import Run, check_teacher, train_teacher
 
 
 def distill(cfg: DistillConfig, tell=print) -> Run:
@@ -64,7 +64,7 @@ def _train_pending(pending: dict[Path, tuple[DistillConfig, str]], prepared: Pre
     fabric = start_fabric(any_cfg)
     teacher = None
     if any(cfg.terms for cfg, _ in pending.values()):
-        teacher = _teacher_of(train_teacher(any_cfg, tell), prepared).to(fabric.device, memory_format=torch.channels_last)
+        teacher = _teacher_of(train_teacher(any_cfg, tell), any_cfg, prepared).to(fabric.device, memory_format=torch.channels_last)
         use_statistics(teacher, next(cfg.teacher_bn for cfg, _ in pending.values() if cfg.terms))
     measured = _measure([cfg for cfg, _ in pending.values()], prepared, teacher, tell)
     by_epoch: dict[int, list[Learner]] = {}
@@ -79,7 +79,7 @@ def _train_pending(pending: dict[Path, tuple[DistillConfig, str]], prepared: Pre
         needs_teacher = any(learner.cfg.terms for learner in learners)
         train(fabric, prepared, learners, teacher if needs_teacher else None, "student" if len(learners) == 1 else f"{len(learners)} arms")
         for learner in learners:
-            score_and_finish(learner, prepared)
+            score_and_finish(learner, prepared, tell)
 
 
 def _measure(cfgs: list[DistillConfig], prepared: Prepared, teacher: nn.Module | None, tell) -> list[Measured]:
@@ -97,11 +97,12 @@ def _measure(cfgs: list[DistillConfig], prepared: Prepared, teacher: nn.Module |
     return known
 
 
-def _teacher_of(run: Run, prepared: Prepared) -> nn.Module:
-    """The frozen teacher, refused where it was trained on another split: it may have seen our test cases."""
+def _teacher_of(run: Run, cfg: DistillConfig, prepared: Prepared) -> nn.Module:
+    """The frozen teacher, refused where it was trained on another split, since it may have seen our test cases, or has nothing to teach."""
     if run.summary["split_hash"] != prepared.split_hash:
         raise LesionKDError(
             f"the teacher {store.short(run.path)} was trained on split {run.summary['split_hash']}, the student's is {prepared.split_hash}; "
             "train a teacher on this split (notebook 03)"
         )
+    check_teacher(run, cfg, prepared)
     return load_network(run).network

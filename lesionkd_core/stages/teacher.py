@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from .. import ranks, store
-from ..config import LesionKDError, TeacherConfig
+from ..config import GraphConfig, LesionKDError, TeacherConfig
+from ..evaluation import fixed_mask_dice
 from ..inference import build
 from ..prepare import Prepared, prepare_data
 from ..training import Learner, score_and_finish, start_fabric, train, validation_dice
@@ -56,7 +57,23 @@ def _train(path: Path, cfg: TeacherConfig, prepared: Prepared, tell) -> None:
     else:
         tell(f"training the teacher {cfg.teacher} for {cfg.teacher_epochs} epochs")
         train(fabric, prepared, [learner], None, "teacher")
-    score_and_finish(learner, prepared)
+    score_and_finish(learner, prepared, tell)
+
+
+def check_teacher(run: Run, cfg: GraphConfig, prepared: Prepared) -> None:
+    """Refuse a teacher with nothing to teach, unless the configuration forces it.
+
+    Raises
+    ------
+    LesionKDError
+        On validation cases it is no better than one fixed mask for every image.
+    """
+    own, fixed = run.summary["val"]["dice"]["mean"], fixed_mask_dice(prepared)
+    if own <= fixed and cfg.weak_teacher == "refuse":
+        raise LesionKDError(
+            f"the teacher {store.short(run.path)} has validation Dice {own:.3f}; one fixed mask for every image has {fixed:.3f}, so it has nothing to teach. "
+            "Train it longer (teacher_epochs), look at notebook 03, or force it with weak_teacher = 'allow'"
+        )
 
 
 def starting_teacher(cfg: TeacherConfig) -> nn.Module:
