@@ -2,13 +2,16 @@ PY := .venv/bin/python
 SETUP := .venv/.done
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 
-.PHONY: run test lab notebooks bench runtime cost
+.PHONY: run test lab notebooks bench soak runtime cost
 run: $(SETUP)  ## distil a student on the built-in data
 	$(PY) -m lesionkd_core run 04_distill
 
 test: $(SETUP)  ## unit, method, notebook and fault tests; nbval compares the committed outputs
 	-@$(MAKE) --no-print-directory runtime
 	$(PY) -m pytest --nbval
+
+soak: $(SETUP)  ## the slow tests: kills in every stage, full disks, flipped bits; prints the fault table of docs/trust.md
+	$(PY) -m pytest -m soak
 
 lab: $(SETUP)  ## read and run the notebooks
 	$(PY) -m jupyterlab notebooks

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,35 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if config.lesionkd_runs:
         shutil.rmtree(config.lesionkd_runs, ignore_errors=True)
+
+
+SOAKED: list[tuple[str, bool, float]] = []
+
+
+@pytest.fixture
+def soaked():
+    """Counts a soak trial for the fault table: `with soaked(kind) as done: ...; done(seconds)`."""
+
+    @contextmanager
+    def trial(kind: str):
+        seconds: list[float] = []
+        try:
+            yield seconds.append
+        finally:
+            SOAKED.append((kind, bool(seconds), seconds[0] if seconds else float("nan")))
+
+    return trial
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The fault table of docs/trust.md."""
+    if SOAKED:
+        import pandas as pd
+
+        table = pd.DataFrame(SOAKED, columns=["fault", "well", "seconds"]).groupby("fault", sort=False)
+        table = table.agg(times=("well", "size"), well=("well", "sum"), median_seconds=("seconds", "median"), most_seconds=("seconds", "max"))
+        lost = (table["times"] - table.pop("well")).rename("lost or wrong")
+        terminalreporter.write_line(pd.concat([table["times"], lost, table.iloc[:, 1:].round(1)], axis=1).reset_index().to_markdown(index=False))
 
 
 @pytest.fixture(scope="session")
