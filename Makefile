@@ -8,7 +8,7 @@ run: $(SETUP)  ## distil a student on the built-in data
 
 test: $(SETUP)  ## unit, method, notebook and fault tests; nbval compares the committed outputs
 	-@$(MAKE) --no-print-directory runtime
-	$(PY) -m pytest --nbval
+	$(PY) -m pytest --nbval -n 2 --dist loadfile
 
 soak: $(SETUP)  ## the slow tests: kills in every stage, full disks, flipped bits; prints the fault table of docs/trust.md
 	$(PY) -m pytest -m soak

@@ -31,7 +31,7 @@ def folders(stage: str = "") -> list[Path]:
 
 
 def list_runs(stage: str = "") -> pd.DataFrame:
-    """One row a finished run, oldest first: stage, run, test Dice (mean and 95 % interval), missed, epochs, minutes, MiB, finished, differs (from the defaults)."""
+    """One row a finished run, oldest first, with its test Dice (mean and 95 % interval) and what differs from the defaults."""
     rows = []
     for path in filter(store.is_done, folders(stage)):
         file = path / "summary.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ from .statistics.arms import by_seed, case_mean, families, in_order
 
 
 def markdown(table: pd.DataFrame, digits: int = 3):
-    """A DataFrame as a Markdown table in a notebook."""
+    """A DataFrame as a Markdown table in a notebook; text from files and their names stays text."""
     from IPython.display import Markdown
 
-    return Markdown(table.to_markdown(index=False, floatfmt=f".{digits}f"))
+    escaped = table.map(lambda value: html.escape(value, quote=False).replace("|", r"\|") if isinstance(value, str) else value)
+    return Markdown(escaped.to_markdown(index=False, floatfmt=f".{digits}f"))
 
 
 def save(table: pd.DataFrame, name: str, folder: Path, digits: int = 3) -> Path:

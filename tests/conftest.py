@@ -21,10 +21,13 @@ def oracle(name: str):
 
 
 def pytest_configure(config):
-    """LESIONKD_RUNS for the whole session: set before a kernel starts, removed at the end."""
+    """LESIONKD_RUNS for the whole session: set before a kernel or a worker of -n starts, removed at the end."""
     kept = os.environ.get("LESIONKD_TEST_RUNS")  # keeps results between sessions while developing
-    config.lesionkd_runs = None if kept else tempfile.mkdtemp(prefix="lesionkd-tests-")
-    os.environ["LESIONKD_RUNS"] = kept or config.lesionkd_runs
+    worker = hasattr(config, "workerinput")  # shares the folder of the process that started it: locks are there for that
+    config.lesionkd_runs = None if kept or worker else tempfile.mkdtemp(prefix="lesionkd-tests-")
+    os.environ["LESIONKD_RUNS"] = os.environ["LESIONKD_RUNS"] if worker else kept or config.lesionkd_runs
+    if getattr(config.option, "numprocesses", None) and not worker:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core a worker
 
 
 def pytest_unconfigure(config):

@@ -365,3 +365,11 @@ def test_cases_that_all_score_the_same_are_drawn():
     """Rounding puts the mean of equal numbers beside its own interval."""
     table = pd.DataFrame({"dice": [0.1 + 0.2] * 12, "group": list("abcdefghijkl")})
     assert figures.per_case_scores({"student": table}).axes
+
+
+@pytest.mark.fault
+def test_text_of_a_table_cannot_become_markup():
+    """Case names are names of files, which anybody may have chosen."""
+    shown = tables.markdown(pd.DataFrame({"id": ["<img src=x onerror=alert(1)>", "a|b"], "dice": [0.5, 1.0]})).data
+    assert "<img" not in shown and "&lt;img src=x onerror=alert(1)&gt;" in shown
+    assert r"a\|b" in shown and "0.500" in shown

@@ -85,6 +85,25 @@ def test_files_and_functions_stay_short():
                 assert length <= 45, (path, node.name)
 
 
+def calls_in(path: Path) -> list[tuple[str, set[str], dict]]:
+    """(name as written, names of its keywords, constant keywords) of every call in a module."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return [
+        (ast.unparse(call.func), {k.arg for k in call.keywords}, {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)})
+        for call in calls
+    ]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(CORE).as_posix())
+def test_no_file_can_bring_code_along(path):
+    """Nothing is unpickled, evaluated or run through a shell; archives are unpacked by datasets.unpack alone, which looks at every path."""
+    assert not re.search(r"^\s*(import|from) (pickle|cloudpickle|joblib|marshal|shelve)\b", path.read_text(), re.M)
+    for name, _, constants in calls_in(path):
+        assert name not in ("eval", "exec", "pickle.loads", "os.system") and not constants.get("allow_pickle") and not constants.get("shell"), name
+        assert name != "torch.load" or constants.get("weights_only") is True
+        assert not name.endswith((".extractall", "unpack_archive")), name
+
+
 def test_importing_the_package_leaves_the_heavy_rest_for_later():
     code = "import sys, lesionkd_core; print([m for m in ('torch', 'pandas', 'numpy', 'matplotlib', 'monai', 'pydantic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -228,6 +228,25 @@ def test_cost_against_pixels_images_and_arms(in_turns):
     in_turns(steps, "step at 64 px, batch 8", rounds=5, warmup=1)
 
 
+def test_deterministic_operations_against_the_usual_ones(in_turns):
+    """The switch `deterministic`, on this machine's CPU."""
+    teacher = frozen(ResNet34UNet())
+    images, masks = batch()
+    look = look_at(teacher, images, masks)
+
+    def under(switch: bool):
+        step = student_step("feat, edge", teacher, FittedGraph(EdgeGraph(64), torch.ones(16)))
+
+        def switched() -> None:
+            torch.use_deterministic_algorithms(switch)
+            step(images, masks, look)
+            torch.use_deterministic_algorithms(False)
+
+        return switched
+
+    in_turns({"student's step, usual": under(False), "student's step, deterministic": under(True)}, "student's step, usual")
+
+
 @pytest.mark.parametrize("look", phantom.LOOKS)
 def test_drawing_a_phantom_case_at_128_px(benchmark, report, look):
     torch.set_num_threads(1)
