@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lesionkd_core import inference, store
-from lesionkd_core.config import PROFILES, AblationConfig, DistillConfig, EdgeConfig, GraphConfig, LesionKDError, PrepareConfig, TeacherConfig
+from lesionkd_core.config import PROFILES, AblationConfig, DistillConfig, EdgeConfig, ExportConfig, GraphConfig, LesionKDError, PrepareConfig, TeacherConfig
 
 NOWHERE = {"profile": "paper", "device": "cpu", "threads": 3, "dataset": "elsewhere/busi", "deterministic": True, "weak_teacher": "allow"}
 CHANGED = {  # every other parameter, with a value that is not the smoke profile's
@@ -80,6 +80,14 @@ def test_every_parameter_counts_but_where_it_ran_and_where_the_data_lay(stage):
     idle = OF_SCORES if stage is not AblationConfig else set()
     assert that_count(stage()) == set(stage.model_fields) - set(NOWHERE) - decided - idle - {"fold"}
     assert stage(folds=5, fold=2).digest("u") != stage(folds=5, fold=3).digest("u")
+
+
+def test_an_export_counts_what_its_files_are_made_with_and_not_what_is_measured_beside_them():
+    changed = {"formats": "onnx", "sizes": "64", "threshold": 0.4, "logits": True, "calibration": 8}
+    beside = {"engines": "onnx", "cost_pixels": 64, "repeats": 1, "run": "elsewhere", "profile": "cpu", "device": "cpu", "threads": 1}
+    assert set(changed) | set(beside) == set(ExportConfig.model_fields), "every parameter is one of the two"
+    assert all(ExportConfig(**{name: value}).digest("u") != ExportConfig().digest("u") for name, value in changed.items())
+    assert all(ExportConfig(**{name: value}).digest("u") == ExportConfig().digest("u") for name, value in beside.items())
 
 
 def test_a_split_file_counts_by_content_wherever_it_lies(tmp_path):
