@@ -1,6 +1,7 @@
 """The notebooks: template, parameters, outputs worth comparing, and each once through papermill with changed parameters."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,13 +107,51 @@ def test_a_notebook_runs_from_another_folder_with_changed_parameters(path, tmp_p
     assert not any(o.get("name") == "stderr" for cell in code_cells(tmp_path / "out.ipynb") for o in cell.outputs)
 
 
+WRONG = [  # parameters, words of the error
+    ({"wfeat": 1}, ["unknown parameter 'wfeat'", "did you mean 'w_feat'?"]),
+    ({"terms": "feat, egde"}, ["'egde'", "did you mean 'edge'?"]),
+    ({"seed": "abc"}, ["seed = 'abc'", "integer"]),
+    ({"pixels": 64.5}, ["pixels = 64.5", "multiple of 32"]),
+]
+ABSENT = {"dataset": "no-such-set"}, ["'no-such-set'", "neither in the catalogue"]
+NUMBER_04 = next(path for path in PATHS if path.stem == "04_distill")
+
+
+def the_error(path) -> str:
+    """The one error of an executed notebook, in one sentence and without a traceback; the cells behind it did not run."""
+    cells = code_cells(path)
+    [(place, error)] = [(i, o) for i, cell in enumerate(cells) for o in cell.outputs if o.output_type == "error"]
+    assert len(error.traceback) == 1 and not any(cell.execution_count for cell in cells[place + 1 :])
+    return error.evalue
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    ("parameters", "words"),
-    [({"datset": "busi"}, "did you mean 'dataset'"), ({"split_seed": "abc"}, "split_seed"), ({"dataset": "no-such-set"}, "neither in the catalogue")],
-)
+@pytest.mark.parametrize(("parameters", "words"), [*WRONG, ABSENT], ids=str)
 def test_papermill_shows_one_clear_error_and_keeps_the_notebook(parameters, words, tmp_path):
-    done = through_papermill(PATHS[0], parameters, tmp_path)
+    done = through_papermill(NUMBER_04, parameters, tmp_path)
     assert done.returncode != 0
-    [error] = [o for cell in code_cells(tmp_path / "out.ipynb") for o in cell.outputs if o.output_type == "error"]
-    assert words in error.evalue and len(error.traceback) == 1
+    assert all(word in the_error(tmp_path / "out.ipynb") for word in words), the_error(tmp_path / "out.ipynb")
+
+
+def run_04(parameters: dict, runs) -> subprocess.CompletedProcess:
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "lesionkd_core", "run", "04_distill", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LESIONKD_RUNS": str(runs)}, cwd=ROOT, check=False)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("parameters", "words"), WRONG, ids=str)
+def test_run_refuses_a_wrong_parameter_at_once(parameters, words, tmp_path):
+    done = run_04(parameters, tmp_path / "runs")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.fault
+def test_run_keeps_the_notebook_that_failed_and_says_where(tmp_path):
+    parameters, words = ABSENT
+    done = run_04(parameters, tmp_path / "runs")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
+    [kept] = (tmp_path / "runs").rglob("*.ipynb")
+    assert f"The executed notebook with the error is {kept}" in done.stderr
+    assert all(word in the_error(kept) for word in words) and not list((tmp_path / "runs").rglob("DONE"))
