@@ -2,7 +2,7 @@ PY := .venv/bin/python
 SETUP := .venv/.done
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 
-.PHONY: run test lab notebooks bench soak runtime cost
+.PHONY: run test soak lab notebooks paper bench runtime cost
 run: $(SETUP)  ## distil a student on the built-in data
 	$(PY) -m lesionkd_core run 04_distill
 
@@ -19,6 +19,10 @@ lab: $(SETUP)  ## read and run the notebooks
 notebooks: $(SETUP) runtime  ## execute all notebooks with the smoke profile and save them, then the README's index
 	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	$(PY) -m tests.readme_index
+
+paper: $(SETUP)  ## notebook 06, then notebooks/paper/paper.tex with its figures, tables and numbers; wants pdflatex
+	@results=$$($(PY) -m lesionkd_core run 06_paper_figures | sed -n 's/^results: //p') && cd "$${results:?notebook 06 failed}" && for pass in 1 2; do \
+	TEXINPUTS="$(CURDIR)/notebooks/paper:" pdflatex -interaction=batchmode -halt-on-error -output-directory=.. paper || exit 1; done; echo "$${results%/*}/paper.pdf"
 
 runtime: $(SETUP)  ## fetch what the phone page runs on: onnxruntime-web, one npm package, checked; once into the user's cache
 	@$(PY) -c "from lesionkd_core.export.page import fetch_runtime; print('onnxruntime-web:', fetch_runtime()['wasm'])"

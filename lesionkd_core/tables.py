@@ -16,7 +16,10 @@ import pandas as pd
 from . import store
 from .evaluation import HIGHER_IS_BETTER, PUBLISHED
 from .figures import METRIC_LABELS, NETWORKS, STYLES
-from .statistics.arms import by_seed, case_mean, families, in_order
+from .statistics.arms import FAMILY, by_seed, case_mean, families, in_order
+
+USUAL = {"profile": "cpu", "teacher": "resnet34_unet"}
+"""The study's; a macro names only what differs from it."""
 
 
 def markdown(table: pd.DataFrame, digits: int = 3):
@@ -27,12 +30,35 @@ def markdown(table: pd.DataFrame, digits: int = 3):
     return Markdown(escaped.to_markdown(index=False, floatfmt=f".{digits}f"))
 
 
-def save(table: pd.DataFrame, name: str, folder: Path, digits: int = 3) -> Path:
-    """Write NAME.csv (full precision) and NAME.tex (rounded)."""
+def save(table: pd.DataFrame, name: str, folder: Path, digits: int = 3, shown: pd.DataFrame | None = None) -> Path:
+    """Write NAME.csv (full precision) and NAME.tex (rounded; `shown` in its place, where a page wants fewer columns)."""
     store.write_table(Path(folder) / f"{name}.csv", table)
-    latex = table.to_latex(index=False, float_format=f"%.{digits}f", na_rep="--", escape=True)
-    store.write_text(Path(folder) / f"{name}.tex", latex)
+    latex = (table if shown is None else shown).to_latex(index=False, float_format=f"%.{digits}f", na_rep="--", escape=True)
+    store.write_text(Path(folder) / f"{name}.tex", _losses(latex))
     return Path(folder) / f"{name}.tex"
+
+
+def save_words(text: str, name: str, folder: Path) -> Path:
+    """NAME.tex: sentences of `in_words` as a list that a paper takes in."""
+    items = "".join(f"\\item {_latex(line.removeprefix('- '))}\n" for line in text.splitlines())
+    store.write_text(Path(folder) / f"{name}.tex", f"\\begin{{itemize}}\n{items}\\end{{itemize}}\n")
+    return Path(folder) / f"{name}.tex"
+
+
+def _latex(text: str) -> str:
+    return _losses(re.sub(r"([&%$#_{}])", r"\\\1", text))
+
+
+def _losses(latex: str) -> str:
+    """Names of losses as they are typeset, and a minus that is none of a hyphen."""
+    return re.sub(r"(?<![\w.-])-(?=\d)", "$-$", re.sub(r"\bL\\_([a-z]+)", r"$L_\\mathrm{\1}$", latex))
+
+
+def pixels(maps: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """The numbers of a picture: a row a pixel of every map in {network: {name: (h, w)}}."""
+    found = [pd.DataFrame(values).stack().rename("value").rename_axis(["row", "column"]).reset_index().assign(network=who, map=name)
+             for who, named in maps.items() for name, values in named.items()]
+    return pd.concat(found)[["network", "map", "row", "column", "value"]]
 
 
 def committed(name: str) -> pd.DataFrame:
@@ -60,10 +86,22 @@ def scores(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 
 def arms(table: pd.DataFrame) -> pd.DataFrame:
-    """The ablation's table with readable names."""
+    """The ablation's table with readable names, the data set where there are several."""
+    table = table.drop(columns=[name for name in ("test_dataset",) if name in table and table[name].nunique() == 1])
     of_seeds = {name: table[name].map("{:.3f}".format, na_action="ignore").fillna("") for name in table if name.startswith("dice_seed")}
     named = table.assign(**of_seeds, arm=[_label(arm) for arm in table["arm"]])
     return named.rename(columns=METRIC_LABELS | {"false_alarm": "false alarms"}).rename(columns=lambda c: c.replace("dice_seed", "Dice, seed "))
+
+
+def differences(comparison: pd.DataFrame) -> pd.DataFrame:
+    """A table of `statistics.compare_arms` as a page holds it: a row an arm that the method is held against."""
+    places = [name for name in FAMILY if name in comparison and comparison[name].nunique() > 1]
+    rows = []
+    for row in comparison.itertuples():
+        interval = "--" if row.groups < 2 else f"{row.low:+.3f} to {row.high:+.3f}"
+        said = {"method against": _label(row.other), f"{METRIC_LABELS[row.metric]}, difference": f"{row.difference:+.3f}", "95 % interval": interval}
+        rows.append({name: _label(getattr(row, name)) for name in places} | said | {"p (Holm)": f"{row.p_holm:.2g}", "verdict": _verdict(row)})
+    return pd.DataFrame(rows)
 
 
 def study_scores(per_case: pd.DataFrame) -> pd.DataFrame:
@@ -79,6 +117,36 @@ def study_scores(per_case: pd.DataFrame) -> pd.DataFrame:
             missed = own["missed"].sum() / own["seed"].nunique()
             rows.setdefault(arm, {"arm": _label(arm)})[column] = f"{mean:.3f} [{low:.3f}, {high:.3f}], {missed:.1f} missed"
     return pd.DataFrame(rows.values()).fillna("not measured")
+
+
+def study_numbers(per_case: pd.DataFrame, comparison: pd.DataFrame) -> dict[str, Any]:
+    """What a text quotes of the committed study, for `variables`: every arm's scores and every difference, data set by data set."""
+    values: dict[str, Any] = {}
+    for family, part in families(per_case):
+        own = _macro(family)
+        students = part[part["arm"] != "teacher"]
+        values |= {f"{own} cases": part["id"].nunique(), f"{own} groups": part["group"].nunique(), f"{own} seeds": students["seed"].nunique()}
+        for arm in ("teacher", *in_order(part, without="teacher")):
+            scores, rows = case_mean(by_seed(part, arm)), part[part["arm"] == arm]
+            values |= {f"{own} {arm} {name}": score for name, score in zip(("dice", "low", "high"), scores)}
+            values[f"{own} {arm} missed"] = f"{rows['missed'].sum() / rows['seed'].nunique():.1f}"
+    for row in comparison.itertuples():
+        pair = f"{_macro(row._asdict())} {row.arm} minus {row.other}"
+        values |= {f"{pair} {name}".strip(): f"{getattr(row, name or 'difference'):+.3f}" for name in ("", "low", "high")}
+        values |= {f"{pair} p": f"= {row.p_holm:.2g}" if row.p_holm >= 0.001 else "< 0.001", f"{pair} verdict": _verdict(row)}
+    return values
+
+
+def cost_numbers(cost: pd.DataFrame, pixels: int = 128) -> dict[str, Any]:
+    """Parameters and multiplications of every network at one size, for `variables`."""
+    found = cost[cost["pixels"] == pixels].drop_duplicates("model").set_index("model")
+    return {f"{model} {name}": int(found.loc[model, name]) for model in found.index for name in ("parameters", "macs")}
+
+
+def _macro(family: dict[str, Any]) -> str:
+    """The part of a macro's name that says where: what is not the study's usual profile and teacher is named."""
+    elsewhere = f" on {family['test_dataset']}" if family.get("test_dataset", family["dataset"]) != family["dataset"] else ""
+    return family["dataset"] + elsewhere + "".join(f" {family[name]}" for name, usual in USUAL.items() if family.get(name, usual) != usual)
 
 
 def speedups(cost: pd.DataFrame, large: str = "unet64") -> str:
@@ -221,7 +289,7 @@ def variables(values: dict[str, Any], folder: Path) -> Path:
     for name, value in values.items():
         words = re.findall(r"[A-Za-z]+|[0-9]+", name)
         macro = "".join(w.capitalize() if w.isalpha() else "".join("ABCDEFGHIJ"[int(d)] for d in w) for w in words)
-        text = f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        text = f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else _latex(str(value))
         lines.append(f"\\newcommand{{\\lkd{macro}}}{{{text}}}\n")
     store.write_text(Path(folder) / "variables.tex", "".join(lines))
     return Path(folder) / "variables.tex"

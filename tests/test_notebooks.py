@@ -1,6 +1,7 @@
 """The notebooks: template, parameters, outputs worth comparing, and each once through papermill with changed parameters."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -72,15 +73,6 @@ def test_parameters_are_fields_with_the_same_defaults(path):
         assert parameter["help"] == cls.model_fields[name].description
 
 
-@by_notebook
-def test_enough_cells_are_compared(path):
-    """Cells that nbval compares: they print something and are not tagged to be ignored."""
-    shown = [cell for cell in code_cells(path) if cell.outputs]
-    compared = [cell for cell in shown if "nbval-ignore-output" not in tags(cell)]
-    assert len(compared) >= 2
-    assert any("True" in str(cell.outputs) or "disjoint" in str(cell.outputs) for cell in compared)
-
-
 def test_the_readmes_index_is_made_from_the_notebooks():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_index(readme) == readme
@@ -116,25 +108,51 @@ def test_a_notebook_runs_from_another_folder_with_changed_parameters(path, tmp_p
     assert not any(o.get("name") == "stderr" for cell in code_cells(tmp_path / "out.ipynb") for o in cell.outputs)
 
 
+WRONG = [  # parameters, words of the error
+    ({"wfeat": 1}, ["unknown parameter 'wfeat'", "did you mean 'w_feat'?"]),
+    ({"terms": "feat, egde"}, ["'egde'", "did you mean 'edge'?"]),
+    ({"seed": "abc"}, ["seed = 'abc'", "integer"]),
+    ({"pixels": 64.5}, ["pixels = 64.5", "multiple of 32"]),
+]
+ABSENT = {"dataset": "no-such-set"}, ["'no-such-set'", "neither in the catalogue"]
+NUMBER_04 = next(path for path in PATHS if path.stem == "04_distill")
+
+
+def the_error(path) -> str:
+    """The one error of an executed notebook, in one sentence and without a traceback; the cells behind it did not run."""
+    cells = code_cells(path)
+    [(place, error)] = [(i, o) for i, cell in enumerate(cells) for o in cell.outputs if o.output_type == "error"]
+    assert len(error.traceback) == 1 and not any(cell.execution_count for cell in cells[place + 1 :])
+    return error.evalue
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    ("parameters", "words"),
-    [({"datset": "busi"}, "did you mean 'dataset'"), ({"split_seed": "abc"}, "split_seed"), ({"dataset": "no-such-set"}, "neither in the catalogue")],
-)
+@pytest.mark.parametrize(("parameters", "words"), [*WRONG, ABSENT], ids=str)
 def test_papermill_shows_one_clear_error_and_keeps_the_notebook(parameters, words, tmp_path):
-    done = through_papermill(PATHS[0], parameters, tmp_path)
+    done = through_papermill(NUMBER_04, parameters, tmp_path)
     assert done.returncode != 0
-    [error] = [o for cell in code_cells(tmp_path / "out.ipynb") for o in cell.outputs if o.output_type == "error"]
-    assert words in error.evalue and len(error.traceback) == 1
+    assert all(word in the_error(tmp_path / "out.ipynb") for word in words), the_error(tmp_path / "out.ipynb")
 
 
-def test_nbval_sees_a_wrong_number(tmp_path):
-    """A committed output that is not what the cell prints must fail."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)", execution_count=1)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    for text, expected in (("42\n", 0), ("43\n", 1)):
-        notebook.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
-        nbformat.write(notebook, tmp_path / "copy.ipynb")
-        command = [sys.executable, "-m", "pytest", "-q", "--nbval", "-p", "no:cacheprovider", "copy.ipynb"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
-        assert done.returncode == expected, done.stdout.decode()[-2000:]
+def run_04(parameters: dict, runs) -> subprocess.CompletedProcess:
+    options = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "lesionkd_core", "run", "04_distill", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LESIONKD_RUNS": str(runs)}, cwd=ROOT, check=False)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("parameters", "words"), WRONG, ids=str)
+def test_run_refuses_a_wrong_parameter_at_once(parameters, words, tmp_path):
+    done = run_04(parameters, tmp_path / "runs")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.fault
+def test_run_keeps_the_notebook_that_failed_and_says_where(tmp_path):
+    parameters, words = ABSENT
+    done = run_04(parameters, tmp_path / "runs")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
+    [kept] = (tmp_path / "runs").rglob("*.ipynb")
+    assert f"The executed notebook with the error is {kept}" in done.stderr
+    assert all(word in the_error(kept) for word in words) and not list((tmp_path / "runs").rglob("DONE"))

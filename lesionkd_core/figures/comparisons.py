@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluation import HIGHER_IS_BETTER, bootstrap_mean
 from ..statistics import FAMILY
 from ..statistics import agreement as agreement_of
-from ..statistics.arms import TEACHER, THIRDS, by_seed
-from .style import METRIC_LABELS, ONE_COLUMN, TWO_COLUMNS, Look, charts, interval, key, legend, legend_height, look_of, need, nothing, parts, style
+from ..statistics.arms import TEACHER, THIRDS, by_seed, in_order
+from .style import METRIC_LABELS, ONE_COLUMN, TWO_COLUMNS, Look, charts, interval, key, legend, legend_height, look_of, named, need, nothing, on, parts, style
 
 MEASURES = {"lesion_pixels": ("Lesion size", "{:.0f} to {:.0f} px"), "contrast": ("Contrast of the lesion", "{:.2f} to {:.2f}")}
 MISSED = {
@@ -40,6 +40,8 @@ def per_case_scores(tables: dict[str, pd.DataFrame], metric: str = "dice") -> Fi
             interval(axis, x, table[metric].mean(), *bootstrap_mean(values, table["group"].to_numpy()), look_of(name), along="y", label=name)
         axis.set_xticks(range(len(tables)), [look_of(name).label for name in tables])
         axis.set(ylabel=f"{METRIC_LABELS[metric]} per test case", xlim=(-0.6, len(tables) - 0.4))
+    counts = " or ".join(str(count) for count in sorted({len(table) for table in tables.values()}))
+    fig.set_label(f"{METRIC_LABELS[metric]} of {counts} test cases, each a point beside mean and 95 % interval: {named(tables)}.")
     return fig
 
 
@@ -74,6 +76,8 @@ def ablation(per_case: pd.DataFrame, comparison: pd.DataFrame, metric: str = "di
             for axis in (left, right):
                 axis.tick_params(labelbottom=True)
         legend(fig, SEEN)
+    where = on(name for name, *_ in found)
+    fig.set_label(f"{METRIC_LABELS[metric]}{where}: left, mean, 95 % interval and seeds of {named(in_order(per_case))}. Right, the method minus each.")
     return fig
 
 
@@ -140,6 +144,7 @@ def forest(comparison: pd.DataFrame) -> Figure:
         axes[0].set_ylim(-0.6, len(others) - 0.4)
         fig.supxlabel(_direction(comparison["metric"].iloc[0]), fontsize=7.5)
         legend(fig, SEEN)
+    fig.set_label(f"{_direction(comparison['metric'].iloc[0])}, with 95 % intervals and seeds{on(name for name, _ in found)}: {named(others)}.")
     return fig
 
 
@@ -167,6 +172,9 @@ def tertiles(table: pd.DataFrame) -> Figure:
             line[0].set_ylabel(axis_label)
         if len(pairs) > 1:
             legend(fig, {look.label: key(look._replace(line="")) for look in pairs.values()})
+    by = " and ".join(MEASURES[measure][0].lower() for measure in measures)
+    compared = "; ".join(f"{named([arm])} minus {named([other])}" for arm, other in pairs)
+    fig.set_label(f"Dice, {compared}, in thirds by {by}{on(name for name, _ in found)}.")
     return fig
 
 
@@ -218,6 +226,8 @@ def agreement(per_case: pd.DataFrame, arms: tuple[str, ...] = ()) -> Figure:
             axis.set_xlabel("\n".join(filter(None, ("Dice, teacher", name, rank))))
             axis.tick_params(labelbottom=True)
         legend(fig, {label: Line2D([], [], linestyle="", **mark) for label, mark in MISSED.items()})
+    students = named(dict.fromkeys(row.arm for *_, row in wanted))
+    fig.set_label(f"Dice of teacher against student, a point a case and seed, missed lesions marked{on(name for name, *_ in wanted)}: {students}.")
     return fig
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullFormatter
 
-from .style import NETWORKS, ONE_COLUMN, TWO_COLUMNS, Look, charts, interval, key, legend, legend_height, need, nothing, style
+from .style import NETWORKS, ONE_COLUMN, TWO_COLUMNS, Look, charts, interval, key, legend, legend_height, named, need, nothing, on, style
 
 ENGINES = {
     "PyTorch": Look("PyTorch", "#555555", "o", ""),
@@ -45,6 +45,8 @@ def latency(cost: pd.DataFrame) -> Figure:
         if "int8" in keys:
             keys["int8"].set_markerfacecolor("white")
         legend(fig, keys)
+    shown = ", ".join(keys)
+    fig.set_label(f"Latency of {named(models)} at {', '.join(map(str, sizes))} px on one thread, 10th to 90th percentile, in {shown}.")
     return fig
 
 
@@ -75,4 +77,6 @@ def pareto(points: pd.DataFrame, x: str = "macs") -> Figure:
             axis.set(xscale="log", xlabel=f"{labels.get(x, x)}\n{name}".strip())
             axis.margins(x=0.25)
         axes[0, 0].set_ylabel("Dice on test cases")
+    measure = labels.get(x, x).lower()
+    fig.set_label(f"Dice on test cases, with 95 % interval, against {measure}{on(sets)}: {named(dict.fromkeys(points['model']))}.")
     return fig

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..statistics.arms import in_order
-from .style import ONE_COLUMN, TWO_COLUMNS, Look, charts, key, legend, legend_height, look_of, need, nothing, parts, style, typeset, whole_numbers
+from .style import ONE_COLUMN, TWO_COLUMNS, Look, charts, key, legend, legend_height, look_of, named, need, nothing, on, parts, style, typeset, whole_numbers
 
 OWN = ("alone", "feat", "edge", "method", "shuffled", "method_kd")
 
@@ -27,6 +27,7 @@ def training_curves(histories: dict[str, pd.DataFrame], losses: dict[str, str]) 
         right.set(xlabel="Epoch", ylabel="Loss before its weight", yscale="log")
         whole_numbers((left, right))
         right.legend()
+    fig.set_label(f"Left, validation Dice by epoch of {named(histories)}. Right, losses of the last: {', '.join(losses.values())}.")
     return fig
 
 
@@ -59,6 +60,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
                 axis.set_ylabel("Validation Dice")
         whole_numbers(axes)
         legend(fig, keys)
+    fig.set_label(f"Validation Dice by epoch{on(name for name, _ in found)}, mean and range of the seeds: {named(arms)}.")
     return fig
 
 
@@ -105,6 +107,9 @@ def gradients(history: pd.DataFrame) -> Figure:
             cosines.set(ylabel=typeset("Cosine with L_seg"), ylim=(-1.05, 1.05))
         whole_numbers(axes.flat)
         legend(fig, keys)
+    shown = ", ".join(f"L_{term}" for term in terms)
+    where = on(name for name, _ in parts(history))
+    fig.set_label(f"Gradients by epoch{where}, above norms of {shown}, below cosines with L_seg: {named(filter(None, in_order(history))) or 'one run'}.")
     return fig
 
 
@@ -159,6 +164,7 @@ def weight_sweep(table: pd.DataFrame) -> Figure:
             axis.label_outer()
         axes[0].set_ylabel("Validation Dice")
         legend(fig, keys)
+    fig.set_label(f"Validation Dice against the weight of the term{on(name for name, _ in found)}, seeds as points, the best ringed: {named(in_order(table))}.")
     return fig
 
 

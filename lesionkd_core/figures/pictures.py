@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from .style import look_of, nothing, panels, show, style, write_below
+from .style import look_of, named, nothing, panels, show, style, write_below
 
 if TYPE_CHECKING:
     from ..views import FeatureView, NodeView
@@ -28,6 +28,7 @@ def cases(prepared, rows, columns: int = 6) -> Figure:
         for axis, row in zip(axes.flat, rows):
             case = prepared.cases.iloc[row]
             show(axis, prepared.images[row], f"{_shortened(case['id'])}\n{case['split']}", truth=prepared.masks[row])
+    fig.set_label(f"{len(rows)} prepared images with the contour of their mask: {', '.join(prepared.cases['id'].iloc[rows])}.")
     return fig
 
 
@@ -43,6 +44,8 @@ def pairs(prepared, table: pd.DataFrame) -> Figure:
         for (top, bottom), row in zip(axes.T, table.itertuples()):
             show(top, prepared.images[row.first], _shortened(prepared.cases["id"][row.first]))
             show(bottom, prepared.images[row.second], f"{_shortened(prepared.cases['id'][row.second])}\n{row.bits} bits")
+    couples = (f"{prepared.cases['id'][row.first]} and {prepared.cases['id'][row.second]}, {row.bits} bits" for row in table.itertuples())
+    fig.set_label(f"Pairs of images, one above the other, and the distance of their hashes: {'; '.join(couples) or 'none'}.")
     return fig
 
 
@@ -55,6 +58,7 @@ def edges(prepared, rows, levels: dict[str, np.ndarray]) -> Figure:
             for axis, stack in zip(axes[1:, column], levels.values()):
                 show(axis, stack[column])
         _name_rows(axes, ("image", *levels))
+    fig.set_label(f"{len(rows)} images with their contour, and beneath each its edge label: {'; '.join(levels)}.")
     return fig
 
 
@@ -73,6 +77,7 @@ def segmentations(prepared, rows, predicted: dict[str, np.ndarray]) -> Figure:
             for axis, (name, masks) in zip(axes[1:, column], predicted.items()):
                 show(axis, image, truth=mask, **{name: masks[column]})
         _name_rows(axes, ("image", *(look_of(name).label for name in predicted)))
+    fig.set_label(f"{len(rows)} images, and beneath each the contours of {named(predicted)} over the true one, dashed.")
     return fig
 
 
@@ -86,6 +91,7 @@ def refinement(image: np.ndarray, teacher_map: np.ndarray, target: np.ndarray, s
             drawn = axis.imshow(stack[channel], cmap="PuOr", vmin=-scale, vmax=scale, interpolation="nearest")
             write_below(axis, name)
         fig.colorbar(drawn, ax=axes[0, -1], shrink=0.75)
+    fig.set_label("An image, and one channel on one colour scale: the teacher's T before its ReLU, the target T' = max(T, m), the student's S, connected.")
     return fig
 
 
@@ -103,6 +109,8 @@ def overview(stack: dict[str, dict[str, np.ndarray]], image: np.ndarray, edge: n
             for axis, (name, values) in zip(line[1:], maps.items()):
                 axis.imshow(values, cmap="magma", interpolation="nearest")
                 write_below(axis, f"{who}\n{name}")
+    maps = "; ".join(f"{who}, {', '.join(found)}" for who, found in stack.items())
+    fig.set_label(f"An image, its edge label, and the mean absolute response of feature maps: {maps}.")
     return fig
 
 
@@ -131,6 +139,7 @@ def feature_maps(image: np.ndarray, mask: np.ndarray, views: dict[str, dict[str,
         for column, level in zip(axes.T[1:], levels):
             fig.colorbar(column[0].images[0], ax=column, location="bottom", shrink=0.8, label=level)
         _name_rows(axes, [look_of(who).label for who in views])
+    fig.set_label(f"The channel that tells the lesion best in each map: rows {named(views)}, their contours at the left; columns {'; '.join(levels)}.")
     return fig
 
 
@@ -169,6 +178,9 @@ def nodes(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], views: dict
             write_below(axes[-1, 2 + 2 * i], f"{look_of(who).label}\nnode of each pixel".strip())
             write_below(axes[-1, 3 + 2 * i], f"{look_of(who).label}\nentropy of P".strip())
         fig.colorbar(drawn, ax=axes, shrink=0.7, pad=0.01)
+    live = ", ".join(f"{view.live.sum()} of {len(view.live)}" for view in next(iter(views.values())))
+    of = f" of {names}" if (names := named(filter(None, views))) else ""
+    fig.set_label(f"Images, their edge pixels with {live} nodes live, the likeliest node of each pixel and the entropy of P{of}.")
     return fig
 
 

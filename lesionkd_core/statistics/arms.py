@@ -36,7 +36,7 @@ def families(table: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame
         yield dict(zip(keys, values)), part
 
 
-def in_order(table: pd.DataFrame, without: str = "") -> list[str]:
+def in_order(table: pd.DataFrame, without: str | None = None) -> list[str]:
     """The arms of a table as METHOD.md orders them, others behind by name."""
     known = {arm: place for place, arm in enumerate(ARMS)}
     return sorted(set(table["arm"]) - {without}, key=lambda arm: (known.get(arm, len(known)), arm))
