@@ -1,8 +1,11 @@
-"""What the README says of notebooks and of the study, made from their first cells and from data/results: `python -m tests.readme_index`."""
+"""What the README says of notebooks and of the study, the option reference and the figure of the method: `python -m tests.readme_index`."""
 
 from pathlib import Path
 
 import nbformat
+
+from tests import draw_method
+from tests.option_reference import option_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- notebooks: made by `make notebooks` -->", "<!-- end of notebooks -->"
@@ -38,3 +41,5 @@ def with_index(readme: str) -> str:
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(with_index(path.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "docs" / "options.md").write_text(option_reference(), encoding="utf-8")
+    draw_method.save(ROOT / "docs" / "method.svg")
