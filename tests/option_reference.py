@@ -36,7 +36,8 @@ lkd.TeacherConfig.parameters()     # this reference as a table
 
 An unknown name is refused with the nearest one, a value of the wrong type or out of range with the option's help. Lists are comma-separated text.
 A stage takes the options of every stage that it stands on, and hands them on. What the profile decides has three defaults: smoke / cpu / paper.
-`profile`, `device` and `threads` are no part of what a result is; every other option that matters to a stage is part of the name of its folder.
+`profile`, `device` and `threads` are no part of what a result is, nor is the place of a data set or file, only its content; every other option that
+matters to a stage is part of the hash in its folder's name.
 
 Where things lie is said by two environment variables: `LESIONKD_DATA`, the folder of the releases (default `data/raw`), and `LESIONKD_RUNS`, that of
 the results (default `runs`)."""
@@ -75,19 +76,19 @@ def default(name: str, field: dict[str, Any]) -> str:
 def allowed(name: str, field: dict[str, Any]) -> str:
     """What it may be, in words."""
     if name in NAMES:
-        return "list of " + ", ".join(f"`{known}`" for known in NAMES[name])
+        return "list, of " + ", ".join(f"`{known}`" for known in NAMES[name])
     if field["type"] == "array":
-        return f"list of {allowed('', field['items'])}{'' if 'minItems' not in field and 'minLength' not in field else ', at least one'}"
+        return f"list, each a {allowed('', field['items'])}{'' if 'minItems' not in field and 'minLength' not in field else ', at least one'}"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "pattern" in field:
-        return "maps, such as `decoder.stride4`"
-    kind = {"integer": "whole number", "number": "number", "boolean": "`True`, `False`", "string": "text"}[field["type"]]
+        return "map, such as `decoder.stride4`"
+    kind = {"integer": "whole number", "number": "number", "boolean": "`True`, `False`", "string": "text" if name else "name"}[field["type"]]
     return kind + limits(field)
 
 
 def limits(field: dict[str, Any]) -> str:
     """From where to where a number goes; seeds go so far that it need not be said."""
-    words = [f"{word} {field[key]}" for key, word in (("minimum", "from"), ("exclusiveMinimum", "over"), ("maximum", "to"), ("exclusiveMaximum", "under"))
+    words = [f"{word} {field[key]}" for key, word in (("minimum", "at least"), ("exclusiveMinimum", "over"), ("maximum", "at most"), ("exclusiveMaximum", "under"))
              if key in field and field[key] != 2**31]
-    return "".join(f" {word}" for word in words) + (f" in steps of {field['multipleOf']}" if "multipleOf" in field else "")
+    return " " * bool(words) + " and ".join(words) + (f" in steps of {field['multipleOf']}" if "multipleOf" in field else "")
