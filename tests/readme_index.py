@@ -1,12 +1,21 @@
-"""What the README says of notebooks and of the study, made from their first cells and from data/results: `python -m tests.readme_index`."""
+"""What the README says of notebooks and of the study, the option reference and the figure of the method: `python -m tests.readme_index`."""
 
 from pathlib import Path
 
 import nbformat
 
+from tests import draw_method
+from tests.option_reference import option_reference
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- notebooks: made by `make notebooks` -->", "<!-- end of notebooks -->"
 STUDY = "<!-- study: made from data/results by `make notebooks` -->", "<!-- end of study -->"
+TOUR = "<!-- tour: made from the notebooks' outputs by `make notebooks` -->", "<!-- end of tour -->"
+TELLING = {  # how the lines begin that the tour shows
+    "01_data_prep": ("kept ", "groups disjoint", "Otsu on test cases"),
+    "02_edge_labels": ("edge, 1:1",),
+    "04_distill": ("Dice on test cases", "parameters"),
+}
 
 
 def index() -> str:
@@ -27,9 +36,19 @@ def study() -> str:
     return "\n\n".join([lkd.tables.study_scores(scored).to_markdown(index=False), *words])
 
 
+def tour() -> str:
+    """What the notebooks of the tour print, as it is committed."""
+    rows = ["| notebook | what it prints |", "|---|---|"]
+    for stem, beginnings in TELLING.items():
+        cells = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+        printed = [line for cell in cells for output in cell.get("outputs", []) for line in output.get("text", "").splitlines()]
+        rows += [f"| {stem[:2]} | `{next(line for line in printed if line.startswith(beginning))}` |" for beginning in beginnings]
+    return "\n".join(rows)
+
+
 def with_index(readme: str) -> str:
     """The README with these parts made anew."""
-    for (begin, end), make in (((BEGIN, END), index), (STUDY, study)):
+    for (begin, end), make in (((BEGIN, END), index), (TOUR, tour), (STUDY, study)):
         before, rest = readme.split(begin)
         readme = f"{before}{begin}\n{make()}\n{end}{rest.split(end)[1]}"
     return readme
@@ -38,3 +57,5 @@ def with_index(readme: str) -> str:
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(with_index(path.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "docs" / "options.md").write_text(option_reference(), encoding="utf-8")
+    draw_method.save(ROOT / "docs" / "method.svg")
