@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 CORE = ROOT / "lesionkd_core"
 ROOMS = [
-    "config", "store", "ranks", "progress", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks", "losses", "inference",
+    "config", "progress", "store", "ranks", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks", "losses", "inference",
     "evaluation", "statistics", "original", "external", "training", "stages", "study", "sweeps", "leak", "views", "export", "figures", "tables", "__main__",
 ]
 """From the top of the house to its ground floor."""
