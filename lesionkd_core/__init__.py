@@ -5,6 +5,7 @@ The names that notebooks use; each is imported when it is first asked for, so th
 
 import importlib
 import os
+from typing import Any
 
 # A second process on the same cores makes torch's spinning threads ten times slower; waiting ones do not.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -45,12 +46,12 @@ _ROOM = {name: room for room, names in _HOME.items() for name in names}
 __all__ = sorted(_ROOM)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _ROOM:
         raise AttributeError(f"lesionkd_core has no {name!r}")
     room = importlib.import_module(f".{_ROOM[name]}", __name__)
     return room if name == _ROOM[name] and not hasattr(room, name) else getattr(room, name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

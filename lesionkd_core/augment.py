@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,10 @@ class Change(NamedTuple):
     grain: float = 0.0  # its whole part is the seed of the noise
 
 
+Columns = Any
+"""A `Change` of which every field is an array (N,), one value a case."""
+
+
 def draw(seed: int, epoch: int, case: int, augmentation: str) -> Change:
     """The change of one case in one epoch; `augmentation` is none, flips or full (`TeacherConfig.augment`)."""
     if augmentation == "none":
@@ -48,7 +52,7 @@ def draw(seed: int, epoch: int, case: int, augmentation: str) -> Change:
     flips = Change(*map(bool, rng.random(3) < 0.5))
     if augmentation == "flips":
         return flips
-    drawn = {}
+    drawn: dict[str, Any] = {}
     for share, ranges in FULL:
         if rng.random() < share:
             drawn |= zip(ranges, rng.uniform(*zip(*ranges.values())).tolist())
@@ -76,7 +80,7 @@ def augment(images: Tensor, masks: Tensor, changes: Sequence[Change]) -> tuple[T
     torch's own operations, since kornia took 16 ms to warp 16 images of 128 px on two threads where they
     took 4.5 ms. MONAI's random transforms take one case at a time.
     """
-    change = Change(*np.array(changes, dtype=np.float64).T)
+    change: Columns = Change(*np.array(changes, dtype=np.float64).T)
     planes = turn(torch.cat([images, masks], 1).contiguous(), changes)
     planes = torch.cat([tone(planes[:, :3], change), planes[:, 3:].float()], 1)
     moves = matrices(change)
@@ -100,14 +104,14 @@ def turn(planes: Tensor, changes: Sequence[Change]) -> Tensor:
     return torch.stack([x.mT if c.transpose else x for x, c in zip(flipped, changes)])
 
 
-def tone(images: Tensor, change: Change) -> Tensor:
+def tone(images: Tensor, change: Columns) -> Tensor:
     """uint8 -> ((x - 0.5) contrast + 0.5 + brightness)^gamma of x in 0..1, kept there, by a table of 256 values a case."""
     levels = (np.arange(256) / 255 - 0.5) * change.contrast[:, None] + 0.5 + change.brightness[:, None]
     table = torch.from_numpy((levels.clip(0, 1) ** change.gamma[:, None]).astype(np.float32)).to(images.device)
     return table.gather(1, images.flatten(1).long()).view(images.shape)
 
 
-def matrices(change: Change) -> np.ndarray:
+def matrices(change: Columns) -> np.ndarray:
     """(N, 2, 3): from a pixel's place (x, y, 1) in the result to its place in the original; the image spans -1..1."""
     angle, slide = np.deg2rad(change.angle), np.tan(np.deg2rad(change.shear))
     cos, sin = np.cos(angle) / change.zoom, np.sin(angle) / change.zoom

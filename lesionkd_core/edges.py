@@ -25,6 +25,16 @@ def edge_label(mask: np.ndarray, width: int = 1) -> np.ndarray:
     (..., H, W) bool
         Both sides of the border; neighbours outside the image do not count.
 
+    Examples
+    --------
+    >>> mask = np.zeros((4, 5), bool)
+    >>> mask[1:, 3:] = True
+    >>> edge_label(mask).astype(int)
+    array([[0, 0, 0, 1, 1],
+           [0, 0, 1, 1, 1],
+           [0, 0, 1, 1, 0],
+           [0, 0, 1, 1, 0]])
+
     Source: METHOD, Label_edge; the original's edge rule is in tests/oracles.
     """
     mask = np.asarray(mask)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from .config import LesionKDError
 from .prepare import Prepared
+
+if TYPE_CHECKING:
+    from torch import nn
 
 METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice")
 HIGHER_IS_BETTER = {name: name != "hd95" for name in METRICS}
@@ -22,7 +25,12 @@ PUBLISHED = {"id": "case", "lesion_pixels": "lesion_px"}
 
 
 def mask_dice(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Dice (N,) of two stacks of masks, (N, H, W) bool, say of teacher and student; two empty masks agree: 1."""
+    """Dice (N,) of two stacks of masks, (N, H, W) bool, say of teacher and student; two empty masks agree: 1.
+
+    >>> lesion = np.array([[1, 1, 0, 0]], bool)
+    >>> mask_dice([lesion, lesion, ~lesion & lesion], [lesion, lesion[:, ::-1], lesion & ~lesion])
+    array([1., 0., 1.])
+    """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 3:
         raise LesionKDError(f"masks to compare have the shapes {first.shape} and {second.shape}; both want one shape (N, H, W)")
@@ -89,7 +97,7 @@ def surface_scores(predicted: np.ndarray, truth: np.ndarray, tolerance: float, s
     return hd95[:, 0].numpy(), surface[:, 0].numpy()
 
 
-def score_network(network, prepared: Prepared, splits: tuple[str, ...] = ("val", "test")) -> pd.DataFrame:
+def score_network(network: nn.Module, prepared: Prepared, splits: tuple[str, ...] = ("val", "test")) -> pd.DataFrame:
     """Per-case scores of a network on prepared cases: id, group, split, label, the columns of `score_masks`, contrast.
 
     contrast is |mean grey of the lesion - that of the ring around it| / 255 as prepared; NaN without a lesion.

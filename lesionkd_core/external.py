@@ -12,13 +12,14 @@ from .config import TeacherConfig
 from .evaluation import score_network, summarize
 from .inference import load_network, read_config
 from .prepare import Prepared, near_pairs, prepare_data
+from .progress import Tell
 
 
 class External(store.Result):
     """`per_case` and `summary` of one network on one other data set."""
 
 
-def score_external(run: store.Result, cfg: TeacherConfig, tell=print) -> dict[str, External]:
+def score_external(run: store.Result, cfg: TeacherConfig, tell: Tell = print) -> dict[str, External]:
     """Find or make the scores of a finished run on every data set of `cfg.test_dataset`, by name.
 
     The other images are prepared as the run's own were. Images that are near-duplicates of a training
@@ -41,7 +42,7 @@ def score_external(run: store.Result, cfg: TeacherConfig, tell=print) -> dict[st
     return found
 
 
-def _score(path: Path, run: Path, own: Prepared, prepared: Prepared, bits: int, tell) -> None:
+def _score(path: Path, run: Path, own: Prepared, prepared: Prepared, bits: int, tell: Tell) -> None:
     per_case = score_network(load_network(run).network, prepared, splits=("test",))
     near = near_training(own, prepared, bits)
     if near:
@@ -57,7 +58,7 @@ def near_training(own: Prepared, other: Prepared, bits: int) -> int:
     return len(set(pairs[(pairs[:, 0] < len(train)) & (pairs[:, 1] >= len(train)), 1]))
 
 
-def with_test_dataset(run: store.Result, cfg: TeacherConfig, tell=print) -> pd.DataFrame:
+def with_test_dataset(run: store.Result, cfg: TeacherConfig, tell: Tell = print) -> pd.DataFrame:
     """Test scores of a run on its own test cases and on every other data set: column `test_dataset`."""
     own = run.per_case[run.per_case["split"] == "test"].assign(test_dataset=cfg.dataset_name)
     others = [scored.per_case.assign(test_dataset=name) for name, scored in score_external(run, cfg, tell).items()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     (N, C, H, W) in channels-last order is also a matrix (N H W C / 64, 64) whose columns hold one channel each.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
         if self.training and ranks.spread():
@@ -32,6 +39,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return self._trained(_PackedBatchNorm, x, x.numel() // self.num_features)
 
     def _trained(self, norm: type[torch.autograd.Function], x: Tensor, count: int) -> Tensor:
+        out: Tensor
         out, mean, var = norm.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             with torch.no_grad():
@@ -48,7 +56,7 @@ class _SharedBatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         whole = ranks.mean(mean)
         var = ranks.mean(var + (mean - whole).square())
@@ -59,7 +67,7 @@ class _SharedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, var = ctx.saved_tensors
         scale = (var + ctx.eps).rsqrt()
         frozen = torch.ops.aten.native_batch_norm_backward(grad, x, weight, mean, var, mean, scale, False, ctx.eps, [True, True, True])
@@ -86,7 +94,7 @@ class _PackedBatchNorm(torch.autograd.Function):
     """gamma (x - mean) / sqrt(var + eps) + beta over all but the channels; also gives mean and biased variance."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         channels, rows = len(weight), _rows(x).float()
         count, times = rows.numel() // channels, LANES // channels
         mean = _by_channel(rows.sum(0), channels) / count
@@ -102,7 +110,7 @@ class _PackedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         centred, weight, scale = ctx.saved_tensors
         channels, rows = len(weight), _rows(grad)
         count, times = rows.numel() // channels, LANES // channels

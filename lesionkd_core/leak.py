@@ -9,6 +9,7 @@ from . import store
 from .config import DistillConfig
 from .evaluation import score_masks
 from .prepare import Prepared, SplitError, prepare_data
+from .progress import Tell
 from .stages import distill
 
 
@@ -35,7 +36,7 @@ def leak_splits(cases: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
     return {name: cases.drop(index=cases.index[rows])[["id", "split"]] for name, rows in left_out.items()}
 
 
-def measure_leak(cfg: DistillConfig, tell=print) -> pd.DataFrame:
+def measure_leak(cfg: DistillConfig, tell: Tell = print) -> pd.DataFrame:
     """Score the same test cases with and without near-duplicates of them in training.
 
     Returns

@@ -6,6 +6,8 @@ taken before its block's last ReLU. `feature_norms()` gives the BatchNorm that p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +37,23 @@ def _two_convolutions(inputs: int, outputs: int, bias: bool, stem: int = 1) -> n
     )
 
 
-class UNet(nn.Module):
+class Network(nn.Module):
+    """What teacher and student have in common: logits, and the feature maps on the way to them by name."""
+
+    def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
+        """{map: the BatchNorm that gives it}."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (N, out, H, W) and all maps before their last ReLU, {name: (N, C, H/stride, W/stride)}."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> logits (N, out, H, W), any size from 32 px up."""
+        return self.forward_features(x)[0]
+
+
+class UNet(Network):
     """U-Net of width c: the student (c = 4) and the paper's reference teacher (c = 64).
 
     Encoder blocks of c, 2c, 4c, 8c, 8c channels at strides 1 to 16, decoder blocks of 4c, 2c, c, c
@@ -72,7 +90,9 @@ class UNet(nn.Module):
     def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (N, out, H, W) and all maps before their last ReLU, {name: (N, C, H/stride, W/stride)}."""
         _check_size(x)
-        image, maps, skips = x, {}, []
+        image = x
+        maps: dict[str, Tensor] = {}
+        skips: list[Tensor] = []
         for stride, block in zip(self.strides, self.encoder):
             if skips:
                 x = F.max_pool2d(x, 2, 2)  # the stride said, since converters to phones want it
@@ -83,10 +103,6 @@ class UNet(nn.Module):
             maps[f"decoder.stride{stride}"] = x
             x = F.relu(x)
         return _pad_to(self.head(x), image), maps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in, H, W) -> logits (N, out, H, W), any size from 32 px up."""
-        return self.forward_features(x)[0]
 
 
 def _pad_to(x: Tensor, like: Tensor) -> Tensor:
@@ -104,15 +120,15 @@ class BasicBlock(nn.Module):
         self.bn1 = BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), BatchNorm2d(outputs))
-        else:
-            self.downsample = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, outputs, H/stride, W/stride), pre-ReLU."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.bn2(self.conv2(y)) + self.downsample(x)
+        out: Tensor = self.bn2(self.conv2(y)) + self.downsample(x)
+        return out
 
 
 class ResNet34Encoder(nn.Module):
@@ -143,7 +159,7 @@ class ResNet34Encoder(nn.Module):
         return maps
 
 
-class ResNet34UNet(nn.Module):
+class ResNet34UNet(Network):
     """The teacher (step S1): ResNet-34 encoder, four decoder blocks, the patent's maps F1 to F9.
 
     Decoder blocks of 256, 128, 64, 32 channels at strides 16, 8, 4, 2, each after a bilinear 2x
@@ -168,7 +184,8 @@ class ResNet34UNet(nn.Module):
         norms = {"encoder.stride2": self.encoder.bn1}
         for stage, stride in enumerate((4, 8, 16, 32), start=1):
             norms[f"encoder.stride{stride}"] = getattr(self.encoder, f"layer{stage}")[-1].bn2
-        return norms | {f"decoder.stride{s}": block[-1] for s, block in zip(self.STRIDES, self.decoder)}
+        blocks: Any = self.decoder  # nn.ModuleList forgets of which class they are
+        return norms | {f"decoder.stride{s}": block[-1] for s, block in zip(self.STRIDES, blocks)}
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (N, out, H, W) and all maps before their last ReLU, {name: (N, C, H/stride, W/stride)}."""
@@ -183,12 +200,8 @@ class ResNet34UNet(nn.Module):
             x = F.relu(x)
         return _upsample_to(self.head(x), size), maps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in, H, W) -> logits (N, out, H, W), any size from 32 px up."""
-        return self.forward_features(x)[0]
 
-
-def _upsample_to(x: Tensor, size) -> Tensor:
+def _upsample_to(x: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -202,11 +215,14 @@ def use_statistics(network: nn.Module, statistics: str) -> nn.Module:
     return network
 
 
-TEACHERS = {"resnet34_unet": ResNet34UNet, "unet64": UNet}
+TEACHERS: dict[str, type[Network]] = {"resnet34_unet": ResNet34UNet, "unet64": UNet}
 
 
-def match_levels(student: nn.Module, teacher: nn.Module, levels: tuple[str, ...]) -> list[tuple[str, str]]:
+def match_levels(student: Network, teacher: Network, levels: tuple[str, ...]) -> list[tuple[str, str]]:
     """`('a', 'b:c')` -> [('a', 'a'), ('b', 'c')]: student's and teacher's map of every level.
+
+    >>> match_levels(UNet(width=4), UNet(width=8), ("decoder.stride4", "encoder.stride2:decoder.stride2"))
+    [('decoder.stride4', 'decoder.stride4'), ('encoder.stride2', 'decoder.stride2')]
 
     Raises
     ------
@@ -215,7 +231,8 @@ def match_levels(student: nn.Module, teacher: nn.Module, levels: tuple[str, ...]
     """
     pairs = []
     for level in levels:
-        names = tuple(level.split(":")) if ":" in level else (level, level)
+        ours, colon, theirs = level.partition(":")
+        names = ours, theirs if colon else ours
         norms = [student.feature_norms(), teacher.feature_norms()]
         for who, name, known in zip(("student", "teacher"), names, norms):
             if name not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ BATCH = 8
 """Images of original size in memory at a time."""
 
 
-def score_original(run) -> pd.DataFrame:
+def score_original(run: str | Path | store.Result) -> pd.DataFrame:
     """Score a finished run's validation and test cases again at their original size.
 
     The raw release is read once more, the probability of every case is brought back to its own size

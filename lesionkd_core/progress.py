@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
+
+Tell = Callable[[str], None]
+"""Where lines of text for the user go."""
 
 
 class Progress:
@@ -19,7 +24,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, done: int = 0) -> None:
         self.name, self.total, self.done = name, total, done
-        self.bar = None
+        self.bar: Any = None
         if bar := live_bar():
             self.bar = bar(total=total, initial=done, desc=name, file=sys.stdout)
         elif done:
@@ -40,8 +45,8 @@ class Progress:
             self.bar.close()
 
 
-def live_bar():
-    """The bar that fits: Jupyter Server names its sessions in the environment, papermill and nbval do not."""
+def live_bar() -> Any:
+    """The bar that fits, or None: Jupyter Server names its sessions in the environment, papermill and nbval do not."""
     if "ipykernel" in sys.modules:
         if "JPY_SESSION_NAME" in os.environ:
             from tqdm.notebook import tqdm

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import store
 from .config import LesionKDError, TeacherConfig
+from .progress import Tell
 
 T = TypeVar("T")
 SILENCE = timedelta(minutes=5)
@@ -89,7 +90,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _told_to_end(*_) -> None:
+def _told_to_end(*_: Any) -> None:
     raise RankLost(LOST)
 
 
@@ -122,7 +123,7 @@ def _peers() -> Iterator[None]:
         raise RankLost(LOST) from error
 
 
-def agree(value: T = None) -> T:
+def agree(value: Any = None) -> Any:
     """The first rank's value, for all; whoever comes early waits as long as it takes."""
     if not _steps:
         return value
@@ -143,7 +144,7 @@ def after_first(make: Callable[[], T]) -> T:
 
 
 @contextmanager
-def lock(path: Path, tell: Callable[[str], None] = print) -> Iterator[None]:
+def lock(path: Path, tell: Tell = print) -> Iterator[None]:
     """`store.lock`, taken by the first rank for all; they go in together and come out together."""
     with store.lock(path, tell) if first() else nullcontext():
         agree()
@@ -157,7 +158,7 @@ def collect(value: T) -> list[T]:
     """Everybody's value, in the order of the ranks."""
     if not _steps:
         return [value]
-    values = [None] * size()
+    values: list[Any] = [None] * size()
     with _peers():
         dist.all_gather_object(values, value)
     return values
@@ -212,12 +213,12 @@ class _Total(torch.autograd.Function):
     """`total` with its gradient, which is the sum of everybody's."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return total(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return total(grad)
 
 
@@ -232,7 +233,8 @@ def gather(x: Tensor) -> Tensor:
         return x
     held = part(_spread)
     before, after = x.new_zeros(held.start, *x.shape[1:]), x.new_zeros(_spread - held.stop, *x.shape[1:])
-    return _Total.apply(torch.cat([before, x, after]))
+    whole: Tensor = _Total.apply(torch.cat([before, x, after]))
+    return whole
 
 
 def own(x: Tensor) -> Tensor:
@@ -247,9 +249,11 @@ def add_gradients(parameters: list[Tensor]) -> None:
     """
     if not _steps:
         return
+    grads = []
     for p in parameters:
         if p.grad is None:  # another rank may have one
             p.grad = torch.zeros_like(p)
-    summed = total(torch.cat([p.grad.flatten() for p in parameters])).split([p.numel() for p in parameters])
-    for p, grad in zip(parameters, summed):
-        p.grad.copy_(grad.view_as(p))
+        grads.append(p.grad)
+    summed = total(torch.cat([grad.flatten() for grad in grads])).split([grad.numel() for grad in grads])
+    for grad, part_of_sum in zip(grads, summed):
+        grad.copy_(part_of_sum.view_as(grad))

@@ -10,6 +10,7 @@ from . import store
 from .config import PROFILES, AblationConfig
 from .evaluation import PUBLISHED
 from .external import with_test_dataset
+from .progress import Tell
 from .stages import Run, ablate, train_teacher
 from .statistics.arms import by_seed, case_mean, families
 
@@ -21,7 +22,7 @@ RUNS = ("run", "hash", "dataset", "profile", "teacher", "arm", "seed", "fold", "
 FILES = ("per_case", "runs", "history")
 
 
-def study_tables(cfg: AblationConfig, tell=print) -> dict[str, pd.DataFrame]:
+def study_tables(cfg: AblationConfig, tell: Tell = print) -> dict[str, pd.DataFrame]:
     """per_case, runs and history of an ablation and its teacher, which are found or made on the way.
 
     per_case holds test cases alone, columns `PER_CASE`; lesion_px in px at the prepared size, contrast 0..1.
@@ -48,7 +49,7 @@ def _facts(run: Run, cfg: AblationConfig) -> dict[str, object]:
     }
 
 
-def add_to_study(cfg: AblationConfig, folder: Path, tell=print) -> dict[str, pd.DataFrame]:
+def add_to_study(cfg: AblationConfig, folder: Path, tell: Tell = print) -> dict[str, pd.DataFrame]:
     """Put the tables of an ablation into `folder`; rows of the same data set, profile, teacher, arm, seed and fold are replaced."""
     key = ["dataset", "profile", "teacher", "arm", "seed", "fold"]
     merged = {}

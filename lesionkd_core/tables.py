@@ -22,7 +22,7 @@ USUAL = {"profile": "cpu", "teacher": "resnet34_unet"}
 """The study's; a macro names only what differs from it."""
 
 
-def markdown(table: pd.DataFrame, digits: int = 3):
+def markdown(table: pd.DataFrame, digits: int = 3) -> Any:
     """A DataFrame as a Markdown table in a notebook; text from files and their names stays text."""
     from IPython.display import Markdown
 
@@ -172,17 +172,17 @@ def _label(name: str) -> str:
     return STYLES[name][0] if name in STYLES else NETWORKS.get(name, name)
 
 
-def _pair(row) -> str:
+def _pair(row: Any) -> str:
     """'method against student alone on busi, teacher U-Net 64'."""
     return f"{_arm(row)} against {_label(row.other)}{_where(row)}"
 
 
-def _arm(row) -> str:
+def _arm(row: Any) -> str:
     arm = getattr(row, "arm", "method")
     return arm if arm == "method" else _label(arm)
 
 
-def _where(row) -> str:
+def _where(row: Any) -> str:
     """What a table names of data set, profile and teacher; or nothing."""
     dataset, tested, profile, teacher = (getattr(row, name, "") for name in ("dataset", "test_dataset", "profile", "teacher"))
     trained = f"trained on {dataset}" if tested and dataset not in ("", tested) else ""
@@ -194,26 +194,26 @@ def _many(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-def _size(row) -> str:
+def _size(row: Any) -> str:
     """How many groups and seeds, and what the interval leaves out."""
     lacks = "; one group: no interval" if row.groups < 2 else "; one seed: the interval covers cases only" if row.seeds < 2 else ""
     return f"{_many(row.groups, 'group')}, {_many(row.seeds, 'seed')}{lacks}"
 
 
-def _gain(row) -> str:
+def _gain(row: Any) -> str:
     metric = getattr(row, "metric", "dice")
     digits = 1 if metric == "hd95" else 3
     interval = "" if row.groups < 2 else f", 95 % interval {row.low:+.{digits}f} to {row.high:+.{digits}f}"
     return f"{row.difference:+.{digits}f} {METRIC_LABELS[metric]}{interval}"
 
 
-def _verdict(row) -> str:
+def _verdict(row: Any) -> str:
     if not (row.low > 0 or row.high < 0) or getattr(row, "p_holm", 0) > 0.05:
         return "no difference seen"
     return "better" if (row.difference > 0) == HIGHER_IS_BETTER[getattr(row, "metric", "dice")] else "worse"
 
 
-def _comparison(rows: list) -> Iterator[str]:
+def _comparison(rows: list[Any]) -> Iterator[str]:
     family = Counter(map(_where, rows))
     for row in rows:
         few = "; too few groups for this test to see any" * (2 * family[_where(row)] / 2.0**row.groups > 0.05)  # its smallest p, after Holm
@@ -221,7 +221,7 @@ def _comparison(rows: list) -> Iterator[str]:
         yield f"{_pair(row)}: {_verdict(row)} ({_gain(row)}, p (Holm) {row.p_holm:.2g}, {_size(row)}{few}{undefined})."
 
 
-def _tertile(rows: list) -> Iterator[str]:
+def _tertile(rows: list[Any]) -> Iterator[str]:
     for row in rows:
         spread = f"{row.at_least:.0f} to {row.at_most:.0f} px" if row.column == "lesion_pixels" else f"{row.column} {row.at_least:.3f} to {row.at_most:.3f}"
         missed = f"missed {row.missed:.1f} against {row.missed_other:.1f} a seed"
@@ -229,19 +229,19 @@ def _tertile(rows: list) -> Iterator[str]:
     yield "the thirds are described, not tested: no interval is corrected for looking several times."
 
 
-def _missed(rows: list) -> Iterator[str]:
+def _missed(rows: list[Any]) -> Iterator[str]:
     for row in rows:
         verdict = "no difference seen" if row.p_holm > 0.05 else f"misses {'fewer' if row.fewer > row.more else 'more'} lesions"
         counts = f"{row.missed:.1f} against {row.missed_other:.1f} of {row.lesions} a seed, fewer in {row.fewer} and more in {row.more} of {row.groups} groups"
         yield f"{_pair(row)}, missed lesions: {verdict} ({counts}, exact p (Holm) {row.p_holm:.2g}, {_many(row.seeds, 'seed')})."
 
 
-def _counts(rows: list) -> Iterator[str]:
+def _counts(rows: list[Any]) -> Iterator[str]:
     for (who, lesions), found in groupby(rows, lambda row: (_arm(row) + _where(row), row.lesions)):
         yield f"{who}: {', '.join(str(row.missed) for row in found)} of {lesions} lesions missed, seed by seed."
 
 
-def _agreement(rows: list) -> Iterator[str]:
+def _agreement(rows: list[Any]) -> Iterator[str]:
     for row in rows:
         rank = "no rank correlation, since all cases score the same"
         if row.spearman == row.spearman:
@@ -250,13 +250,13 @@ def _agreement(rows: list) -> Iterator[str]:
         yield f"{_arm(row)} and its teacher{_where(row)}, Dice case by case: {rank}; {shares}."
 
 
-def _curves(rows: list) -> Iterator[str]:
+def _curves(rows: list[Any]) -> Iterator[str]:
     for who, found in groupby(rows, lambda row: _arm(row) + _where(row)):
         *_, last = found
         yield f"{who}: validation Dice {last.mean:.3f} ({last.low:.3f} to {last.high:.3f}, {_many(last.seeds, 'seed')}) after {_many(last.epoch, 'epoch')}."
 
 
-def _epochs(rows: list) -> Iterator[str]:
+def _epochs(rows: list[Any]) -> Iterator[str]:
     ranges = {(_where(row), row.arm): (row.low, row.high if row.reached == row.seeds else inf) for row in rows}
     for row in rows:
         (low, high), (first, last) = (ranges[_where(row), arm] for arm in (row.arm, row.reference))
@@ -267,7 +267,7 @@ def _epochs(rows: list) -> Iterator[str]:
         yield f"{_arm(row)}{_where(row)}: {goal} {when} ({spread}{_many(row.seeds, 'seed')}{same})."
 
 
-def _ratio(rows: list) -> Iterator[str]:
+def _ratio(rows: list[Any]) -> Iterator[str]:
     for row in rows:
         said = "not measured"
         if row.ratio == row.ratio:

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 CORE = ROOT / "lesionkd_core"
 ROOMS = [
-    "config", "integrity", "store", "ranks", "progress", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks", "losses", "inference",
+    "config", "progress", "integrity", "store", "ranks", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks", "losses", "inference",
     "evaluation", "statistics", "original", "external", "training", "stages", "study", "runs", "sweeps", "leak", "views", "export", "figures", "tables",
     "__main__",
 ]

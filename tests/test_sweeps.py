@@ -95,6 +95,7 @@ def test_numbers_are_read_as_a_user_means_them(sweep_of):
         ("product: {epochs: [1, 2}", ["no YAML"]),
         ({"notebook": "05_ablation", "include": [{}]}, ["no notebook '05_ablation'", "did you mean '05_ablations'"]),
         ({"notebook": "03_teacher", "include": [{"epochs": 3}]}, ["unknown parameter 'epochs'", "checked for 03_teacher"]),
+        ({"notebook": "07_mobile", "product": {"threshold": [0.4, 0.5]}}, ["07_mobile has no data set", "sweep the notebook of the runs"]),
     ],
 )
 def test_a_wrong_sweep_file_is_refused_before_anything_starts(sweep_of, runs, capsys, content, words):

@@ -9,9 +9,10 @@ CLASSES = ("benign", "malignant", "normal")
 
 def cases(folder: Path) -> list[Case]:
     """`benign (1).png` with `benign (1)_mask.png`, `_mask_1.png`, ...: several masks, several lesions."""
-    found = []
+    found: list[Case] = []
     for label in CLASSES:
-        images, masks = [], {}
+        images: list[Path] = []
+        masks: dict[str, list[Path]] = {}
         for path in images_in(folder / label):
             stem, mark, _ = path.stem.partition("_mask")
             (masks.setdefault(stem, []) if mark else images).append(path)

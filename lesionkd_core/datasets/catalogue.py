@@ -53,7 +53,8 @@ def _release(name: str, facts: dict[str, Any]) -> Release:
     """An entry of catalogue.toml: `layout` names the reader, `options` what it is told."""
     cases = partial(LAYOUTS[facts.pop("layout")], **facts.pop("options", {}))
     others = tuple(map(tuple, facts.pop("others", ())))
-    return Release(name=name, cases=cases, others=others, **{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()})
+    rest: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    return Release(name=name, cases=cases, others=others, **rest)
 
 
 CATALOGUE = {name: _release(name, facts) for name, facts in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()}

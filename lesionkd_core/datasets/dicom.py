@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..config import LesionKDError
 from .files import UnreadableFile, natural, suffix_of
 from .slices import Space, Volume, reading
+
+if TYPE_CHECKING:
+    from pydicom import Dataset, FileDataset
 
 NUMBERS = [
     "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing", "SpacingBetweenSlices", "SliceThickness",
@@ -30,13 +34,13 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _values(header, name: str) -> list[float]:
+def _values(header: Dataset, name: str) -> list[float]:
     """The numbers of an attribute; none where it is absent or empty."""
     value = header.get(name)
     return [] if value in (None, "") else [float(v) for v in np.ravel(value)]
 
 
-def _header(path: Path):
+def _header(path: Path) -> Dataset | None:
     """Place and shape of one image, without its pixels; None for a report, a plan or a directory."""
     from pydicom import dcmread
 
@@ -61,8 +65,8 @@ def series(path: Path) -> tuple[Space, list[Path], tuple[str, ...]]:
     """
     with reading(path, "DICOM"):
         files = files_in(path) if path.is_dir() else [path]
-        found = {file: _header(file) for file in files if file == path or suffix_of(file) == ".dcm" or is_dicom(file)}
-    found = {file: header for file, header in found.items() if header is not None}
+        tried = {file: _header(file) for file in files if file == path or suffix_of(file) == ".dcm" or is_dicom(file)}
+    found = {file: header for file, header in tried.items() if header is not None}
     if not found:
         raise UnreadableFile(f"{path.name}: cannot be read as DICOM: no image in it; pictures in sub-folders are listed in a CSV table (data/own.md)")
     for name in ALIKE:
@@ -89,15 +93,16 @@ def patient_of(path: Path) -> str:
         return str(header.get("PatientID") or header.get("SeriesInstanceUID") or "")
 
 
-def _order(path: Path, headers: list) -> tuple[np.ndarray, float, bool, tuple[str, ...]]:
+def _order(path: Path, headers: list[Dataset]) -> tuple[np.ndarray, float, bool, tuple[str, ...]]:
     """Slices along their normal, or by number: (order, usual steps from first to last, placed, notes)."""
     turns = [_values(header, "ImageOrientationPatient") for header in headers]
     places = [_values(header, "ImagePositionPatient") for header in headers]
     placed = all(turns) and all(places)
+    notes: tuple[str, ...] = ()
     if placed:
         if np.abs(np.array(turns) - turns[0]).max() > 1e-3:
             raise UnreadableFile(f"{path.name}: slices differ in ImageOrientationPatient; is a scout among them?")
-        depths, notes = np.array(places) @ np.cross(turns[0][:3], turns[0][3:]), ()
+        depths = np.array(places) @ np.cross(turns[0][:3], turns[0][3:])
     else:
         numbers = [_values(header, "InstanceNumber") or [0.0] for header in headers]
         depths, notes = np.ravel(numbers), ("no ImagePositionPatient: ordered by InstanceNumber, place in the patient unknown",)
@@ -115,7 +120,7 @@ def _order(path: Path, headers: list) -> tuple[np.ndarray, float, bool, tuple[st
     return order, steps, placed, notes
 
 
-def _space(headers: list, steps: float, placed: bool) -> Space:
+def _space(headers: list[Dataset], steps: float, placed: bool) -> Space:
     """Shape and affine of slices in order; DICOM's axes are LPS, the affine's RAS."""
     first, last = headers[0], headers[-1]
     across, down = np.reshape(_values(first, "ImageOrientationPatient"), (2, 3)) if placed else np.eye(3)[:2]
@@ -130,7 +135,7 @@ def _space(headers: list, steps: float, placed: bool) -> Space:
     return Space((len(headers), first.Rows, first.Columns), np.diag([-1.0, -1, 1, 1]) @ affine)
 
 
-def decode(path: Path):
+def decode(path: Path) -> tuple[FileDataset, np.ndarray]:
     """Header and pixels of one image: (H, W) as stored, or (H, W, 3) uint8."""
     from pydicom import dcmread
     from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
@@ -167,7 +172,7 @@ def read_series(path: Path) -> Volume:
     return Volume(voxels, space, scales, tuple(windows), header.PhotometricInterpretation == "MONOCHROME1", notes)
 
 
-def _window(header) -> tuple[float, float] | None:
+def _window(header: Dataset) -> tuple[float, float] | None:
     """Lowest and highest value shown: the first window of the file, function LINEAR.
 
     Source: DICOM PS3.3, C.11.2.1.2.

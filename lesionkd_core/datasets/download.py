@@ -14,10 +14,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ..config import nearest
-from ..progress import live_bar
+from ..progress import Tell, live_bar
 from ..store import lock, write_json
 from . import DatasetNotFound, data_root, find
 from .catalogue import CATALOGUE, Release
@@ -25,7 +26,6 @@ from .unpack import DamagedArchive, DownloadError, on_disk, size_of, unpack
 
 TRIES, WAIT, TIMEOUT = 5, 1.0, (15, 60)  # attempts in a row that bring nothing new; first pause, and limits to connect and read, in seconds
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|gz|bz2|xz|rar|7z)$", re.IGNORECASE)
-Tell = Callable[[str], None]
 
 
 def download(
@@ -111,7 +111,7 @@ def _local(release: Release, given: Path) -> list[Path]:
     return files
 
 
-def _fetch(release: Release, address: str, mirror: str, root: Path, tell: Tell) -> tuple[Path, dict]:
+def _fetch(release: Release, address: str, mirror: str, root: Path, tell: Tell) -> tuple[Path, dict[str, Any]]:
     """The archive of an address, and what the lock file is to say of it."""
     import pooch
 
@@ -121,7 +121,7 @@ def _fetch(release: Release, address: str, mirror: str, root: Path, tell: Tell) 
     for left in kept.glob("tmp????????"):  # pooch's own, of a killed process
         left.unlink()
 
-    def resuming(address: str, output: str, _) -> None:
+    def resuming(address: str, output: str, _: Any) -> None:
         partial = kept / f"{name}.part"
         _until_whole(release, address, partial, tell)
         partial.replace(output)
@@ -170,12 +170,13 @@ def _attempt(address: str, partial: Path, tell: Tell) -> None:
     state = partial.with_suffix(".json")
     before = _read_json(state) if partial.exists() else {}
     start = partial.stat().st_size if before else 0
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-" if start else None, "If-Range": start and before["mark"] or None}
+    headers: dict[str, Any] = {"Accept-Encoding": "identity", "Range": f"bytes={start}-" if start else None, "If-Range": start and before["mark"] or None}
     with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT) as response:
         span = re.fullmatch(r"bytes (\*|\d+)(?:-\d+)?/(\*|\d+)", response.headers.get("Content-Range", ""))
         total = span[2] if span else response.headers.get("Content-Length", "")
         tag = response.headers.get("ETag", "W/")  # a weak one does not hold for ranges
-        now = {"mark": response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag, "total": int(total) if total.isdigit() else 0}
+        mark = response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
+        now: dict[str, Any] = {"mark": mark, "total": int(total) if total.isdigit() else 0}
         if response.status_code == 416 and start == now["total"]:
             return  # whole: killed just before the end, or an earlier answer had announced too much
         other = response.status_code == 206 and any(now[key] and before[key] and now[key] != before[key] for key in now)
@@ -190,7 +191,7 @@ def _attempt(address: str, partial: Path, tell: Tell) -> None:
             write_json(state, now)
         tell(f"{partial.stem}: {f'going on at {size_of(start)}' if start else 'fetching'}")
         live, step = live_bar(), now["total"] / 4 or 1e9
-        bar = live(desc=partial.stem, total=now["total"] or None, initial=start, unit="B", unit_scale=True, file=sys.stdout) if live else nullcontext()
+        bar: Any = live(desc=partial.stem, total=now["total"] or None, initial=start, unit="B", unit_scale=True, file=sys.stdout) if live else nullcontext()
         with on_disk(partial.parent, partial.stem, now["total"] - start), open(partial, "ab") as file, bar:
             for chunk in response.raw.stream(1 << 18, decode_content=False):
                 file.write(chunk)
@@ -202,7 +203,7 @@ def _attempt(address: str, partial: Path, tell: Tell) -> None:
         raise IncompleteRead(partial.stat().st_size, now["total"])
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
@@ -214,7 +215,7 @@ def _aside(file: Path, root: Path, why: str) -> Path:
     return file.replace(file.with_name(f"{why}-{file.name}")) if file.is_relative_to(root / "downloads") else file
 
 
-def _checked(release: Release, file: Path, source: str, root: Path) -> dict:
+def _checked(release: Release, file: Path, source: str, root: Path) -> dict[str, Any]:
     """The lock file's entry for an archive, which equals the one that stands there, if any."""
     import pooch
 
@@ -229,7 +230,7 @@ def _checked(release: Release, file: Path, source: str, root: Path) -> dict:
     return {"sha256": digest, "size": file.stat().st_size, "address": source}
 
 
-def _unpack_all(release: Release, files: dict[Path, dict], root: Path, tell: Tell) -> None:
+def _unpack_all(release: Release, files: dict[Path, dict[str, Any]], root: Path, tell: Tell) -> None:
     """Unpack beside the target, where `find` does not look, then move the release into place."""
     target, top = root / release.folder, root / f".{release.name}.unpacking" / release.folder
     shutil.rmtree(top.parent, ignore_errors=True)  # of a killed process

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
@@ -93,8 +94,12 @@ def unpacked(folder: Path) -> Path:
     return folder / folder.name if (folder / folder.name).is_dir() else folder
 
 
-def natural(path: Path) -> list:
-    """Sorting key: 'a (2).png' before 'a (10).png'."""
+def natural(path: Path) -> list[int | str]:
+    """Sorting key by number where there is one.
+
+    >>> [path.name for path in sorted(map(Path, ["a (10).png", "a (2).png"]), key=natural)]
+    ['a (2).png', 'a (10).png']
+    """
     parts = re.split(r"([0-9]+)", stem_of(path))  # text and numbers take turns, so parts of two names compare
     return [int(part) if i % 2 else part for i, part in enumerate(parts)] + [path.name]
 
@@ -107,7 +112,7 @@ def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def pair(images: Iterable[Path], masks: dict[str, list[Path]], mask_name: str = "{}", one_mask: bool = True, **fields) -> list[Case]:
+def pair(images: Iterable[Path], masks: dict[str, list[Path]], mask_name: str = "{}", one_mask: bool = True, **fields: Any) -> list[Case]:
     """Images with the masks of their stems; a mask that no image claims becomes a case with a problem.
 
     `mask_name` makes the mask's stem from the image's; letter case and the way accents are encoded do
@@ -129,8 +134,9 @@ def _plain(stem: str) -> str:
 def _open(path: Path) -> tuple[Image.Image, int, int, bool, tuple[str, ...]]:
     """The picture upright, what its EXIF said (1: nothing to turn), how many pages the file has, whether it is lossy, and notes."""
     try:
-        with Image.open(path) as image:
-            deep = ";16" in str(image.tile) and not image.mode.startswith("I")
+        with Image.open(path) as opened:
+            image: Image.Image = opened
+            deep = ";16" in str(opened.tile) and not image.mode.startswith("I")
             pages, lossy, orientation = getattr(image, "n_frames", 1), image.format in LOSSY, image.getexif().get(ORIENTATION, 1)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
@@ -168,7 +174,8 @@ def _read_image(path: Path) -> tuple[np.ndarray, tuple[str, ...], int]:
         image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        notes += ("transparency dropped",) * (image.getextrema()[3][0] < 255)
+        extrema: Any = image.getextrema()  # of each band
+        notes += ("transparency dropped",) * (extrema[3][0] < 255)
     elif image.mode == "CMYK":
         notes += ("CMYK converted to RGB",)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), notes, orientation
@@ -208,7 +215,7 @@ def cut_numbers(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     top = values.max(initial=0)
     if (top <= CLASSES_UP_TO and (values == values.round()).all()) or ((values == 0) | (values == top)).all():
         return values > 0, _class_note(top)
-    return values > top / 2, _between_note(np.count_nonzero((values > 0) & (values < top)), values.size, top)
+    return values > top / 2, _between_note(int(np.count_nonzero((values > 0) & (values < top))), values.size, top)
 
 
 def _cut_grey(image: Image.Image, lossy: bool, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -216,7 +223,7 @@ def _cut_grey(image: Image.Image, lossy: bool, path: Path) -> tuple[np.ndarray, 
         *bands, alpha = image.convert("RGBA").split()  # what a viewer shows: palettes number their colours at will
         bands = [alpha] if all(map(_flat, bands)) and not _flat(alpha) else bands
     else:
-        bands = [image] if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB").split()
+        bands = [image] if image.mode == "L" else list(image.convert("L" if image.mode == "1" else "RGB").split())
     grey = reduce(ImageChops.lighter, bands)  # a red mask is a mask too
     counts = grey.histogram()
     present = [value for value, count in enumerate(counts) if count]
@@ -261,7 +268,7 @@ def read_case(case: Case) -> Reading:
     if case.one_mask and len(case.masks) > 1:
         raise UnreadableFile(f"{case.image.name}: {', '.join(path.name for path in case.masks)} are masks of one name; keep one")
     image, notes, turned = _read_image(case.image)
-    union = np.zeros(image.shape[:2], dtype=bool)
+    union: np.ndarray = np.zeros(image.shape[:2], dtype=bool)
     for path in case.masks:
         mask, said, mask_turned = _read_mask(path)
         if turned in range(2, 9) and mask_turned == 1:  # drawn on the pixels as they are stored, or on what a viewer showed

@@ -5,6 +5,7 @@ import io
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from ..config import LesionKDError, nearest
 from .files import Case, stem_of
@@ -60,7 +61,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     return [(line, _checked(path, line, row)) for line, row in rows]
 
 
-def _checked(path: Path, line: int, row: dict) -> dict[str, str]:
+def _checked(path: Path, line: int, row: dict[Any, Any]) -> dict[str, str]:
     if None in row:
         raise ManifestError(f"{path.name}, line {line}: more cells than columns; a path with a comma wants quotes around it")
     row = {name: (row.get(name) or "").strip() for name in COLUMNS}

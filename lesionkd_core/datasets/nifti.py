@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,12 @@ def is_nifti(path: Path) -> bool:
     return suffix_of(path) in (".nii", ".nii.gz")
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     """The nibabel image, three-dimensional but for axes of length 1, with an affine that orients it."""
     import nibabel as nib
 
     with reading(path, "NIfTI"):
-        image = nib.load(path)
+        image: Any = nib.load(path)
         shape, kind = " x ".join(map(str, image.shape)), image.get_data_dtype()
         if any(n != 1 for n in image.shape[3:]):
             raise UnreadableFile(f"{path.name}: holds {shape} voxels, several volumes; wants one volume a file")

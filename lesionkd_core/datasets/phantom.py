@@ -12,6 +12,7 @@ is rendered, never where the lesion lies. In each look a rule tells lesions from
 """
 
 import numpy as np
+from numpy.random import Generator
 
 from .phantom_ct import ct
 from .phantom_texture import (
@@ -78,7 +79,7 @@ def draw(look: str, seed: int, index: int, pixels: int = 128, difficulty: float 
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), border < 0
 
 
-def _check(look, seed, index, pixels, difficulty):
+def _check(look: str, seed: int, index: int, pixels: int, difficulty: float) -> None:
     if look not in LOOKS:
         raise ValueError(f"look is {look!r}; choose one of {', '.join(LOOKS)}.")
     for name, value, least in (("seed", seed, 0), ("index", index, 0), ("pixels", pixels, 16)):
@@ -91,7 +92,7 @@ def _check(look, seed, index, pixels, difficulty):
 # --- dermoscopy ---------------------------------------------------------------------------
 
 
-def dermoscopy(outlines, scene, noise, pixels, difficulty):
+def dermoscopy(outlines: Generator, scene: Generator, noise: Generator, pixels: int, difficulty: float) -> tuple[np.ndarray, np.ndarray]:
     """Skin by Beer-Lambert: image = exp(-sum over pigments of amount x spectrum).
 
     Returns the image (pixels, pixels, 3) in [0, 1] and the border function (pixels, pixels).
@@ -110,7 +111,7 @@ def dermoscopy(outlines, scene, noise, pixels, difficulty):
     return np.exp(-absorbed) + np.float32(from_to(0.01, 0.04, difficulty)) * grain, border
 
 
-def _melanin(border, rng, pixels, difficulty):
+def _melanin(border: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
     skin = rng.uniform(0.08, 0.5) * (1 + 0.15 * field(rng, pixels, 5))
     lines = 0.05 * ridges(rng, pixels, 32) + 0.03 * field(rng, pixels, 64)
     depth = from_to(1.1, 0.4, difficulty) * rng.uniform(0.7, 1.4)
@@ -124,12 +125,12 @@ def _melanin(border, rng, pixels, difficulty):
     return skin + lines + lesion + 0.35 * freckles
 
 
-def _blood(border, rng, pixels):
+def _blood(border: np.ndarray, rng: Generator, pixels: int) -> np.ndarray:
     skin = rng.uniform(0.2, 0.45) * (1 + 0.2 * field(rng, pixels, 4))
     return skin + rng.uniform(0, 0.25) * cover(border - 0.02, 0.03)
 
 
-def _add_stain(amounts, rng, pixels, difficulty):
+def _add_stain(amounts: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> None:
     """A red to brown patch as large as a lesion, told from it by its lack of a network."""
     middle = rng.uniform(-0.42, 0.42, 2)
     stain = random_outline(rng, rng.uniform(0.02, 0.1), middle, decay=(1.5, 3))
@@ -139,7 +140,7 @@ def _add_stain(amounts, rng, pixels, difficulty):
     amounts[1] += (1 - brown) * depth * patch
 
 
-def _shade(rng, pixels, difficulty):
+def _shade(rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
     """Uneven light, dark corners, diffuse shadow and, as negative shade, bubbles."""
     x, y = grid(pixels)
     uneven = from_to(0.04, 0.16, difficulty)
@@ -156,10 +157,11 @@ def _shade(rng, pixels, difficulty):
     shown = shown_of(rng, 5, difficulty)
     bubbles = capsules(ends[:shown], radii[:shown], pixels, rim=True)
     strength = rng.uniform(0, 0.5) * from_to(0.3, 1, difficulty)
-    return light + dark * corners + strength * diffuse - 0.15 * bubbles
+    shade: np.ndarray = light + dark * corners + strength * diffuse - 0.15 * bubbles
+    return shade
 
 
-def _ink(rng, pixels, difficulty):
+def _ink(rng: Generator, pixels: int, difficulty: float) -> np.ndarray | float:
     """A pen mark near a side of the image, in a share of the cases that difficulty sets."""
     side, height, angle = rng.choice([-1, 1]) * 0.42, *rng.uniform(-0.4, 0.4, 2)
     run = rng.uniform(0.04, 0.12) * np.array([np.sin(angle), np.cos(angle)])
@@ -171,7 +173,7 @@ def _ink(rng, pixels, difficulty):
     return 1.1 * capsules(mark[None], np.array([radius]), pixels, soft=0.006)
 
 
-def _add_hairs(amounts, rng, pixels, difficulty):
+def _add_hairs(amounts: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> None:
     hairs = rng.uniform([-0.5, -0.5, -0.6, -1.2, 0.1, 0.002], [0.5, 0.5, 0.6, 1.2, 0.6, 0.0045], (14, 6))
     hairs[:, 2] += rng.uniform(0, np.pi)  # hairs lie in about one direction
     lines = strokes(hairs[: shown_of(rng, 14, difficulty)], *grid(pixels))
@@ -183,7 +185,7 @@ def _add_hairs(amounts, rng, pixels, difficulty):
 # --- ultrasound ---------------------------------------------------------------------------
 
 
-def ultrasound(outlines, scene, noise, pixels, difficulty):
+def ultrasound(outlines: Generator, scene: Generator, noise: Generator, pixels: int, difficulty: float) -> tuple[np.ndarray, np.ndarray]:
     """B-mode: log-compressed grey = gain + echogenicity + log of Rayleigh speckle.
 
     Returns the image (pixels, pixels) in [0, 1] and the border function (pixels, pixels).
@@ -199,7 +201,7 @@ def ultrasound(outlines, scene, noise, pixels, difficulty):
     return gain + echo + speckle, border
 
 
-def _tissue(rng, pixels):
+def _tissue(rng: Generator, pixels: int) -> np.ndarray:
     """Skin, fat with septa, gland and muscle, one below the other with wavy interfaces."""
     _, y = grid(pixels)
     depths = np.array([-0.45, rng.uniform(-0.34, -0.2), rng.uniform(0.2, 0.36)])
@@ -211,10 +213,11 @@ def _tissue(rng, pixels):
     fibres = 0.07 * field(rng, pixels, 44, 4) * cover(-gland, 0.02)
     fascia = 0.15 * np.exp(-((gland / 0.012) ** 2))
     steps = 0.22 * cover(skin, 0.006) - 0.13 * cover(fat, 0.015) - 0.1 * cover(-gland, 0.015)
-    return steps + lobes + septa + fibres + fascia
+    tissue: np.ndarray = steps + lobes + septa + fibres + fascia
+    return tissue
 
 
-def _with_lesion(echo, border, rng, pixels, difficulty):
+def _with_lesion(echo: np.ndarray, border: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
     """Hypoechoic lesion with a bright rim, and a shadow or enhancement behind it."""
     width = from_to(0.006, 0.02, difficulty) * rng.uniform(0.6, 1.4)
     inside = cover(border, width)
@@ -224,10 +227,11 @@ def _with_lesion(echo, border, rng, pixels, difficulty):
     path = np.cumsum(inside, axis=0) / pixels  # lesion crossed by the beam so far
     behind = rng.uniform(-0.7, 0.7) * path * (1 - inside)
     flattened = echo * (1 - 0.8 * inside)  # layers end at the lesion
-    return flattened + inside * within + halo + behind
+    changed: np.ndarray = flattened + inside * within + halo + behind
+    return changed
 
 
-def _with_decoys(echo, rng, pixels, difficulty):
+def _with_decoys(echo: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
     x, y = grid(pixels)
     ends, radii = scattered_discs(rng, 4, 0.012, 0.035)
     ends[:, 2:] += rng.uniform([-0.08, -0.02], [0.08, 0.02], (4, 2))  # vessels run across
@@ -245,7 +249,8 @@ def _with_decoys(echo, rng, pixels, difficulty):
     for k in range(shown_of(rng, 3, difficulty)):
         across = np.exp(-(((ray - np.float32(places[k])) / np.float32(widths[k])) ** 2))
         shadows += np.float32(depths[k]) * across * cover(np.float32(starts[k]) - y, 0.03)
-    return echo - 0.5 * vessels + bright + fat - shadows
+    changed: np.ndarray = echo - 0.5 * vessels + bright + fat - shadows
+    return changed
 
 
 PAINTERS = dict(zip(LOOKS, (dermoscopy, ultrasound, ct), strict=True))

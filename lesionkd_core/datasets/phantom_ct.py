@@ -1,8 +1,10 @@
 """The look `phantom-ct`: ground glass in a lung that is full of solid things."""
 
 import numpy as np
+from numpy.random import Generator
 
 from .phantom_texture import (
+    Outline,
     border_of,
     capsules,
     cover,
@@ -21,7 +23,7 @@ from .phantom_texture import (
 AIR, FAT, MUSCLE, BONE = 0.13, 0.62, 0.80, 1.00  # grey of a lung-window CT
 
 
-def ct(outlines, scene, noise, pixels, difficulty):
+def ct(outlines: Generator, scene: Generator, noise: Generator, pixels: int, difficulty: float) -> tuple[np.ndarray, np.ndarray]:
     """Lung window: air, haze of the lesions, then whatever is solid on top, then the wall.
 
     Returns the image (pixels, pixels) in [0, 1] and the border function (pixels, pixels).
@@ -39,7 +41,7 @@ def ct(outlines, scene, noise, pixels, difficulty):
     return image + np.float32(from_to(0.015, 0.045, difficulty)) * grain, border
 
 
-def _lung(border, rng, pixels, difficulty):
+def _lung(border: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
     """Aerated lung with its dependent haze, and the ground glass of the lesions."""
     _, y = grid(pixels)
     air = AIR + 0.025 * field(rng, pixels, 5) + 0.025 * field(rng, pixels, 40)
@@ -51,7 +53,7 @@ def _lung(border, rng, pixels, difficulty):
     return air + dependent + density * cover(border, width) * np.clip(patchy, 0.4, 1.8)
 
 
-def _solids(rng, pixels, difficulty):
+def _solids(rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
     """Vessels, end-on vessels and nodules, and a fissure; grey where solid, else 0."""
     ends, radii = vessel_tree(rng)
     vessels = capsules(ends, radii, pixels, strength=0.3 + 0.42 * np.sqrt(radii / radii.max()))
@@ -65,10 +67,11 @@ def _solids(rng, pixels, difficulty):
     consolidation = 0.75 * present * cover(border_of(dense, *grid(pixels)), 0.007)
     fissure = rng.uniform([[-0.2, -0.2, 0, -0.5, 0.3, 0.002]], [[0.2, 0.2, 3.1, 0.5, 0.6, 0.004]])
     line = rng.uniform(0.2, 0.45) * strokes(fissure, *grid(pixels))
-    return np.maximum.reduce([vessels, dots, nodules, consolidation, line])
+    solid: np.ndarray = np.maximum.reduce([vessels, dots, nodules, consolidation, line])
+    return solid
 
 
-def _body(wall, pleura, rng, pixels):
+def _body(wall: np.ndarray, pleura: Outline, rng: Generator, pixels: int) -> np.ndarray:
     """Chest wall: muscle next to the pleura, a row of ribs, fat farther out."""
     depth = wall + 0.012 * field(rng, pixels, 6)
     soft = MUSCLE + (FAT - MUSCLE) * cover(0.1 - depth, 0.012) + 0.02 * field(rng, pixels, 24)
@@ -79,4 +82,5 @@ def _body(wall, pleura, rng, pixels):
     middle = np.stack([long * np.cos(turn), short * np.sin(turn)], 1) @ axes + pleura.center
     along = 0.03 * np.stack([-np.sin(turn), np.cos(turn)], 1) @ axes
     ribs = capsules(np.hstack([middle - along, middle + along]), np.full(9, 0.018), pixels)
-    return soft + (BONE - soft) * ribs
+    body: np.ndarray = soft + (BONE - soft) * ribs
+    return body

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from scipy.special import expit
 
 ANGLES = 1024  # steps of an outline's radius table; finer than a pixel up to 512 px
@@ -48,7 +49,7 @@ def spline_weights(pixels: int, knots: int) -> np.ndarray:
     return weights
 
 
-def field(rng: np.random.Generator, pixels: int, rows: int, columns: int | None = None):
+def field(rng: Generator, pixels: int, rows: int, columns: int | None = None) -> np.ndarray:
     """Smooth Gaussian random field (pixels, pixels) float32 with mean 0 and variance 1.
 
     `rows` and `columns` (by default as many) are spline intervals down and across the image; how many
@@ -57,21 +58,24 @@ def field(rng: np.random.Generator, pixels: int, rows: int, columns: int | None 
     columns = columns or rows
     knots = rng.standard_normal((rows + 3, columns + 3), dtype=np.float32)
     down, across = spline_weights(pixels, rows), spline_weights(pixels, columns)
-    return down @ (knots / SPLINE_POWER) @ across.T
+    smooth: np.ndarray = down @ (knots / SPLINE_POWER) @ across.T
+    return smooth
 
 
-def profile(rng: np.random.Generator, pixels: int, knots: int) -> np.ndarray:
+def profile(rng: Generator, pixels: int, knots: int) -> np.ndarray:
     """Smooth random curve (1, pixels) across the image, mean 0 and variance 1."""
     heights = rng.standard_normal(knots + 3, dtype=np.float32)
-    return (spline_weights(pixels, knots) @ (heights / SPLINE_POWER**0.5))[None]
+    curve: np.ndarray = (spline_weights(pixels, knots) @ (heights / SPLINE_POWER**0.5))[None]
+    return curve
 
 
-def ridges(rng: np.random.Generator, pixels: int, knots: int) -> np.ndarray:
+def ridges(rng: Generator, pixels: int, knots: int) -> np.ndarray:
     """Net of bright lines (pixels, pixels) in [0, 1]: where a random field crosses zero."""
-    return np.exp(-3 * np.abs(field(rng, pixels, knots)))
+    net: np.ndarray = np.exp(-3 * np.abs(field(rng, pixels, knots)))
+    return net
 
 
-def rayleigh(rng: np.random.Generator, pixels: int) -> np.ndarray:
+def rayleigh(rng: Generator, pixels: int) -> np.ndarray:
     """Speckle amplitude, mean square 1; its cells widen with depth as beams diverge."""
     deep = grid(pixels)[1] + np.float32(0.5)
     power = np.zeros_like(deep)
@@ -83,7 +87,8 @@ def rayleigh(rng: np.random.Generator, pixels: int) -> np.ndarray:
 
 def cover(border: np.ndarray, width: float) -> np.ndarray:
     """Share of a shape in each pixel: 1 inside, 0 outside, 1/2 on the very border."""
-    return expit(border * np.float32(-1 / width))
+    share: np.ndarray = expit(border * np.float32(-1 / width))
+    return share
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +98,7 @@ def _harmonics() -> tuple[np.ndarray, np.ndarray]:
 
 
 def random_outline(
-    rng: np.random.Generator,
+    rng: Generator,
     area: float,
     center: np.ndarray,
     rough: tuple[float, float] = (0.06, 0.22),
@@ -135,10 +140,11 @@ def border_of(outline: Outline, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     aside = (cos * dy - sin * dx) * np.float32(outline.stretch)
     step = np.arctan2(aside, along) * np.float32(ANGLES / (2 * np.pi))
     # a negative angle indexes from the end, which is the full turn that it misses
-    return np.sqrt(along**2 + aside**2) - outline.radius[step.astype(np.int32)]
+    border: np.ndarray = np.sqrt(along**2 + aside**2) - outline.radius[step.astype(np.int32)]
+    return border
 
 
-def lesion_outlines(rng, spread: float = 1.0, decay=(0.7, 2.2)) -> list[Outline]:
+def lesion_outlines(rng: Generator, spread: float = 1.0, decay: tuple[float, float] = (0.7, 2.2)) -> list[Outline]:
     """Draw the lesions of a case: 8 % have none, 15 % have two or three, the rest one.
 
     Parameters
@@ -199,7 +205,7 @@ def strokes(curves: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return opacity
 
 
-def _windows(ends, radii, pixels, margin):
+def _windows(ends: np.ndarray, radii: np.ndarray, pixels: int, margin: float) -> tuple[np.ndarray, np.ndarray]:
     """Border function of each segment in a window of its own, so many small ones stay cheap.
 
     Returns the windows' first column and row (M, 2), and the border functions (M, side, side).
@@ -256,13 +262,13 @@ def capsules(
     return opacity
 
 
-def scattered_discs(rng: np.random.Generator, count: int, low: float, high: float, within=0.48):
+def scattered_discs(rng: Generator, count: int, low: float, high: float, within: float = 0.48) -> tuple[np.ndarray, np.ndarray]:
     """Centres, as capsules of length 0 (count, 4), and radii (count,) of scattered discs."""
     centers = rng.uniform(-within, within, (count, 2))
     return np.hstack([centers, centers]), rng.uniform(low, high, count)
 
 
-def vessel_tree(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def vessel_tree(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Grow lung vessels from the hilum: they wander, thin out and fork.
 
     Returns ends (M, 4) and radii (M,) in image widths.
@@ -272,7 +278,8 @@ def vessel_tree(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         (0.46 * side, rng.uniform(-0.2, 0.2), angle, rng.uniform(0.009, 0.015))
         for angle in np.pi * (side > 0) + rng.uniform(-0.3, 0.3) + np.array([-0.9, 0, 0.9])
     ]
-    ends, radii = [], []
+    ends: list[tuple[float, ...]] = []
+    radii: list[float] = []
     while tips and len(ends) < 64:
         x, y, angle, radius = tips.pop(0)
         angle, length = angle + rng.normal(0, 0.3), rng.uniform(0.04, 0.11)
@@ -292,6 +299,6 @@ def from_to(easy: float, hard: float, difficulty: float) -> float:
     return easy + (hard - easy) * difficulty
 
 
-def shown_of(rng, most: int, difficulty: float) -> int:
+def shown_of(rng: Generator, most: int, difficulty: float) -> int:
     """How many of `most` distractors to show: at half the luck, difficulty decides."""
     return round(most * rng.uniform(0.2, 1) * from_to(0.15, 1, difficulty))

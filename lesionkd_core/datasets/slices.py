@@ -28,7 +28,8 @@ class Space:
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Between slices, rows and columns, mm."""
-        return tuple(float(d) for d in np.linalg.norm(self.affine[:3, :3], axis=0)[::-1])
+        columns, rows, slices = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return slices, rows, columns
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Volume:
         if window:
             centre, width = map(float, window.split(","))
             windows = ((centre - width / 2, centre + width / 2),) * len(windows)
-        whole = self._percentiles() if None in windows else None
+        whole = self._percentiles() if None in windows else (0.0, 1.0)  # else not asked for
         for z, own in enumerate(windows):
             low, high = own or whole
             grey = ((self.values(z) - low) / max(high - low, 1e-12)).clip(0, 1)

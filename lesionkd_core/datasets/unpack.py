@@ -11,9 +11,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..config import LesionKDError
 
+OpenMember = Callable[[Any], Any]
 OUTSIDE = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")
 
 
@@ -88,7 +90,7 @@ def unpack(file: Path, into: Path, folders: tuple[str, ...], by_hand: Path) -> N
         raise DamagedArchive(f"{file.name} {why}") from None
 
 
-def _write(path: Path, open_member: Callable, member) -> None:
+def _write(path: Path, open_member: OpenMember, member: Any) -> None:
     if "__MACOSX" not in path.parts and not path.name.startswith("._"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_member(member) as source, open(path, "wb") as unpacked:
@@ -96,7 +98,7 @@ def _write(path: Path, open_member: Callable, member) -> None:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[list, Callable]]:
+def _opened(file: Path) -> Iterator[tuple[list[tuple[str, int, str, Any]], OpenMember]]:
     """Files in an archive as (name, bytes, why refused, member), and how one is opened."""
     if tarfile.is_tarfile(file):
         with tarfile.open(file) as tar:

@@ -6,6 +6,7 @@ import hashlib
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from .. import store
 from ..config import DistillConfig, ExportConfig, LesionKDError
 from ..inference import TrainedNetwork, load_student
 from ..prepare import Prepared, prepare_data
+from ..progress import Tell
 from ..stages import distill
 from ..views import spread_of_cases
 from .card import facts, model_card
@@ -39,15 +41,16 @@ class Exported(store.Result):
         return pd.read_csv(self.path / "parity.csv")
 
     @property
-    def model(self) -> dict:
+    def model(self) -> dict[str, Any]:
         """What an app must know: layout, size, resize rule, colour order, threshold, checksums."""
-        return self._json("model.json")
+        model: dict[str, Any] = self._json("model.json")
+        return model
 
     def __repr__(self) -> str:
         return f"Exported({store.short(self.path)}: {', '.join(self.model['files'])})"
 
 
-def export_student(cfg: ExportConfig, tell=print) -> Exported:
+def export_student(cfg: ExportConfig, tell: Tell = print) -> Exported:
     """Write a finished student in every format asked for, and hold each against PyTorch on test cases (step S7).
 
     Raises
@@ -82,7 +85,7 @@ def _check(cfg: ExportConfig, student: TrainedNetwork) -> None:
         fetch_runtime()
 
 
-def _export(cfg: ExportConfig, student: TrainedNetwork, path: Path, upstream: str, tell) -> None:
+def _export(cfg: ExportConfig, student: TrainedNetwork, path: Path, upstream: str, tell: Tell) -> None:
     prepared = prepare_data(student.cfg, tell)
     store.begin(path, cfg, upstream)
     network, engines, notes = Deployed(student.network).eval(), [], {}
@@ -101,7 +104,7 @@ def _export(cfg: ExportConfig, student: TrainedNetwork, path: Path, upstream: st
     if "executorch" in cfg.formats:
         tell("writing ExecuTorch")
         write_executorch(network, path / "student.pte", sizes)
-        write_executorch(network, path / "student-int8.pte", sizes, {s: at_size(calibration, None, s)[0] for s in sizes})
+        write_executorch(network, path / "student-int8.pte", sizes, {s: at_size(calibration, s) for s in sizes})
         for file, precision in (("student.pte", "float32"), ("student-int8.pte", "int8")):
             engine = executorch_engine(path / file, precision)
             engines += [(engine, size) for size in sizes]
@@ -118,7 +121,7 @@ def _export(cfg: ExportConfig, student: TrainedNetwork, path: Path, upstream: st
     store.finish(path)
 
 
-def _prove(cfg: ExportConfig, network: Deployed, engines: list[tuple[Engine, int]], prepared: Prepared, path: Path, tell) -> None:
+def _prove(cfg: ExportConfig, network: Deployed, engines: list[tuple[Engine, int]], prepared: Prepared, path: Path, tell: Tell) -> None:
     tell("comparing with PyTorch")
     rows = prepared.index("test")
     table = parity(torch_engine(network), engines, prepared.images[rows], prepared.masks[rows], cfg.threshold)
@@ -135,8 +138,9 @@ def _golden(network: Deployed, prepared: Prepared, path: Path) -> None:
             Image.fromarray(pixels).save(partial, format="PNG")
 
 
-def _settings(cfg: ExportConfig, student: TrainedNetwork, path: Path, notes: dict[str, str]) -> dict:
+def _settings(cfg: ExportConfig, student: TrainedNetwork, path: Path, notes: dict[str, str]) -> dict[str, Any]:
     made = student.cfg
+    assert isinstance(made, DistillConfig)
     files = sorted(p for p in path.iterdir() if p.suffix in (".onnx", ".pte", ".html") or p.suffix == ".mlpackage")
     return {
         "network": {"width": made.width, "stem": made.stem, "parameters": sum(p.numel() for p in student.network.parameters()), "run": student.path.name},

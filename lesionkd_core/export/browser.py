@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..config import LesionKDError
 from .page import fetch_runtime
@@ -35,7 +37,7 @@ TIME = """async ([which, pixels]) => {
 
 
 @contextmanager
-def chromium() -> Iterator:
+def chromium() -> Iterator[Any]:
     """Debian's Chromium, headless, driven by Playwright (which wants a thread without an event loop)."""
     try:
         from playwright.sync_api import sync_playwright
@@ -57,20 +59,25 @@ class BrowserEngine:
         self._page = self._thread.submit(self._open).result()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._thread.submit(self._stack.close).result()
         self._thread.shutdown()
 
     def timer(self, network: Path, pixels: tuple[int, ...]) -> dict[int, Callable[[], list[float]]]:
         """{S: a call that gives the milliseconds of a few runs at S x S px} of a network in ONNX."""
         which = self._thread.submit(self._load, network).result()
-        return {s: lambda s=s: self._thread.submit(self._page.evaluate, TIME, [which, s]).result() for s in pixels}
+        return {s: partial(self._time, which, s) for s in pixels}
+
+    def _time(self, which: int, pixels: int) -> list[float]:
+        times: list[float] = self._thread.submit(self._page.evaluate, TIME, [which, pixels]).result()
+        return times
 
     def _load(self, network: Path) -> int:
         self._page.set_input_files("#network", network)
-        return self._page.evaluate(LOAD)
+        which: int = self._page.evaluate(LOAD)
+        return which
 
-    def _open(self):
+    def _open(self) -> Any:
         runtime = fetch_runtime()
         page = self._stack.enter_context(chromium()).new_page()
         page.set_default_timeout(600_000)

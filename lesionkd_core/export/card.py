@@ -7,6 +7,7 @@ import re
 import pandas as pd
 
 from .. import store
+from ..config import DistillConfig
 from ..inference import TrainedNetwork
 from ..store import Result
 
@@ -31,6 +32,7 @@ def facts(student: TrainedNetwork) -> list[str]:
     """Data, scores and limits, a paragraph each, plain text."""
     cfg, test = student.cfg, Result(student.path).summary["test"]
     dice = test["dice"]
+    assert isinstance(cfg, DistillConfig)
     trained = f"with the terms {', '.join(cfg.terms)} from a {cfg.teacher} teacher" if cfg.terms else "without a teacher"
     return [
         f"A U-Net of width {cfg.width} with {sum(p.numel() for p in student.network.parameters()):,} parameters, trained {trained} "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,10 @@ from torch import nn
 
 from ..config import LesionKDError
 from ..networks import ResNet34UNet, UNet
+from ..progress import Tell
 from .browser import BrowserEngine
 from .deploy import Deployed
-from .engines import executorch_engine, executorch_threads, onnx_engine, torch_engine
+from .engines import Engine, executorch_engine, executorch_threads, onnx_engine, torch_engine
 from .to_executorch import write_executorch
 from .to_onnx import write_int8, write_onnx
 
@@ -47,11 +49,12 @@ def macs(network: nn.Module, pixels: int) -> int:
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, 3, pixels, pixels))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def measure_cost(
-    pixels: tuple[int, ...] = (128,), engines: tuple[str, ...] = ENGINES[:3], networks: tuple[str, ...] = tuple(NETWORKS), repeats: int = 15, tell=print,
+    pixels: tuple[int, ...] = (128,), engines: tuple[str, ...] = ENGINES[:3], networks: tuple[str, ...] = tuple(NETWORKS), repeats: int = 15,
+    tell: Tell = print,
 ) -> pd.DataFrame:
     """Latency of one image on one thread, all networks and engines in turns in one process.
 
@@ -88,7 +91,7 @@ def measure_cost(
 
 def _prepared(
     name: str, folder: Path, pixels: tuple[int, ...], engines: tuple[str, ...], browser: BrowserEngine | None
-) -> Iterator[tuple[dict, Callable[[], list[float]]]]:
+) -> Iterator[tuple[dict[str, Any], Callable[[], list[float]]]]:
     """A row and its timer for every engine, precision and size of one network."""
     folder.mkdir()
     torch.manual_seed(0)
@@ -120,7 +123,7 @@ def _prepared(
                 yield known[s] | {"engine": "browser (ONNX Runtime Web)", "precision": precision, "bytes": file.stat().st_size}, timer
 
 
-def _timer(engine, image: np.ndarray) -> Callable[[], list[float]]:
+def _timer(engine: Engine, image: np.ndarray) -> Callable[[], list[float]]:
     def time_it() -> list[float]:
         times: list[float] = []
         while sum(times) < 30 and len(times) < 20:

@@ -37,6 +37,9 @@ class Deployed(nn.Module):
         Give the raw logits, (N, H, W) float32, instead of the mask image.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, network: nn.Module, logits: bool = False) -> None:
         super().__init__()
         self.network, self.logits = fold_norms(network), logits
@@ -45,5 +48,5 @@ class Deployed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 RGB -> (N, H, W) uint8, probability x 255 rounded."""
-        logits = self.network((image.float().permute(0, 3, 1, 2) - self.mean) * self.scale)[:, 0]
+        logits: Tensor = self.network((image.float().permute(0, 3, 1, 2) - self.mean) * self.scale)[:, 0]
         return logits if self.logits else (logits.sigmoid() * 255).round().to(torch.uint8)

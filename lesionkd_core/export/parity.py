@@ -22,14 +22,11 @@ class ParityError(LesionKDError):
     """An exported network is not the network that was trained."""
 
 
-def at_size(images: np.ndarray, masks: np.ndarray | None, size: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Prepared cases, (N, S, S, 3) uint8 and (N, S, S) bool, at another size: images bilinear, masks nearest."""
+def at_size(images: np.ndarray, size: int, how: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+    """Prepared images (N, S, S, 3) or, by nearest, masks (N, S, S), uint8, at another size."""
     if images.shape[1] == size:
-        return np.array(images), masks
-    small = [Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR) for image in images]
-    if masks is not None:
-        masks = np.stack([Image.fromarray(np.asarray(mask, np.uint8)).resize((size, size), Image.Resampling.NEAREST) for mask in masks]) > 0
-    return np.stack(small), masks
+        return np.array(images)
+    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), how)) for image in images])
 
 
 def parity(reference: Engine, engines: Iterable[tuple[Engine, int]], images: np.ndarray, masks: np.ndarray, threshold: float = 0.5) -> pd.DataFrame:
@@ -44,14 +41,14 @@ def parity(reference: Engine, engines: Iterable[tuple[Engine, int]], images: np.
     rows, known = [], {}
     for engine, size in engines:
         if size not in known:
-            at, truth = at_size(images, masks, size)
-            known[size] = at, truth, reference(at)
+            at = at_size(images, size)
+            known[size] = at, at_size(masks.astype(np.uint8), size, Image.Resampling.NEAREST) > 0, reference(at)
         at, truth, expected = known[size]
         found = engine(at)
         gap = np.abs(found.astype(np.int16) - expected)
         ours, theirs = found > threshold * 255, expected > threshold * 255
         rows.append({
-            "engine": engine.name, "precision": engine.precision, "file": engine.file.name, "pixels": size, "cases": len(at),
+            "engine": engine.name, "precision": engine.precision, "file": engine.file and engine.file.name, "pixels": size, "cases": len(at),
             "max_difference": gap.max() / 255, "mean_difference": gap.mean() / 255, "flipped": (ours != theirs).mean(),
             "dice_to_reference": mask_dice(ours, theirs).mean(),
             "dice": mask_dice(ours, truth).mean(),

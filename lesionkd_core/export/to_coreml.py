@@ -22,7 +22,8 @@ class _FromImage(nn.Module):
         self.network, self.mean, self.scale = network.network, network.mean, network.scale
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.network((image - self.mean) * self.scale).sigmoid() * 255
+        probability: Tensor = self.network((image - self.mean) * self.scale).sigmoid()
+        return probability * 255
 
 
 def write_coreml(network: Deployed, path: Path, size: int) -> str:

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .. import store
 from .deploy import MULTIPLE, Deployed
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
 def write_onnx(network: Deployed, path: Path) -> None:
@@ -27,6 +31,7 @@ def write_onnx(network: Deployed, path: Path) -> None:
             network.eval(), (example,), dynamo=True, verbose=False, input_names=["image"], output_names=["logits" if network.logits else "mask"],
             dynamic_shapes=({0: many, 1: MULTIPLE * rows, 2: MULTIPLE * columns},),
         )
+    assert program is not None
     _save(program.model_proto, path)
 
 
@@ -45,11 +50,11 @@ def write_int8(path: Path, out: Path, images: np.ndarray) -> None:
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Images(CalibrationDataReader):
+    class Images(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.left = ({"image": image[None]} for image in images)
 
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
 
     with TemporaryDirectory() as folder, quiet():
@@ -62,7 +67,7 @@ def write_int8(path: Path, out: Path, images: np.ndarray) -> None:
         _save(onnx.load(quantized), out)
 
 
-def _save(model, path: Path) -> None:
+def _save(model: ModelProto, path: Path) -> None:
     del model.metadata_props[:]
     model.doc_string = model.graph.doc_string = ""
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):

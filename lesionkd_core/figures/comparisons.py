@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -16,7 +19,7 @@ from ..statistics.arms import TEACHER, THIRDS, by_seed, in_order
 from .style import METRIC_LABELS, ONE_COLUMN, TWO_COLUMNS, Look, charts, interval, key, legend, legend_height, look_of, named, need, nothing, on, parts, style
 
 MEASURES = {"lesion_pixels": ("Lesion size", "{:.0f} to {:.0f} px"), "contrast": ("Contrast of the lesion", "{:.2f} to {:.2f}")}
-MISSED = {
+MISSED: dict[str, dict[str, Any]] = {
     "missed by neither": {"marker": ".", "color": "#4477AA", "markersize": 3, "alpha": 0.6},
     "missed by the student": {"marker": "x", "color": "#CC3311"},
     "missed by the teacher": {"marker": "^", "color": "#EE7733"},
@@ -90,14 +93,14 @@ def _shared(table: pd.DataFrame, part: pd.DataFrame) -> pd.DataFrame:
     return table[same]
 
 
-def _mean_and_seeds(axis, y: float, seeds: pd.DataFrame, arm: str) -> None:
+def _mean_and_seeds(axis: Axes, y: float, seeds: pd.DataFrame, arm: str) -> None:
     means = seeds.mean(axis=1)
     low, high = bootstrap_mean(means.to_numpy(), means.index.get_level_values("group").to_numpy())
     _seeds(axis, seeds.mean(), y, arm)
     interval(axis, means.mean(), y, low, high, look_of(arm), label=arm)
 
 
-def _seeds(axis, values, y: float, arm: str) -> None:
+def _seeds(axis: Axes, values: pd.Series | list[float], y: float, arm: str) -> None:
     axis.plot(values, np.full(len(values), y - 0.28), "|", color=look_of(arm).colour, markersize=4, markeredgewidth=0.9)
 
 
@@ -106,7 +109,7 @@ def _direction(metric: str) -> str:
     return f"Method minus other, {METRIC_LABELS[metric]} ({side}: method better)"
 
 
-def _differences(axis, comparison: pd.DataFrame, places: dict[str, float]) -> None:
+def _differences(axis: Axes, comparison: pd.DataFrame, places: dict[str, int]) -> None:
     """Differences with intervals and seeds; filled where a difference is seen: interval without 0, and Holm's p at most 0.05."""
     for row in comparison.to_dict("records"):
         if row["other"] in places:
@@ -188,7 +191,7 @@ def _pairs(table: pd.DataFrame) -> tuple[dict[tuple[str, str], Look], str]:
     return pairs, f"Dice, {look_of(arm).label if one_arm else 'arm'}\nminus {look_of(other).label if one_other else 'other'}"
 
 
-def _thirds(axis, rows: pd.DataFrame, pairs: dict[tuple[str, str], Look]) -> None:
+def _thirds(axis: Axes, rows: pd.DataFrame, pairs: dict[tuple[str, str], Look]) -> None:
     """One measure of one data set: thirds from left to right, pairs of arms side by side."""
     ticks = {}
     for i, ((arm, other), look) in enumerate(pairs.items()):
@@ -231,7 +234,7 @@ def agreement(per_case: pd.DataFrame, arms: tuple[str, ...] = ()) -> Figure:
     return fig
 
 
-def _beside_teacher(axis, table: pd.DataFrame, arm: str) -> None:
+def _beside_teacher(axis: Axes, table: pd.DataFrame, arm: str) -> None:
     teacher, teacher_missed = by_seed(table, TEACHER).mean(axis=1), by_seed(table, TEACHER, "missed").max(axis=1)
     students, missed = by_seed(table, arm), by_seed(table, arm, "missed")
     kind = missed.add(2 * teacher_missed, axis=0).to_numpy()

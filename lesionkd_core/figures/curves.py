@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..statistics.arms import in_order
@@ -56,7 +57,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
                 curve = part[part["arm"] == arm]
                 _band(axis, curve["epoch"], curve, arm, look_of(arm), place / len(sheet))
             axis.set_xlabel(f"Epoch\n{name}".strip())
-            if axis.get_subplotspec().is_first_col():
+            if (spec := axis.get_subplotspec()) and spec.is_first_col():
                 axis.set_ylabel("Validation Dice")
         whole_numbers(axes)
         legend(fig, keys)
@@ -64,7 +65,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
     return fig
 
 
-def _band(axis, x: pd.Series, table: pd.DataFrame, name: str, look: Look, shift: float, marks: int = 5) -> None:
+def _band(axis: Axes, x: pd.Series, table: pd.DataFrame, name: str, look: Look, shift: float, marks: int = 5) -> None:
     """Columns mean, low, high over x; markers are shifted, so that curves do not hide each other's."""
     step = max(1, len(x) // marks)
     axis.plot(
@@ -101,7 +102,7 @@ def gradients(history: pd.DataFrame) -> Figure:
             axis.set_visible(False)
         for i, (name, part) in enumerate(found):
             block, column = divmod(i, 4)
-            _pull(*axes[2 * block : 2 * block + 2, column], part, terms, name)
+            _pull(axes[2 * block, column], axes[2 * block + 1, column], part, terms, name)
         for norms, cosines in zip(axes[::2, 0], axes[1::2, 0]):
             norms.set(ylabel="Norm of gradient")
             cosines.set(ylabel=typeset("Cosine with L_seg"), ylim=(-1.05, 1.05))
@@ -113,7 +114,7 @@ def gradients(history: pd.DataFrame) -> Figure:
     return fig
 
 
-def _pull(norms, cosines, history: pd.DataFrame, terms: list[str], name: str) -> None:
+def _pull(norms: Axes, cosines: Axes, history: pd.DataFrame, terms: list[str], name: str) -> None:
     """One arm's terms: norms of their gradients, and cosines."""
     for axis, measure in ((norms, "grad"), (cosines, "cos")):
         axis.set_visible(True)
@@ -168,7 +169,7 @@ def weight_sweep(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def _tried(axis, part: pd.DataFrame, arm: str) -> None:
+def _tried(axis: Axes, part: pd.DataFrame, arm: str) -> None:
     _, colour, marker, line = look_of(arm)
     means = part.groupby("weight")["val_dice"].mean().dropna()
     if means.empty:

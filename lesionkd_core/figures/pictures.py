@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from .style import look_of, named, nothing, panels, show, style, write_below
 
 if TYPE_CHECKING:
+    from ..prepare import Prepared
     from ..views import FeatureView, NodeView
 
 NODE_COLOURS = (  # Tol's discrete rainbow and a grey, so ordered that neighbours differ; they repeat beyond 16 nodes
@@ -21,7 +23,7 @@ NODE_COLOURS = (  # Tol's discrete rainbow and a grey, so ordered that neighbour
 )
 
 
-def cases(prepared, rows, columns: int = 6) -> Figure:
+def cases(prepared: Prepared, rows: Sequence[int], columns: int = 6) -> Figure:
     """Prepared images with the contour of their mask, id and split beneath."""
     with style():
         fig, axes = panels(-(-len(rows) // columns), columns, ratio=1.24)
@@ -37,7 +39,7 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 16 else f"…{name[-15:]}"
 
 
-def pairs(prepared, table: pd.DataFrame) -> Figure:
+def pairs(prepared: Prepared, table: pd.DataFrame) -> Figure:
     """Columns are pairs of images (`views.example_pairs`), the distance of their hashes beneath."""
     with style():
         fig, axes = panels(2, max(1, len(table)), ratio=1.14)
@@ -49,7 +51,7 @@ def pairs(prepared, table: pd.DataFrame) -> Figure:
     return fig
 
 
-def edges(prepared, rows, levels: dict[str, np.ndarray]) -> Figure:
+def edges(prepared: Prepared, rows: Sequence[int], levels: dict[str, np.ndarray]) -> Figure:
     """Columns are cases: the image, and beneath it its edge label at each named resolution."""
     with style():
         fig, axes = panels(1 + len(levels), len(rows), ratio=1.04)
@@ -62,12 +64,12 @@ def edges(prepared, rows, levels: dict[str, np.ndarray]) -> Figure:
     return fig
 
 
-def _name_rows(axes: np.ndarray, names) -> None:
+def _name_rows(axes: np.ndarray, names: Iterable[str]) -> None:
     for axis, name in zip(axes[:, 0], names):
         axis.text(-0.05, 0.5, name, transform=axis.transAxes, rotation=90, ha="right", va="center")
 
 
-def segmentations(prepared, rows, predicted: dict[str, np.ndarray]) -> Figure:
+def segmentations(prepared: Prepared, rows: Sequence[int], predicted: dict[str, np.ndarray]) -> Figure:
     """Per case: image, then every network's contour beside the truth (dashed)."""
     with style():
         fig, axes = panels(1 + len(predicted), len(rows), ratio=1.04)
@@ -184,7 +186,7 @@ def nodes(images: Sequence[np.ndarray], masks: Sequence[np.ndarray], views: dict
     return fig
 
 
-def _anchors(axis, view: NodeView) -> None:
+def _anchors(axis: Axes, view: NodeView) -> None:
     axis.imshow(view.edge, cmap="gray_r", vmin=-0.2, vmax=1.5, interpolation="nearest")
     for node, (y, x) in enumerate(view.anchors):
         if np.isfinite(y):
@@ -194,7 +196,7 @@ def _anchors(axis, view: NodeView) -> None:
     write_below(axis, f"{view.live.sum()} of {len(view.live)} live")
 
 
-def _assignment(axis, image: np.ndarray, view: NodeView) -> None:
+def _assignment(axis: Axes, image: np.ndarray, view: NodeView) -> None:
     """The image under colours of nodes, in the map's pixels."""
     height, width = view.edge.shape
     axis.imshow(image.mean(-1), cmap="gray", extent=(-0.5, width - 0.5, height - 0.5, -0.5))

@@ -14,6 +14,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -75,7 +76,7 @@ def typeset(text: str) -> str:
 
 
 @contextmanager
-def style():
+def style() -> Iterator[None]:
     """The house style for a block of drawing."""
     with mpl.rc_context({
         "font.size": 7.5, "axes.labelsize": 7.5, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
@@ -131,7 +132,7 @@ def panels(rows: int, columns: int, width: float = TWO_COLUMNS, ratio: float = 1
     return fig, axes
 
 
-def show(axis, image: np.ndarray, caption: str = "", **contours: np.ndarray) -> None:
+def show(axis: Axes, image: np.ndarray, caption: str = "", /, **contours: np.ndarray) -> None:
     """An image with mask contours, colour by name: `truth`, `teacher`, or any student."""
     colours = {"truth": TRUTH, "teacher": TEACHER}
     axis.imshow(image, cmap="gray", interpolation="nearest")
@@ -142,12 +143,12 @@ def show(axis, image: np.ndarray, caption: str = "", **contours: np.ndarray) -> 
         write_below(axis, caption)
 
 
-def write_below(axis, text: str) -> None:
+def write_below(axis: Axes, text: str) -> None:
     """The caption of a picture."""
     axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top")
 
 
-def charts(count: int, height: float, labels: Collection[str], columns: int = 3, narrow: int = 1, **shared: Any) -> tuple[Figure, list]:
+def charts(count: int, height: float, labels: Collection[str], columns: int = 3, narrow: int = 1, **shared: Any) -> tuple[Figure, list[Axes]]:
     """Up to `columns` charts in a row at a page's width, at a column's where they are `narrow` at most; rows of `height` inches under a legend."""
     across = min(count, columns)
     rows = -(-count // across)
@@ -207,17 +208,20 @@ def key(look: Look) -> Line2D:
     return Line2D([], [], color=look.colour, marker=look.marker, linestyle=look.line)
 
 
-def interval(axis, x: float, y: float, low: float, high: float, look: Look, along: str = "x", filled: bool = True, label: str = "") -> None:
+def interval(
+    axis: Axes, x: float, y: float, low: float, high: float, look: Look, along: str = "x", filled: bool = True, label: str = ""
+) -> None:
     """A mean and its interval, along x or y, in the style of a method; without an interval (NaN) the mean alone."""
     mean = x if along == "x" else y
-    span = {f"{along}err": [[max(mean - low, 0)], [max(high - mean, 0)]]} if low == low and high == high else {}
+    span: dict[str, Any] = {f"{along}err": [[max(mean - low, 0)], [max(high - mean, 0)]]} if low == low and high == high else {}
     axis.errorbar(
         x, y, **span, fmt=look.marker, color="black" if filled else look.colour, ecolor="black", markerfacecolor=look.colour if filled else "white",
         markersize=5, markeredgewidth=0.5 if filled else 0.9, elinewidth=0.9, capsize=2.5, label=label,
     )
 
 
-def whole_numbers(axes: Iterable) -> None:
+def whole_numbers(axes: Iterable[Axes]) -> None:
     """Epochs have no fractions."""
     for axis in axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        locator: Any = axis.xaxis.get_major_locator()  # a MaxNLocator
+        locator.set_params(integer=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..config import DistillConfig
+from ..networks import Network
 from .baselines import OnLogits, OnMaps, attention_loss, cwd_loss, dist_loss, hint_loss, kd_loss
 from .edge_reasoning import EdgeGraph, EdgeHead, EdgeReasoning, EdgeRelation, derange, grid_cells
 from .feature_refinement import FeatureRefinement, bn_margin, empirical_margins, margin_relu, partial_l2, segmentation_loss
@@ -69,26 +70,28 @@ class Term:
     """A loss term: the field of its weight, its module and how it reads a step."""
 
     weight: str
-    build: Callable[[DistillConfig, nn.Module, nn.Module, Measured], nn.Module]
+    build: Callable[[DistillConfig, Network, Network, Measured], nn.Module]
     compute: Callable[[nn.Module, Step, DistillConfig], Tensor]
 
 
-def _refinement(cfg: DistillConfig, student: nn.Module, teacher: nn.Module, measured: Measured) -> nn.Module:
+def _refinement(cfg: DistillConfig, student: Network, teacher: Network, measured: Measured) -> nn.Module:
     return FeatureRefinement(student, teacher, cfg.feature_levels, cfg.level_weights, measured.margins if cfg.margin == "empirical" else None)
 
 
-def _reasoning(cfg: DistillConfig, student: nn.Module, teacher: nn.Module, measured: Measured) -> nn.Module:
+def _reasoning(cfg: DistillConfig, student: Network, teacher: Network, measured: Measured) -> nn.Module:
     if cfg.graph == "relation":
         return EdgeRelation(student, teacher, cfg.edge_level, cfg.grid, cfg.grid_frame)
     if cfg.graph == "joint":
         channels = teacher.feature_norms()[cfg.edge_level.rpartition(":")[2]].num_features
         graph = EdgeGraph(channels, cfg.states, cfg.grid, cfg.anchors, cfg.normalize, cfg.grid_frame)
         return EdgeReasoning(student, teacher, graph, torch.ones(cfg.states), cfg.edge_level, EdgeHead(cfg.states))
+    assert measured.fitted, "the graph is fitted before the students"
     return EdgeReasoning(student, teacher, measured.fitted.graph, measured.fitted.std, cfg.edge_level)
 
 
 def _rival(module: nn.Module, step: Step, _: DistillConfig) -> Tensor:
-    return module(step)
+    loss: Tensor = module(step)
+    return loss
 
 
 TERMS: dict[str, Term] = {
@@ -103,11 +106,12 @@ TERMS: dict[str, Term] = {
 """The method's two terms, then its rivals, in the order in which tables show them."""
 
 
-def build_terms(cfg: DistillConfig, student: nn.Module, teacher: nn.Module | None, measured: Measured) -> nn.ModuleDict:
+def build_terms(cfg: DistillConfig, student: Network, teacher: Network | None, measured: Measured) -> nn.ModuleDict:
     """The modules of the terms that `cfg` names; each one's initialization depends on the seed alone, not on the other terms."""
     modules = nn.ModuleDict()
     for name, term in TERMS.items():
         if name in cfg.terms:
+            assert teacher, "every term wants a teacher"
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.seed)
                 modules[name] = term.build(cfg, student, teacher, measured)

@@ -7,7 +7,9 @@ of maps take activations, after the ReLU; `OnMaps` applies it, since the network
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ranks
-from ..networks import match_levels
+from ..networks import Network, match_levels
 from .feature_refinement import Connector, require_same_size
 
 if TYPE_CHECKING:
@@ -99,9 +101,9 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Zagoruyko & Komodakis 2017, equation 2 with F_sum^2 and p = 2.
     """
-    maps = [_precise(x).square().sum(1) for x in (student, teacher.detach())]
-    require_same_size(*maps)
-    return F.mse_loss(*(F.normalize(x.flatten(1), dim=1) for x in maps))
+    ours, theirs = (_precise(x).square().sum(1) for x in (student, teacher.detach()))
+    require_same_size(ours, theirs)
+    return F.mse_loss(F.normalize(ours.flatten(1), dim=1), F.normalize(theirs.flatten(1), dim=1))
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -124,8 +126,8 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
 
     Source: Shu et al. 2021.
     """
-    logs = [(x.flatten(2) / temperature).log_softmax(2) for x in _pair(student, teacher)]
-    return temperature**2 / (student.shape[0] * student.shape[1]) * F.kl_div(*logs, reduction="sum", log_target=True)
+    ours, theirs = ((x.flatten(2) / temperature).log_softmax(2) for x in _pair(student, teacher))
+    return temperature**2 / (student.shape[0] * student.shape[1]) * F.kl_div(ours, theirs, reduction="sum", log_target=True)
 
 
 def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -157,8 +159,8 @@ def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
     Source: Huang et al. 2022.
     """
-    standard = [F.batch_norm((x / temperature).sigmoid(), None, None, training=True, eps=1e-12) for x in _pair(student, teacher)]
-    return temperature**2 / 2 * F.mse_loss(*standard)  # of standardized a and b: 1 - mean(a b) = mean (a - b)^2 / 2
+    ours, theirs = (F.batch_norm((x / temperature).sigmoid(), None, None, training=True, eps=1e-12) for x in _pair(student, teacher))
+    return temperature**2 / 2 * F.mse_loss(ours, theirs)  # of standardized a and b: 1 - mean(a b) = mean (a - b)^2 / 2
 
 
 class OnLogits(nn.Module):
@@ -193,7 +195,7 @@ class OnMaps(nn.Module):
         alive the outputs that the few nonnegative channels of a small student would leave below zero for good.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, levels: tuple[str, ...], loss: Loss, regress: bool) -> None:
+    def __init__(self, student: Network, teacher: Network, levels: tuple[str, ...], loss: Loss, regress: bool) -> None:
         super().__init__()
         self.pairs, self.loss = match_levels(student, teacher, levels), loss
         norms, teacher_norms = student.feature_norms(), teacher.feature_norms()
@@ -205,7 +207,7 @@ class OnMaps(nn.Module):
     def forward(self, step: Step) -> Tensor:
         """Maps before their last ReLU, by name -> ()."""
         with torch.autocast(step.logits.device.type, enabled=False):
-            return sum(
+            return reduce(operator.add, [
                 self.loss(regressor(F.relu(_precise(step.maps[s]))), F.relu(step.teacher_maps[t]))
                 for regressor, (s, t) in zip(self.regressors, self.pairs)
-            )
+            ])

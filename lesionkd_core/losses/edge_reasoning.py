@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..edges import edge_at_stride
-from ..networks import match_levels, stride_of
-from .feature_refinement import Connector, anew, require_same_size
+from ..networks import Network, match_levels, stride_of
+from .feature_refinement import Connector, Once, anew, require_same_size
 
 
 def grid_cells(edge: Tensor, grid: int, frame: str = "image") -> Tensor:
@@ -142,7 +141,8 @@ class EdgeGraph(nn.Module):
     def reason(self, nodes: Tensor) -> Tensor:
         """H = W_g (V A_g^T + b - V), before its ReLU: (N, s, K) -> (N, s, K) (3)."""
         mixed = self.node_mixing(nodes) - nodes
-        return self.state_mixing(mixed.transpose(1, 2)).transpose(1, 2)
+        reasoned: Tensor = self.state_mixing(mixed.transpose(1, 2))
+        return reasoned.transpose(1, 2)
 
     def forward(self, x: Tensor, edge: Tensor | Cells) -> Tensor:
         """Steps 1 to 3: map (N, C, H, W) and edge at its resolution -> H (N, s, K), pre-ReLU."""
@@ -193,7 +193,9 @@ class EdgeReasoning(nn.Module):
     Source: METHOD, L_edge 4 and "Who learns what".
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, graph: EdgeGraph, std: Tensor, level: str, head: EdgeHead | None = None) -> None:
+    std: Tensor
+
+    def __init__(self, student: Network, teacher: Network, graph: EdgeGraph, std: Tensor, level: str, head: EdgeHead | None = None) -> None:
         super().__init__()
         [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
         self.stride = stride_of(self.teacher_map)
@@ -204,26 +206,27 @@ class EdgeReasoning(nn.Module):
         self.head = head
         self.register_buffer("std", std.clamp_min(1e-6).view(1, -1, 1))
 
-    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], edge: Tensor, once: Callable = anew) -> Tensor:
+    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], edge: Tensor, once: Once = anew) -> Tensor:
         """Maps by name and the full-size edge label (N, 1, H, W) -> L_edge, (); `once` is `Step.once`."""
         x, target = self.connector(student_maps[self.student_map].float()), teacher_maps[self.teacher_map].detach()
         require_same_size(x, target)
         key = ("graph", id(self.graph), id(edge))  # arms share a frozen graph, and what the teacher becomes in it
-        cells = once((*key, "cells"), lambda: self.graph.cells(self.graph.edge_at(edge, self.stride).float()))
+        cells: Cells = once((*key, "cells"), lambda: self.graph.cells(self.graph.edge_at(edge, self.stride).float()))
         if self.head is not None:
-            return self._learned_along(x, target.float(), cells)
+            return self._learned_along(self.head, x, target.float(), cells)
         with torch.no_grad():
             reasoned = once(key, lambda: self.graph(target.float(), cells))
         return _node_distance(self.graph(x, cells), reasoned, self.std, cells)
 
-    def _learned_along(self, x: Tensor, target: Tensor, cells: Cells) -> Tensor:
+    def _learned_along(self, head: EdgeHead, x: Tensor, target: Tensor, cells: Cells) -> Tensor:
         reasoned = self.graph(target, cells)
         live = ranks.gather(cells.live.float()) > 0
         if not live.any():
             return x.sum() * 0.0
         std = ranks.gather(reasoned.detach()).transpose(1, 2)[live].std(0, correction=0).clamp_min(1e-6).view(1, -1, 1)
         distance = _node_distance(self.graph(x, cells), reasoned, std, cells)
-        return distance + self.head(self.graph, x, cells.edge) + self.head(self.graph, target, cells.edge)
+        along: Tensor = distance + head(self.graph, x, cells.edge) + head(self.graph, target, cells.edge)
+        return along
 
 
 def _node_distance(student: Tensor, teacher: Tensor, std: Tensor, cells: Cells) -> Tensor:
@@ -243,16 +246,16 @@ class EdgeRelation(nn.Module):
     Source: METHOD, L_edge, `relation`.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, level: str, grid: int, frame: str) -> None:
+    def __init__(self, student: Network, teacher: Network, level: str, grid: int, frame: str) -> None:
         super().__init__()
         [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
         self.stride = stride_of(self.teacher_map)
         self.graph = EdgeGraph(1, 1, grid, frame=frame).requires_grad_(False)
 
-    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], edge: Tensor, once: Callable = anew) -> Tensor:
+    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], edge: Tensor, once: Once = anew) -> Tensor:
         """Maps by name and the full-size edge label (N, 1, H, W) -> L_edge, (); `once` as in `EdgeReasoning`."""
         x, target = student_maps[self.student_map].float(), teacher_maps[self.teacher_map].detach().float()
-        cells = once(("relation", id(self.graph), id(edge)), lambda: self.graph.cells(edge_at_stride(edge, self.stride).float()))
+        cells: Cells = once(("relation", id(self.graph), id(edge)), lambda: self.graph.cells(edge_at_stride(edge, self.stride).float()))
         cosines = [F.normalize(self.graph.anchors_of(m, cells), dim=1, eps=1e-6) for m in (x, target)]  # (N, C, K)
         apart = (cosines[0].mT @ cosines[0] - cosines[1].mT @ cosines[1]).square()  # (N, K, K)
         pairs = cells.live.unsqueeze(1) & cells.live.unsqueeze(2) & ~torch.eye(cells.live.shape[1], dtype=torch.bool, device=x.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -12,7 +14,10 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..config import LesionKDError
-from ..networks import match_levels, stride_of
+from ..networks import Network, match_levels, stride_of
+
+Once = Callable[[Hashable, Callable[[], Any]], Any]
+"""What makes a thing under a key, or finds it made: `Step.once`."""
 
 
 def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
@@ -26,6 +31,13 @@ def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
     -------
     (C,)
         At most 0 but for rounding, float32, no gradient.
+
+    Examples
+    --------
+    A standard normal response is -sqrt(2 / pi) on average where it is negative:
+
+    >>> bn_margin(nn.BatchNorm2d(2))
+    tensor([-0.7979, -0.7979])
 
     Source: Heo et al. 2019, margin ReLU; METHOD, L_feat.
     """
@@ -51,6 +63,12 @@ def margin_relu(x: Tensor, margin: Tensor) -> Tensor:
     -------
     (N, C, H, W)
         max(x, margin), channel by channel.
+
+    Examples
+    --------
+    >>> response = torch.tensor([-3.0, -0.5, 2.0]).view(1, 1, 1, 3)
+    >>> margin_relu(response, torch.tensor([-0.8])).flatten()
+    tensor([-0.8000, -0.5000,  2.0000])
 
     Source: Heo et al. 2019, "margin ReLU".
     """
@@ -85,7 +103,8 @@ def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
     Source: Heo et al. 2019, "partial L2"; METHOD, L_feat.
     """
     require_same_size(student, teacher)
-    return _PartialL2.apply(student, *refinement_target(teacher, margin))
+    distance: Tensor = _PartialL2.apply(student, *refinement_target(teacher, margin))
+    return distance
 
 
 def refinement_target(teacher: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,14 +117,15 @@ class _PartialL2(torch.autograd.Function):
     """D = sum max(S - T', floor)^2, the same as `partial_l2`; where the floor decides it is 0, and so is its gradient 2 max(...)."""
 
     @staticmethod
-    def forward(ctx, student: Tensor, target: Tensor, floor: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, target: Tensor, floor: Tensor) -> Tensor:
         counted = (student - target).clamp_min_(floor)
         ctx.save_for_backward(counted)
-        return torch.linalg.vector_norm(counted).square()  # one pass
+        norm: Tensor = torch.linalg.vector_norm(counted)  # one pass
+        return norm.square()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (counted,) = ctx.saved_tensors
         return counted * (2 * grad), None, None
 
@@ -120,14 +140,18 @@ class Connector(nn.Sequential):
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        super().__init__(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
-        nn.init.normal_(self[0].weight, 0.0, math.sqrt(2.0 / teacher_channels))
+        convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+        super().__init__(convolution, nn.BatchNorm2d(teacher_channels))
+        nn.init.normal_(convolution.weight, 0.0, math.sqrt(2.0 / teacher_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_s, H, W) -> (N, C_t, H, W), gamma (W s - mean) / deviation + beta."""
         if not self.training:
-            return super().forward(x)
-        weight, norm = self[0].weight.flatten(1), self[1]
+            for layer in self:
+                x = layer(x)
+            return x
+        layers: Any = self  # nn.Sequential forgets of which class they are
+        weight, norm = layers[0].weight.flatten(1), layers[1]
         rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # (N H W, C_s)
         count = x[0, 0].numel() * (ranks.spread() or len(x))
         mean = ranks.mean(rows.mean(0))
@@ -139,7 +163,7 @@ class Connector(nn.Sequential):
             norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
         scale = norm.weight * (variance + norm.eps).rsqrt()
         out = torch.addmm(norm.bias, centred, (scale[:, None] * weight).T)
-        return out.unflatten(0, (len(x), *x.shape[-2:])).permute(0, 3, 1, 2)
+        return out.view(len(x), *x.shape[-2:], -1).permute(0, 3, 1, 2)
 
 
 def empirical_margins(maps: Iterable[dict[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
@@ -156,7 +180,7 @@ def empirical_margins(maps: Iterable[dict[str, Tensor]], names: Iterable[str]) -
     return {name: (total / count.clamp_min(1)).float() for name, (total, count) in sums.items()}
 
 
-def anew(_, make: Callable[[], Any]) -> Any:
+def anew(_: Hashable, make: Callable[[], Any]) -> Any:
     """`once` of a single network: nothing is shared."""
     return make()
 
@@ -180,7 +204,7 @@ class FeatureRefinement(nn.Module):
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, levels: tuple[str, ...], level_weights: str = "mean",
+        self, student: Network, teacher: Network, levels: tuple[str, ...], level_weights: str = "mean",
         margins: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -193,16 +217,19 @@ class FeatureRefinement(nn.Module):
         for i, (_, name) in enumerate(self.pairs):
             self.register_buffer(f"margin{i}", margins[name] if margins else bn_margin(teacher_norms[name]))
 
-    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], once: Callable = anew) -> Tensor:
+    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], once: Once = anew) -> Tensor:
         """Maps by name, (N, C_i, H_i, W_i) each -> L_feat, (); `once` is `Step.once`, which spares arms in lockstep work."""
-        total = 0.0
+        parts: list[Tensor] = []
         deepest = teacher_maps[self.pairs[-1][1]]
         for i, (name_s, name_t) in enumerate(self.pairs):
             teacher, connected = teacher_maps[name_t], self.connectors[i](student_maps[name_s].float())
             require_same_size(connected, teacher)
-            target = once((name_t, self.kind), lambda i=i, teacher=teacher: refinement_target(teacher.float(), getattr(self, f"margin{i}")))
-            total = total + _PartialL2.apply(connected, *target) * self._weight(i, teacher, deepest)
-        return total
+            target = once((name_t, self.kind), partial(self._target, i, teacher))
+            parts.append(_PartialL2.apply(connected, *target) * self._weight(i, teacher, deepest))
+        return reduce(operator.add, parts)
+
+    def _target(self, i: int, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return refinement_target(teacher.float(), self.get_buffer(f"margin{i}"))
 
     def _weight(self, i: int, teacher: Tensor, deepest: Tensor) -> float:
         if self.level_weights == "mean":

@@ -45,4 +45,5 @@ def _united(component: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     from scipy.sparse.csgraph import connected_components
 
     n = len(component)
-    return connected_components(coo_matrix((np.ones(len(i)), (component[i], component[j])), shape=(n, n)), directed=False)[1][component]
+    joined: np.ndarray = connected_components(coo_matrix((np.ones(len(i)), (component[i], component[j])), shape=(n, n)), directed=False)[1][component]
+    return joined

@@ -31,12 +31,12 @@ def prepare_image(image: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
 
     Source: the patent's background section names histogram equalization and gamma correction.
     """
-    small = Image.fromarray(image)
+    full = Image.fromarray(image)
     if cfg.colour == "grey":
-        small = small.convert("L").convert("RGB")
+        full = full.convert("L").convert("RGB")
     height, width = image.shape[:2]
     shrinks = max(_scale(height, width, cfg)) <= 1
-    small = np.asarray(_resize(small, cfg, Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR))
+    small = np.asarray(_resize(full, cfg, Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR))
     if cfg.clahe:
         small = _equalize(small, cfg.clahe)
     if cfg.gamma != 1:
@@ -45,7 +45,14 @@ def prepare_image(image: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
 
 
 def prepare_mask(mask: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
-    """(H, W) bool -> (S, S) bool: over half covered; every lesion that would vanish keeps its fullest pixel."""
+    """(H, W) bool -> (S, S) bool: over half covered; every lesion that would vanish keeps its fullest pixel.
+
+    >>> mask = np.zeros((128, 128), bool)
+    >>> mask[5, 5] = mask[40:48, 40:48] = True  # 1 px, and 8 x 8 px
+    >>> small = prepare_mask(mask, PrepareConfig(pixels=32))
+    >>> bool(small[1, 1]), int(small.sum())  # the one, and 2 x 2 px
+    (True, 5)
+    """
     from scipy.ndimage import label
 
     share = np.asarray(_resize(Image.fromarray(mask.astype(np.float32)), cfg, Image.Resampling.BOX))
@@ -70,6 +77,12 @@ def lesion_contrast(image: np.ndarray, mask: np.ndarray) -> float:
     """Mean grey of the lesion minus that of the ring around it, in -1..1; NaN where either is empty.
 
     image (S, S, 3) uint8, mask (S, S) bool; the ring is `RING` of the side wide.
+
+    >>> mask = np.zeros((64, 64), bool)
+    >>> mask[20:40, 20:40] = True
+    >>> image = np.where(mask[..., None], 51, 153).astype(np.uint8).repeat(3, axis=2)
+    >>> round(lesion_contrast(image, mask), 3)  # darker by 102 of 255
+    -0.4
     """
     from scipy.ndimage import uniform_filter
 
@@ -85,7 +98,8 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray:
     grey = Image.fromarray(image).convert("L")
     grey = grey.reduce((max(1, grey.width // 256), max(1, grey.height // 256))).resize((32, 32), Image.Resampling.BOX)  # in two steps: quicker
     low = dctn(np.asarray(grey, dtype=np.float32), norm="ortho")[:8, :8].ravel()[1:]  # [0] is brightness
-    return (low > np.median(low)) & (low.std() > FLAT)
+    signs: np.ndarray = (low > np.median(low)) & (low.std() > FLAT)
+    return signs
 
 
 def _scale(height: int, width: int, cfg: PrepareConfig) -> tuple[float, float]:

@@ -8,20 +8,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import LesionKDError
 from ..datasets import data_root
-from ..progress import Progress
+from ..progress import Progress, Tell
 from ..store import runs_root, short, write_table
 from .notebooks import execute, find_notebook, finished_results, package
 from .plan import Task, plan, read_sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MEMORY_OF_A_RUN = 3 * 2**30
 """Bytes that a run is given room for; training the teacher takes 1.0 GiB at 128 px and 2.1 GiB at 256 px in batches of 16."""
 
 
-def sweep(file: Path, scheduler: str = "", workers: int = 0, gpus: int | None = None, tell=print):
+def sweep(file: Path, scheduler: str = "", workers: int = 0, gpus: int | None = None, tell: Tell = print) -> pd.DataFrame:
     """Run what a sweep file asks for and is not finished, every task one executed notebook.
 
     Parameters
@@ -58,7 +61,7 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0, gpus: int | None = 
 
 
 @contextmanager
-def connect(scheduler: str, tasks: list[Task], workers: int, gpus: int | None, tell=print) -> Iterator[Any]:
+def connect(scheduler: str, tasks: list[Task], workers: int, gpus: int | None, tell: Tell = print) -> Iterator[Any]:
     """A Dask client of the scheduler at an address, or of workers of this machine that end with the block."""
     distributed = package("distributed")
     if scheduler:
@@ -110,7 +113,7 @@ def _gpus() -> list[str]:
     return (named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
 
 
-def _drive(client, tasks: list[Task]) -> dict[Path, dict[str, Any]]:
+def _drive(client: Any, tasks: list[Task]) -> dict[Path, dict[str, Any]]:
     """Start each task once what it waits for has ended; a row for each when all have."""
     offered = [w.get("resources", {}).get("GPU", 0) for w in client.scheduler_info(n_workers=-1)["workers"].values()]
     if offered and not any(offered) and any(task.cfg.device == "cuda" for task in tasks):
@@ -141,7 +144,7 @@ def _drive(client, tasks: list[Task]) -> dict[Path, dict[str, Any]]:
     return rows
 
 
-def _submit(client, task: Task, gpus_offered: bool, first: bool):
+def _submit(client: Any, task: Task, gpus_offered: bool, first: bool) -> Any:
     """Hand a task to Dask, which gives it to another worker if its own is lost; an error of the task is a result."""
     settings = {"LESIONKD_RUNS": str(runs_root()), "LESIONKD_DATA": str(data_root())}
     return client.submit(
@@ -164,7 +167,7 @@ def run_task(stem: str, parameters: dict[str, Any], target: str, folder: str, se
     return "failed" if error else "made", time.perf_counter() - started, str(place) if place else None, error
 
 
-def _outcome(task: Task, future) -> dict[str, Any]:
+def _outcome(task: Task, future: Any) -> dict[str, Any]:
     try:
         status, seconds, place, error = future.result()
     except Exception as problem:  # KilledWorker, a worker without this package

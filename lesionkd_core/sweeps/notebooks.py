@@ -26,7 +26,9 @@ def configuration(notebook: Path) -> type[StageConfig]:
     """The configuration class that a notebook checks its parameters with."""
     from .. import config
 
-    return getattr(config, re.search(r"lkd\.(\w+Config)\.from_notebook", notebook.read_text(encoding="utf-8"))[1])
+    name, *_ = re.findall(r"lkd\.(\w+Config)\.from_notebook", notebook.read_text(encoding="utf-8"))
+    stage: type[StageConfig] = getattr(config, name)
+    return stage
 
 
 def literal(value: str) -> Any:
@@ -56,7 +58,7 @@ def kept_notebook(stem: str, mark: str) -> Path:
     return runs_root() / "notebooks" / f"{stem}-{mark}.ipynb"
 
 
-def execute(notebook: Path, parameters: dict[str, Any], target: Path, **options) -> tuple[Path | None, str]:
+def execute(notebook: Path, parameters: dict[str, Any], target: Path, **options: Any) -> tuple[Path | None, str]:
     """Execute a notebook into `target`, with its error if it fails, and copy it beside its results.
 
     Returns

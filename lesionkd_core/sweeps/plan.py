@@ -40,7 +40,7 @@ class Task:
 
     notebook: Path
     parameters: dict[str, Any]
-    cfg: StageConfig
+    cfg: PrepareConfig
     differing: tuple[str, ...]  # parameters that tell the runs of the sweep apart
     target: Path  # the executed notebook, named by what the result is computed from
     needs: list[Task] = field(default_factory=list)  # without them it is not started
@@ -61,7 +61,8 @@ def read_sweep(file: Path) -> list[Task]:
         All that is wrong in the file, and data that is not there.
     """
     content = _load(file)
-    notebook, tasks, wrong = find_notebook(content.notebook), {}, []
+    notebook, wrong = find_notebook(content.notebook), []
+    tasks: dict[Path, Task] = {}
     points = [{**content.parameters, **point} for point in _points(content, file)]
     names = dict.fromkeys(name for point in points for name in point)
     differing = tuple(name for name in names if len({repr(point.get(name)) for point in points}) > 1)
@@ -79,10 +80,7 @@ def read_sweep(file: Path) -> list[Task]:
 
 def _load(file: Path) -> SweepFile:
     yaml = package("yaml")
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.1 takes 1e-3 for text."""
-
+    Loader: Any = type("Loader", (yaml.SafeLoader,), {})  # YAML 1.1 takes 1e-3 for text
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
     try:
         return SweepFile(**(yaml.load(file.read_text(encoding="utf-8"), Loader) or {}))
@@ -108,14 +106,16 @@ def _points(content: SweepFile, file: Path) -> list[dict[str, Any]]:
 
 
 def _task(notebook: Path, parameters: dict[str, Any], cfg: StageConfig, differing: tuple[str, ...]) -> Task:
+    if not isinstance(cfg, PrepareConfig):
+        raise SweepError(f"{notebook.stem} has no data set of its own, so there is nothing to sweep over; sweep the notebook of the runs that it starts from")
     elsewhere = [_data(name) for name in getattr(cfg, "test_dataset", ())]
     mark = hashlib.sha256(json.dumps([identity(cfg), *elsewhere]).encode()).hexdigest()[:8]
     return Task(notebook, parameters, cfg, differing, kept_notebook(notebook.stem, mark))
 
 
-def identity(cfg: StageConfig) -> str:
+def identity(cfg: PrepareConfig) -> str:
     """What the result of `cfg` is computed from, its raw data and the versions of all stages included."""
-    versions = {c.stage: c.version for c in type(cfg).__mro__ if "stage" in vars(c)}
+    versions = {c.stage: c.version for c in type(cfg).__mro__ if issubclass(c, StageConfig) and "stage" in vars(c)}
     return hashlib.sha256(json.dumps([versions, _data(cfg.dataset), cfg.hashed()], sort_keys=True).encode()).hexdigest()
 
 
@@ -134,7 +134,8 @@ def plan(runs: list[Task]) -> list[Task]:
     teachers = _shared([run for run in runs if isinstance(run.cfg, DistillConfig)], "03_teacher", TeacherConfig)
     rest = [run for run in runs if not run.needs and type(run.cfg) is not PrepareConfig]
     prepared = _shared([*teachers, *rest], "01_data_prep", PrepareConfig)
-    seen, rank = Counter(), {}
+    seen: Counter[str] = Counter()
+    rank: dict[Path, int] = {}
     for run in runs:
         key = identity(run.cfg.upstream(GraphConfig)) if isinstance(run.cfg, GraphConfig) else ""
         rank[run.target] = seen[key]
@@ -147,7 +148,7 @@ def plan(runs: list[Task]) -> list[Task]:
     return [*prepared, *teachers, *ordered]
 
 
-def _shared(tasks: list[Task], stem: str, stage: type[StageConfig]) -> list[Task]:
+def _shared(tasks: list[Task], stem: str, stage: type[PrepareConfig]) -> list[Task]:
     """Tasks for what at least two of `tasks` stand on; each of those then needs its own."""
     made: dict[Path, tuple[Task, list[Task]]] = {}
     for task in tasks:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import store
 from ..config import ARMS, TERM_FIELDS, LesionKDError, nearest
 from ..config.base import _names
 from ..evaluation import METRICS
+from ..progress import Tell
 from .notebooks import package
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STAGES = ("teacher", "distill", "external")
 """Stages that score cases. An ablation's rows are its students' rows, so each scored case is there once."""
@@ -20,7 +24,7 @@ MEMORY = "2GB"
 """DuckDB writes to a temporary folder what goes beyond."""
 
 
-def collect(tell=print) -> Path:
+def collect(tell: Tell = print) -> Path:
     """Gather `per_case` of every finished run into one Parquet data set, one file a run, beside the runs.
 
     A row is a scored case with the parameters of its run: `run` (folder of the network), `arm` ('teacher'
@@ -54,7 +58,7 @@ def collect(tell=print) -> Path:
     return folder
 
 
-def _newest(tell) -> dict[Path, tuple[Path, dict[str, Any]]]:
+def _newest(tell: Tell) -> dict[Path, tuple[Path, dict[str, Any]]]:
     """{its file: (folder, parameters)} of every finished run, the newest where only data or versions of stages differ."""
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     root = store.runs_root()
@@ -74,7 +78,7 @@ def _finished(path: Path) -> float:
     return (path / "DONE").stat().st_mtime
 
 
-def _rows(path: Path, values: dict[str, Any]):
+def _rows(path: Path, values: dict[str, Any]) -> pd.DataFrame:
     """`per_case` of a run with its parameters in every row."""
     table = store.read_table(path / "per_case.csv")
     for name in ("id", "group", "label"):  # file names are bytes, Parquet's text is UTF-8
@@ -95,7 +99,7 @@ def _parameters(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arm(recorded: dict[str, Any]) -> str:
-    def unordered(value):
+    def unordered(value: Any) -> Any:
         return sorted(value) if isinstance(value, (list, tuple)) else value
 
     fitting = (name for name, arm in ARMS.items() if all(unordered(recorded.get(n)) == unordered(v) for n, v in arm.items()))
@@ -107,7 +111,7 @@ def _name(dataset: str) -> str:
     return Path(dataset).name
 
 
-def _write(file: Path, rows) -> None:
+def _write(file: Path, rows: pd.DataFrame) -> None:
     duckdb = package("duckdb")
     with store.replacing(file) as partial, _connect() as connection:
         try:
@@ -116,14 +120,14 @@ def _write(file: Path, rows) -> None:
             raise OSError(str(error).partition("\n")[0]) from None
 
 
-def _connect():
+def _connect() -> Any:
     settings = {"memory_limit": MEMORY, "temp_directory": tempfile.gettempdir(), "autoinstall_known_extensions": False}
     connection = package("duckdb").connect(config=settings)
     connection.execute("SET enable_progress_bar = false")
     return connection
 
 
-def summarize_results(by: tuple[str, ...] | str = BY, where: str = "", split: str = "test", folder: Path | None = None):
+def summarize_results(by: tuple[str, ...] | str = BY, where: str = "", split: str = "test", folder: Path | None = None) -> pd.DataFrame:
     """Means over runs of each run's mean over its cases, from the Parquet files of `collect`.
 
     Parameters

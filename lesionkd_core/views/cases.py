@@ -19,7 +19,8 @@ def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
     rows = prepared.index(split)
     by_size = rows[np.argsort(prepared.cases["lesion_share"].to_numpy()[rows], kind="stable")]
     places = np.linspace(0, len(by_size) - 1, min(count, len(by_size))).round().astype(int)
-    return by_size[places].tolist()
+    chosen: list[int] = by_size[places].tolist()
+    return chosen
 
 
 def cases_of_each_label(prepared: Prepared, count: int) -> list[int]:

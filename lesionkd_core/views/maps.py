@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batches import normalize
-from ..config import LesionKDError
+from ..config import DistillConfig, LesionKDError
 from ..inference import TrainedNetwork, build, read_config
 from ..losses import FeatureRefinement, margin_relu
 from ..store import Result, read_checkpoint
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -72,20 +75,22 @@ def feature_views(networks: dict[str, TrainedNetwork], image: np.ndarray, mask: 
 
 def _best_channel(x: Tensor, mask: np.ndarray) -> FeatureView:
     """(C, h, w) and mask (S, S) 0/1."""
-    lesion = F.adaptive_avg_pool2d(torch.tensor(mask).double()[None], x.shape[-2:]).flatten()  # share of lesion in each pixel
+    height, width = x.shape[-2:]
+    lesion = F.adaptive_avg_pool2d(torch.tensor(mask).double()[None], (height, width)).flatten()  # share of lesion in each pixel
     flat = x.flatten(1).double()
     flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, correction=0, keepdim=True).clamp_min(1e-6)
     separation = flat @ (lesion / lesion.sum() - (1 - lesion) / (1 - lesion).sum())
     channel = int(separation.argmax())
-    return FeatureView(flat[channel].unflatten(0, x.shape[-2:]).float().numpy(), channel, float(separation[channel]))
+    return FeatureView(flat[channel].view(height, width).float().numpy(), channel, float(separation[channel]))
 
 
 def last_state(run: Result) -> dict[str, Tensor]:
     """Student, connectors and graph of a run as they were after the last epoch, by name; `checkpoint_best` holds the student alone."""
-    return read_checkpoint(run.path / "checkpoint_last")["objective"]
+    state: dict[str, Tensor] = read_checkpoint(run.path / "checkpoint_last")["objective"]
+    return state
 
 
-def restore(module: nn.Module, state: dict[str, Tensor], prefix: str) -> nn.Module:
+def restore(module: M, state: dict[str, Tensor], prefix: str) -> M:
     """A module with its part of `last_state`, frozen."""
     module.load_state_dict({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
     return module.eval().requires_grad_(False)
@@ -96,10 +101,11 @@ def refinement_view(run: Result, teacher: TrainedNetwork, images: np.ndarray) ->
     """T, T' = max(T, m) and connected S of the shallowest level for the first image, each (C, h, w), and the
     channel of T's largest mean response. Network and connectors are those of the last epoch (step S3)."""
     cfg, state = read_config(run.path), last_state(run)
+    assert isinstance(cfg, DistillConfig)
     student = restore(build(cfg), state, "network.")
     loss = restore(FeatureRefinement(student, teacher.network, cfg.feature_levels, cfg.level_weights), state, "terms.feat.")
     name_s, name_t = loss.pairs[0]
     t = feature_maps(teacher, images)[1][name_t]
     s = loss.connectors[0](student.forward_features(normalize(images))[1][name_s])
     channel = int(t[0].clamp_min(0).mean((1, 2)).argmax())
-    return t[0].numpy(), margin_relu(t, loss.margin0)[0].numpy(), s[0].numpy(), channel
+    return t[0].numpy(), margin_relu(t, loss.get_buffer("margin0"))[0].numpy(), s[0].numpy(), channel

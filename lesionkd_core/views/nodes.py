@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import DistillConfig, GraphConfig, LesionKDError
 from ..edges import edge_label_batch
@@ -16,7 +16,7 @@ from ..inference import TrainedNetwork, build, read_config
 from ..losses import EdgeGraph, FittedGraph
 from ..losses.edge_reasoning import Cells
 from ..losses.feature_refinement import Connector
-from ..networks import stride_of
+from ..networks import Network, stride_of
 from ..store import Result, short
 from .maps import feature_maps, last_state, restore
 
@@ -38,7 +38,7 @@ class NodeView:
     @property
     def live(self) -> np.ndarray:
         """(K,) bool, nodes that pixels can go to."""
-        return self.projection.any((1, 2))
+        return np.asarray(self.projection.any((1, 2)))
 
     @property
     def entropy(self) -> np.ndarray:
@@ -46,7 +46,8 @@ class NodeView:
         p = self.projection[self.live]
         if len(p) < 2:
             return np.full(self.edge.shape, np.nan)
-        return -(p * np.log(np.maximum(p, 1e-12))).sum(0) / np.log(len(p))
+        entropy: np.ndarray = -(p * np.log(np.maximum(p, 1e-12))).sum(0) / np.log(len(p))
+        return entropy
 
     @property
     def largest(self) -> float:
@@ -69,7 +70,7 @@ def graph_of(run: Result) -> FittedGraph:
 
 def _with_graph(run: Result) -> DistillConfig:
     cfg = read_config(run.path)
-    if "edge" not in getattr(cfg, "terms", ()) or cfg.graph == "relation":
+    if not isinstance(cfg, DistillConfig) or "edge" not in cfg.terms or cfg.graph == "relation":
         raise LesionKDError(f"{short(run.path)} has no edge graph; wants a student run with 'edge' among its terms and graph = 'frozen' or 'joint'")
     return cfg
 
@@ -85,8 +86,8 @@ def connected_student(run: Result) -> TrainedNetwork:
     return TrainedNetwork(_Connected(student, restore(connector, state, "terms.edge.connector."), cfg.edge_level), cfg, run.path)
 
 
-class _Connected(nn.Module):
-    def __init__(self, student: nn.Module, connector: nn.Module, level: str) -> None:
+class _Connected(Network):
+    def __init__(self, student: Network, connector: Connector, level: str) -> None:
         super().__init__()
         self.student, self.connector, self.level = student, connector, level
 
@@ -187,7 +188,10 @@ def collapse_check(cfg: GraphConfig, network: TrainedNetwork, fitted: FittedGrap
     if live.sum() <= live.any(0).sum():
         raise LesionKDError("the collapse check compares cases node by node; these images hold no node that two of them share, give more cases with a lesion")
     reasoned = _reasoned(fitted.graph, looks)
-    yardstick = _spread(_reasoned(_untrained(cfg, fitted.graph), looks), live)[0] if cfg.graph == "joint" else fitted.std
+    yardstick = fitted.std
+    if cfg.graph == "joint":
+        assert isinstance(cfg, DistillConfig)
+        yardstick = _spread(_reasoned(_untrained(cfg, fitted.graph), looks), live)[0]
     std, std_cases = _spread(reasoned, live)
     variances = torch.linalg.eigvalsh(torch.atleast_2d(reasoned[live].T.cov(correction=0)))
     states = pd.DataFrame({"std": std, "std_cases": std_cases, "yardstick": yardstick.double()})
