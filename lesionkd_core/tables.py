@@ -146,7 +146,7 @@ def cost_numbers(cost: pd.DataFrame, pixels: int = 128) -> dict[str, Any]:
 def _macro(family: dict[str, Any]) -> str:
     """The part of a macro's name that says where: what is not the study's usual profile and teacher is named."""
     elsewhere = f" on {family['test_dataset']}" if family.get("test_dataset", family["dataset"]) != family["dataset"] else ""
-    return family["dataset"] + elsewhere + "".join(f" {family[name]}" for name, usual in USUAL.items() if family.get(name, usual) != usual)
+    return str(family["dataset"]) + elsewhere + "".join(f" {family[name]}" for name, usual in USUAL.items() if family.get(name, usual) != usual)
 
 
 def speedups(cost: pd.DataFrame, large: str = "unet64") -> str:

@@ -111,8 +111,8 @@ def overview(stack: dict[str, dict[str, np.ndarray]], image: np.ndarray, edge: n
             for axis, (name, values) in zip(line[1:], maps.items()):
                 axis.imshow(values, cmap="magma", interpolation="nearest")
                 write_below(axis, f"{who}\n{name}")
-    maps = "; ".join(f"{who}, {', '.join(found)}" for who, found in stack.items())
-    fig.set_label(f"An image, its edge label, and the mean absolute response of feature maps: {maps}.")
+    named = "; ".join(f"{who}, {', '.join(found)}" for who, found in stack.items())
+    fig.set_label(f"An image, its edge label, and the mean absolute response of feature maps: {named}.")
     return fig
 
 
