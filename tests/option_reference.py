@@ -89,6 +89,6 @@ def allowed(name: str, field: dict[str, Any]) -> str:
 
 def limits(field: dict[str, Any]) -> str:
     """From where to where a number goes; seeds go so far that it need not be said."""
-    named = {"minimum": "at least", "exclusiveMinimum": "over", "maximum": "at most", "exclusiveMaximum": "under"}
-    words = [f"{word} {field[key]}" for key, word in named.items() if key in field and field[key] != 2**31]
+    kinds = {"minimum": "at least", "exclusiveMinimum": "over", "maximum": "at most", "exclusiveMaximum": "under"}
+    words = [f"{word} {field[key]}" for key, word in kinds.items() if key in field and field[key] != 2**31]
     return " " * bool(words) + " and ".join(words) + (f" in steps of {field['multipleOf']}" if "multipleOf" in field else "")
