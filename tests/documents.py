@@ -15,6 +15,7 @@ RANKS = "tests/test_distributed.py"
 TABLE = {
     r"make run": "here: test_a_notebook_is_run_and_found_again",
     r"make test": "not run: the test command itself",
+    r"make paper": "tests/test_paper.py::test_the_paper_compiles",
     r"make lab|python -m jupyterlab": "here: test_jupyterlab_starts_where_make_lab_starts_it",
     r"make notebooks": "not run: takes long; nbval executes every notebook again",
     r"make runtime": "not run: a download",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def execute(notebook: Path, parameters: dict[str, Any], target: Path, **options:
     import papermill as pm
 
     make_folder(target.parent)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls every parameter unknown that the first cell does not list
     options["extra_arguments"] = ["--log-level=CRITICAL"]  # a kernel warns of loopback listeners, and of being shut down
     try:
         pm.execute_notebook(str(notebook), str(target), parameters, kernel_name="python3", progress_bar=False, **options)
