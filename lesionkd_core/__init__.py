@@ -25,7 +25,7 @@ _HOME = {
     "statistics": (
         "accuracy_ratio", "agreement", "by_tertile", "compare_arms", "compare_missed", "count_missed", "epochs_to_reach", "learning_curves",
     ),
-    "evaluation": ("mask_dice", "score_masks", "score_otsu", "summarize"),
+    "evaluation": ("fixed_mask_dice", "mask_dice", "score_masks", "score_otsu", "summarize"),
     "external": ("score_external",),
     "original": ("score_original",),
     "stages": ("ablate", "distill", "distill_arms", "fit_graph", "sweep_weights", "train_teacher"),
