@@ -110,7 +110,7 @@ def study_scores(per_case: pd.DataFrame) -> pd.DataFrame:
     several = [name for name in ("profile", "teacher") if name in per_case and per_case[name].nunique() > 1]
     for family, part in families(per_case):
         names = [family["test_dataset"], *(_label(family[name]) for name in several)]
-        column = ", ".join([*names, f"{part['id'].nunique()} cases", f"{part.loc[part['arm'] != 'teacher', 'seed'].nunique()} seeds"])
+        column = ", ".join([*names, f"{part['id'].nunique()} cases", _many(part.loc[part["arm"] != "teacher", "seed"].nunique(), "seed")])
         for arm in ("teacher", *in_order(part, without="teacher")):
             mean, low, high = case_mean(by_seed(part, arm))
             own = part[part["arm"] == arm]
@@ -217,8 +217,9 @@ def _comparison(rows: list[Any]) -> Iterator[str]:
     family = Counter(map(_where, rows))
     for row in rows:
         few = "; too few groups for this test to see any" * (2 * family[_where(row)] / 2.0**row.groups > 0.05)  # its smallest p, after Holm
+        ranks = "; the test of ranks, which is blind to seeds, sees one" if row.p_holm <= 0.05 and row.low <= 0 <= row.high else ""
         undefined = f"; {row.undefined} scores of 0/0 left out" if getattr(row, "undefined", 0) else ""
-        yield f"{_pair(row)}: {_verdict(row)} ({_gain(row)}, p (Holm) {row.p_holm:.2g}, {_size(row)}{few}{undefined})."
+        yield f"{_pair(row)}: {_verdict(row)} ({_gain(row)}, p (Holm) {row.p_holm:.2g}, {_size(row)}{few}{ranks}{undefined})."
 
 
 def _tertile(rows: list[Any]) -> Iterator[str]:
