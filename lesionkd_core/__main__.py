@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _looks_after_runs(commands: argparse._SubParsersAction) -> None:
+def _looks_after_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     shown = commands.add_parser("list", help="finished runs as a table")
     shown.add_argument("stage", nargs="?", default="", help="prepare, teacher, graph, distill, ablation, external or export; all by default")
     show = commands.add_parser("show", help="a short report on one run")
@@ -78,7 +78,7 @@ def _looks_after_runs(commands: argparse._SubParsersAction) -> None:
     clean.add_argument("--yes", action="store_true", help="do not ask")
 
 
-def _runs_many(commands: argparse._SubParsersAction) -> None:
+def _runs_many(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     many = commands.add_parser("sweep", help="execute a notebook many times, as a YAML file says, on this machine or a cluster (docs/sweeps.md)")
     many.add_argument("file", type=Path)
     many.add_argument("--scheduler", default="", metavar="ADDRESS", help="a running Dask scheduler, such as tcp://127.0.0.1:8786")

@@ -60,5 +60,6 @@ def epoch_batches(
         order = epoch_order(len(rows), batch_size, seed, epoch)
         coming = (loader.submit(load_batch, prepared, rows[batch[ranks.part(len(batch))]], seed, epoch, augmentation, device) for batch in order)
         for batch, (ready, _) in zip(order, pairwise(chain(coming, [None]))):
+            assert ready  # the None stands after the last batch
             with ranks.batch(len(batch)):
                 yield ready.result()

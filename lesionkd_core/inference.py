@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from torch import nn
 
 from . import store
 from .batches import normalize
-from .config import DistillConfig, LesionKDError, StageConfig, TeacherConfig
+from .config import DistillConfig, LesionKDError, TeacherConfig
 from .datasets import UnreadableFile, read_image
 from .datasets.files import is_volume, sources_in, stem_of
 from .edges import edge_label
-from .networks import TEACHERS, UNet
+from .networks import TEACHERS, Network, UNet
 from .prepare.pixels import prepare_image, restore
 
-SETTINGS = {"teacher": TeacherConfig, "distill": DistillConfig}
+SETTINGS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
 BATCH = 16
 """Slices of a volume in memory at a time."""
 
@@ -31,8 +32,8 @@ BATCH = 16
 class TrainedNetwork:
     """A finished network and the configuration of its run, which says how images are prepared; `predict` takes it."""
 
-    network: nn.Module
-    cfg: StageConfig
+    network: Network
+    cfg: TeacherConfig
     path: Path
 
     @property
@@ -45,24 +46,24 @@ class TrainedNetwork:
         return f"{type(self.network).__name__}({store.short(self.path)}: {count:,} parameters, {self.pixels} px)"
 
 
-def read_config(path: Path) -> StageConfig:
+def read_config(path: Path) -> TeacherConfig:
     """The configuration that a run was made with."""
     content = store.read_json(Path(path) / "config.json")
     stage = SETTINGS.get(content.get("stage"))
     if stage is None:
         raise LesionKDError(f"{path} is a run of stage {content.get('stage')!r}, wants one of {', '.join(SETTINGS)}")
-    values = {name: content[name] for name in stage.model_fields if name in content}
-    return stage(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    values: dict[str, Any] = {name: content[name] for name in stage.model_fields if name in content}
+    return stage(**values | {n: tuple(v) for n, v in values.items() if isinstance(v, list)})
 
 
-def build(cfg: StageConfig) -> nn.Module:
+def build(cfg: TeacherConfig) -> Network:
     """The untrained network of a configuration; its initialization depends on its seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(getattr(cfg, cfg.seed_field))
         return UNet(width=cfg.width, stem=cfg.stem) if isinstance(cfg, DistillConfig) else TEACHERS[cfg.teacher]()
 
 
-def load_network(run: str | Path) -> TrainedNetwork:
+def load_network(run: str | Path | store.Result) -> TrainedNetwork:
     """The best network of a finished teacher or student run, in evaluation mode on the CPU.
 
     Raises
@@ -82,7 +83,7 @@ def load_network(run: str | Path) -> TrainedNetwork:
     return TrainedNetwork(network.eval().requires_grad_(False), cfg, path)
 
 
-def load_student(run: str | Path) -> TrainedNetwork:
+def load_student(run: str | Path | store.Result) -> TrainedNetwork:
     """The trained student of a finished `distill` run (a `Run` or its folder): all that step S7 needs."""
     student = load_network(run)
     if not isinstance(student.cfg, DistillConfig):
@@ -125,11 +126,12 @@ def predict(student: TrainedNetwork, images: np.ndarray | Sequence[np.ndarray]) 
     if not len(images):
         return []
     small = np.stack([prepare_image(image, student.cfg) for image in images])
-    return [restore(p, *image.shape[:2], student.cfg) for p, image in zip(probabilities(student.network, small), images)]
+    return [restore(p, image.shape[0], image.shape[1], student.cfg) for p, image in zip(probabilities(student.network, small), images)]
 
 
 def predict_folder(
-    student: TrainedNetwork, images: Path, out: Path, threshold: float | None = None, overlays: bool = False, tell=lambda *_: None
+    student: TrainedNetwork, images: Path, out: Path, threshold: float | None = None, overlays: bool = False,
+    tell: Callable[[int, int], None] = lambda *_: None,
 ) -> list[str]:
     """Write a mask for every image and volume of a folder, at its own size (step S7).
 
@@ -175,11 +177,11 @@ def _predict_file(student: TrainedNetwork, path: Path, out: Path, name: str, thr
     from .datasets.volumes import read_volume, write_mask
 
     volume = read_volume(path) if is_volume(path) else None
-    image = None if volume else read_image(path)
-    shape = volume.space.shape if volume else (1, *image.shape[:2])
+    images = [] if volume else [read_image(path)]
+    shape = volume.space.shape if volume else (1, *images[0].shape[:2])
     if min(shape[1:]) < 2:
         raise UnreadableFile(f"{path.name}: {shape[2]} x {shape[1]} px is no image to segment")
-    slices = volume.images(student.cfg.window) if volume else iter([image])
+    slices = volume.images(student.cfg.window) if volume else iter(images)
     written = np.empty(shape, np.float32 if threshold is None else bool)
     z, most = 0, -1
     while batch := list(islice(slices, BATCH)):

@@ -6,7 +6,7 @@ taken before its block's last ReLU. `feature_norms()` gives the BatchNorm that p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import LesionKDError, nearest
 from .layers import BatchNorm2d
 
+M = TypeVar("M", bound=nn.Module)
 SMALLEST = 32
 """Smallest side of an image, px: the teacher's deepest map is one pixel there."""
 
@@ -205,7 +206,7 @@ def _upsample_to(x: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def use_statistics(network: nn.Module, statistics: str) -> nn.Module:
+def use_statistics(network: M, statistics: str) -> M:
     """Let a frozen network's BatchNorms go by their running statistics ('eval') or by the batch's ('batch'); their buffers never change."""
     network.eval()
     for module in network.modules():
@@ -213,6 +214,11 @@ def use_statistics(network: nn.Module, statistics: str) -> nn.Module:
             module.train()
             module.track_running_stats = False  # torch then reads and writes no running buffer
     return network
+
+
+def settle(module: M, device: torch.device) -> M:
+    """Bring a module to where batches are, channels last in memory as they are."""
+    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # torch leaves it out of its overloads
 
 
 TEACHERS: dict[str, type[Network]] = {"resnet34_unet": ResNet34UNet, "unet64": UNet}

@@ -18,10 +18,15 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .config import LesionKDError, StageConfig, nearest
+from .config import LesionKDError, PrepareConfig, StageConfig, nearest
 from .integrity import DamagedResult, checked, checksums, is_whole
+from .progress import Tell
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TEXT = (
@@ -67,7 +72,7 @@ def locate(run: Any) -> Path:
     return known[path.name]
 
 
-def folder(cfg: StageConfig, upstream: str) -> Path:
+def folder(cfg: PrepareConfig, upstream: str) -> Path:
     """The folder of the result of `cfg`, made from what has the digest `upstream`."""
     dataset = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(cfg.dataset).name) or "data"
     stage, mark = runs_root() / cfg.stage, cfg.digest(upstream)[:8]
@@ -89,7 +94,7 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path, tell: Callable[[str], None] = print) -> Iterator[None]:
+def lock(path: Path, tell: Tell = print) -> Iterator[None]:
     """Only one process works on a folder; another waits, and says for whom. A dead holder's lock is free."""
     from filelock import FileLock, Timeout
 
@@ -191,13 +196,13 @@ def read_json(path: Path) -> Any:
         raise UnfinishedRun(f"{path} is damaged: remove the folder {path.parent} and run again.") from None
 
 
-def write_table(path: Path, table) -> None:
+def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a pandas table as CSV, nine significant digits (float32 comes back as it was)."""
     with replacing(path) as partial:
         table.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n", errors="surrogateescape")  # file names are bytes
 
 
-def read_table(path: Path):
+def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV of a run; empty text stays text, numbers keep their type."""
     import pandas as pd
 
@@ -206,7 +211,7 @@ def read_table(path: Path):
     return pd.read_csv(path, encoding_errors="surrogateescape", dtype=text, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]))
 
 
-def write_array(path: Path, array) -> None:
+def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file whole or not at all."""
     import numpy as np
 
@@ -214,15 +219,16 @@ def write_array(path: Path, array) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def read_array(path: Path, mmap: bool = True):
+def read_array(path: Path, mmap: bool = True) -> np.ndarray:
     """Read a .npy file; by default it stays on the disk until it is looked at."""
     import numpy as np
 
-    return np.load(checked(path), mmap_mode="r" if mmap else None, allow_pickle=False)
+    array: np.ndarray = np.load(checked(path), mmap_mode="r" if mmap else None, allow_pickle=False)
+    return array
 
 
 @contextmanager
-def appending(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[Any], None]]:
+def appending(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], int]]:
     """A uint8 .npy file of known shape that is written block by block, whole or not at all."""
     import numpy as np
 
@@ -248,7 +254,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if not is_whole(checked(path)):
             raise ValueError("its bytes are damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return content
     except DamagedResult:
         raise
     except FileNotFoundError:
@@ -263,13 +270,14 @@ class Result:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
 
-    def _json(self, name: str) -> Any:
-        return read_json(self.path / name)
+    def _json(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = read_json(self.path / name)
+        return content
 
     @property
     def digest(self) -> str:
         """Content address, for what is made from it."""
-        return self._json("config.json")["digest"]
+        return str(self.config["digest"])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -282,12 +290,12 @@ class Result:
         return self._json("summary.json")
 
     @property
-    def history(self):
+    def history(self) -> pd.DataFrame:
         """One row an epoch."""
         return read_table(self.path / "history.csv")
 
     @property
-    def per_case(self):
+    def per_case(self) -> pd.DataFrame:
         """One row a scored case: the only source of every table."""
         return read_table(self.path / "per_case.csv")
 

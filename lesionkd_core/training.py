@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from . import ranks, store
 from .batches import epoch_batches, epoch_order
-from .config import LesionKDError, TeacherConfig
+from .config import DistillConfig, LesionKDError, TeacherConfig
 from .edges import edge_label_batch
 from .evaluation import THRESHOLD, score_network, summarize
 from .inference import probabilities
 from .losses import TERMS, Step, segmentation_loss
+from .networks import Network, settle
 from .prepare import Prepared
-from .progress import Progress
+from .progress import Progress, Tell
 
 
 class TrainingDiverged(LesionKDError):
@@ -60,13 +61,14 @@ class Look:
         """Label_edge of the augmented masks, (N, 1, H, W)."""
         if ("edge", width) not in self.shared:
             self.shared["edge", width] = edge_label_batch(self.masks, width)
-        return self.shared["edge", width]
+        edge: Tensor = self.shared["edge", width]
+        return edge
 
 
 class Objective(nn.Module):
     """A network together with the loss terms it is trained by; connectors train along (step S6)."""
 
-    def __init__(self, network: nn.Module, terms: nn.ModuleDict, cfg: TeacherConfig) -> None:
+    def __init__(self, network: Network, terms: nn.ModuleDict, cfg: TeacherConfig) -> None:
         super().__init__()
         self.network, self.terms, self.cfg = network, terms, cfg
 
@@ -76,6 +78,7 @@ class Objective(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # sums over many pixels lose too much in half precision
             losses = {"seg": segmentation_loss(logits.float(), masks)}
             if self.terms:
+                assert look and isinstance(self.cfg, DistillConfig), "every term wants a teacher"
                 step = Step(logits, maps, masks, look.edge(self.cfg.edge_width), look.logits, look.maps, look.shared)
                 losses |= {name: TERMS[name].compute(module, step, self.cfg) for name, module in self.terms.items()}
         return losses
@@ -103,12 +106,13 @@ class Learner:
     measured: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, fabric: Fabric, path: Path, cfg: TeacherConfig, network: nn.Module, terms: nn.ModuleDict, prepared: Prepared) -> Learner:
+    def start(cls, fabric: Fabric, path: Path, cfg: TeacherConfig, network: Network, terms: nn.ModuleDict, prepared: Prepared) -> Learner:
         """A fresh learner, or one that goes on from `checkpoint_last`."""
-        student = hasattr(cfg, "epochs")
-        epochs, lr, seed = (cfg.epochs, cfg.lr, cfg.seed) if student else (cfg.teacher_epochs, cfg.teacher_lr, cfg.teacher_seed)
+        epochs, lr, seed = cfg.teacher_epochs, cfg.teacher_lr, cfg.teacher_seed
+        if isinstance(cfg, DistillConfig):
+            epochs, lr, seed = cfg.epochs, cfg.lr, cfg.seed
         steps = len(epoch_order(len(prepared.index("train")), cfg.batch_size, seed, 0))
-        objective = Objective(network, terms, cfg).to(fabric.device, memory_format=torch.channels_last)
+        objective = settle(Objective(network, terms, cfg), fabric.device)
         trained = [p for p in objective.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=cfg.weight_decay, fused=fabric.device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
@@ -122,7 +126,7 @@ class Learner:
         return learner
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Network:
         """The bare network."""
         return self.objective.network
 
@@ -149,7 +153,7 @@ class Learner:
 
     def close_epoch(self, steps: int, val_dice: float) -> dict[str, float]:
         """Write the epoch down: best by validation Dice, then last, then history."""
-        row = {"epoch": len(self.history) + 1, "lr": self.schedule.get_last_lr()[0]}
+        row = {"epoch": len(self.history) + 1, "lr": float(self.schedule.get_last_lr()[0])}
         row |= {f"loss_{name}": float(ranks.total(value)) / steps for name, value in self.sums.items()}
         row |= self.measured | {"val_dice": val_dice}
         self.sums = {}
@@ -190,7 +194,7 @@ def gradients(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, floa
     return norms | {f"cos_{name}": float(nn.functional.cosine_similarity(g, flat["seg"], dim=0)) for name, g in flat.items() if name != "seg"}
 
 
-def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: nn.Module | None, name: str) -> None:
+def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: Network | None, name: str) -> None:
     """Train networks on the same batches, the frozen teacher looking once at each (steps S1 to S6).
 
     All learners stand at the same epoch and share seed, batch size and augmentation.
@@ -237,7 +241,7 @@ def _stop(learners: list[Learner], prepared: Prepared, epoch: int, step: int) ->
     )
 
 
-def _look(fabric: Fabric, teacher: nn.Module, images: Tensor, masks: Tensor) -> Look:
+def _look(fabric: Fabric, teacher: Network, images: Tensor, masks: Tensor) -> Look:
     with torch.no_grad(), fabric.autocast():
         return Look(masks, *teacher.forward_features(images))
 
@@ -251,14 +255,14 @@ def validation_dice(network: nn.Module, prepared: Prepared) -> float:
     return float(np.concatenate(ranks.collect(np.where(size, 2 * hit / np.maximum(size, 1), 1.0))).mean())
 
 
-def score_and_finish(learner: Learner, prepared: Prepared, tell: Callable[[str], None]) -> None:
+def score_and_finish(learner: Learner, prepared: Prepared, tell: Tell) -> None:
     """Score `checkpoint_best` on validation and test cases and declare the run complete; of many ranks, the first."""
     if ranks.first():
         _score(learner, prepared, tell)
     ranks.agree()
 
 
-def _score(learner: Learner, prepared: Prepared, tell: Callable[[str], None]) -> None:
+def _score(learner: Learner, prepared: Prepared, tell: Tell) -> None:
     import pandas as pd
 
     best = store.read_checkpoint(learner.path / "checkpoint_best")

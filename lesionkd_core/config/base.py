@@ -7,10 +7,16 @@ import hashlib
 import inspect
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+C = TypeVar("C", bound="StageConfig")
 
 PROFILES: dict[str, dict[str, Any]] = {
     "smoke": {  # seconds on a laptop's CPU: shows that everything works, proves nothing
@@ -41,7 +47,7 @@ class ConfigError(LesionKDError):
     """A parameter is unknown, of the wrong type or out of range."""
 
 
-def nearest(name: str, known) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """The sentence that helps after a mistyped name."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"known are: {', '.join(sorted(known))}"
@@ -70,7 +76,7 @@ def _sizes(value: Any) -> Any:
     return tuple(int(part) for part in _names(value)) if isinstance(value, str) else _names(value)
 
 
-def _distinct(values: tuple) -> tuple:
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) != len(values):
         raise ValueError("names one value twice")
     return values
@@ -150,14 +156,14 @@ class StageConfig(BaseModel):
         return cfg
 
     @classmethod
-    def parameters(cls):
+    def parameters(cls) -> pd.DataFrame:
         """A table of all fields: name, default and help."""
         import pandas as pd
 
         rows = [(n, PROFILES["smoke"].get(n, f.default), f.description) for n, f in cls.model_fields.items()]
         return pd.DataFrame(rows, columns=["parameter", "default", "help"])
 
-    def upstream(self, stage: type[StageConfig]) -> Any:
+    def upstream(self, stage: type[C]) -> C:
         """The configuration of a stage this one stands on."""
         return stage(**{name: getattr(self, name) for name in stage.model_fields})
 
@@ -180,7 +186,7 @@ class StageConfig(BaseModel):
         return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in changed.items())})"
 
 
-def _plain(error: ValidationError, cls: type[StageConfig]) -> str:
+def _plain(error: ValidationError, cls: type[BaseModel]) -> str:
     """pydantic's findings as one line a parameter, with the nearest name or the help."""
     lines = []
     for found in error.errors():

@@ -43,8 +43,7 @@ class Exported(store.Result):
     @property
     def model(self) -> dict[str, Any]:
         """What an app must know: layout, size, resize rule, colour order, threshold, checksums."""
-        model: dict[str, Any] = self._json("model.json")
-        return model
+        return self._json("model.json")
 
     def __repr__(self) -> str:
         return f"Exported({store.short(self.path)}: {', '.join(self.model['files'])})"

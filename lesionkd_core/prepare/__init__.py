@@ -24,7 +24,7 @@ from ..datasets import CATALOGUE, Case, Reading, UnreadableFile, fingerprint, ph
 from ..datasets.files import is_volume
 from ..edges import edge_label
 from ..integrity import checked, is_whole
-from ..progress import Progress
+from ..progress import Progress, Tell
 from .groups import group_cases, near_pairs
 from .pixels import lesion_contrast, perceptual_hash, prepare_image, prepare_mask, restore
 from .splits import SPLITS, SplitError, crossing, split_cases
@@ -36,6 +36,8 @@ __all__ = [
 
 PHANTOM_CASES = 1000
 PART, VOLUMES = 64, 2  # images or volumes read between two saves: what a killed preparation loses, and what lies in memory
+Row = tuple[dict[str, Any], np.ndarray, np.ndarray]
+"""What is known of a case; its image (1, S, S, 3) and mask (1, S, S) as prepared, none of them where it is dropped."""
 
 
 class Prepared(store.Result):
@@ -85,7 +87,7 @@ class Prepared(store.Result):
         return f"Prepared({store.short(self.path)}: {counts}, split {self.split_hash})"
 
 
-def prepare_data(cfg: PrepareConfig, tell=print) -> Prepared:
+def prepare_data(cfg: PrepareConfig, tell: Tell = print) -> Prepared:
     """Find or make the prepared arrays of `cfg`; what a killed preparation had read is kept.
 
     Raises
@@ -140,14 +142,14 @@ def _jobs(cfg: PrepareConfig, raw: list[Case]) -> list[tuple[Case | int, str]]:
     if not raw:
         return [(index, "") for index in range(cfg.cases or PHANTOM_CASES)]
     twice = pd.Series([case.id for case in raw]).duplicated(keep=False)
-    jobs = [(case, f"two images are called {case.id!r}; rename one" if again else "") for case, again in zip(raw, twice)]
+    jobs: list[tuple[Case | int, str]] = [(case, f"two images are called {case.id!r}; rename one" if again else "") for case, again in zip(raw, twice)]
     if cfg.cases and cfg.cases < len(raw):
         chosen = np.sort(np.random.default_rng(cfg.split_seed).permutation(len(raw))[: cfg.cases])
         jobs = [jobs[i] for i in chosen]
     return jobs
 
 
-def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[Row]:
     """A case as prepared (several of a volume), or its row with the problem and no pixels."""
     case, problem = job
     if isinstance(case, int):
@@ -162,7 +164,7 @@ def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[tuple
         return [({"id": case.id, "file": case.image.name, "problem": str(error), "notes": []}, nothing, nothing)]
 
 
-def _row(reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def _row(reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig) -> Row:
     """What the split goes by, size and likeness, is taken of the original, so that it is the same at every prepared size and look."""
     empty = not mask.any()
     alike = np.zeros(63, bool) if reading.volume else perceptual_hash(reading.image)  # slices of two bodies look the same
@@ -177,7 +179,7 @@ def _row(reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg:
     return row, image[None][kept], mask[None][kept].astype(np.uint8)
 
 
-def _write_part(path: Path, done: list) -> None:
+def _write_part(path: Path, done: list[Row]) -> None:
     rows = [row for row, _, _ in done]
     images = np.concatenate([image for row, image, _ in done if not row["problem"]] or [np.empty(0, np.uint8)])
     masks = np.concatenate([mask for row, _, mask in done if not row["problem"]] or [np.empty(0, np.uint8)])
@@ -185,7 +187,7 @@ def _write_part(path: Path, done: list) -> None:
         np.savez(file, images=images, masks=masks, rows=np.array(json.dumps(rows)))
 
 
-def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool, tell) -> None:
+def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool, tell: Tell) -> None:
     """Groups and splits from the rows of all parts, then the arrays, part by part."""
     rows = pd.DataFrame([row for part in parts for row in json.loads(str(np.load(part)["rows"]))])
     kept = rows["problem"] == ""

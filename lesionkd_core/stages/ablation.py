@@ -10,6 +10,7 @@ import pandas as pd
 from .. import ranks, store
 from ..config import ARMS, AblationConfig
 from ..external import score_external, with_test_dataset
+from ..progress import Tell
 from ..statistics import compare_arms
 from .student import distill_arms
 from .teacher import Run, train_teacher
@@ -39,7 +40,7 @@ class Ablation(store.Result):
         return {(row["arm"], row["seed"]): Run(store.runs_root() / row["path"]) for row in self.summary["runs"]}
 
 
-def ablate(cfg: AblationConfig, tell=print) -> Ablation:
+def ablate(cfg: AblationConfig, tell: Tell = print) -> Ablation:
     """Find or train every arm and seed, and compare them; an arm added later leaves the others alone.
 
     The frozen teacher's own scores stand among them as arm `teacher`, where an arm has one.
@@ -54,7 +55,7 @@ def ablate(cfg: AblationConfig, tell=print) -> Ablation:
     return ranks.after_first(lambda: _compare(cfg, scored, runs, tell))
 
 
-def _compare(cfg: AblationConfig, scored: dict[tuple[str, int], Run], runs: dict[tuple[str, int], Run], tell) -> Ablation:
+def _compare(cfg: AblationConfig, scored: dict[tuple[str, int], Run], runs: dict[tuple[str, int], Run], tell: Tell) -> Ablation:
     others = [external.digest for run in scored.values() for external in score_external(run, cfg, tell).values()]
     upstream = "|".join([run.digest for run in scored.values()] + others)
     path = store.folder(cfg, upstream)

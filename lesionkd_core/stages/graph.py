@@ -16,9 +16,9 @@ from ..config import GraphConfig, LesionKDError
 from ..edges import edge_label_batch
 from ..inference import load_network
 from ..losses import EdgeGraph, EdgeHead, FittedGraph
-from ..networks import TEACHERS, UNet, match_levels, stride_of, use_statistics
+from ..networks import TEACHERS, Network, UNet, match_levels, settle, stride_of, use_statistics
 from ..prepare import Prepared, prepare_data
-from ..progress import Progress
+from ..progress import Progress, Tell
 from ..training import start_fabric
 from .teacher import check_teacher, train_teacher
 
@@ -40,7 +40,7 @@ def check_levels(cfg: GraphConfig, levels: tuple[str, ...]) -> list[tuple[str, s
         return match_levels(UNet(width=getattr(cfg, "width", 4), stem=getattr(cfg, "stem", 1)), TEACHERS[cfg.teacher](), levels)
 
 
-def fit_graph(cfg: GraphConfig, tell=print) -> Graph:
+def fit_graph(cfg: GraphConfig, tell: Tell = print) -> Graph:
     """Find or fit the graph on the frozen teacher: re-projection, 1x1 head, BCE against Label_edge (step S4).
 
     The head is dropped; graph and per-channel deviation of the teacher's H are kept.
@@ -61,9 +61,9 @@ def fit_graph(cfg: GraphConfig, tell=print) -> Graph:
     return Graph(path)
 
 
-def _fit(path: Path, cfg: GraphConfig, prepared: Prepared, teacher: nn.Module) -> None:
+def _fit(path: Path, cfg: GraphConfig, prepared: Prepared, teacher: Network) -> None:
     fabric = start_fabric(cfg)
-    teacher = use_statistics(teacher, cfg.teacher_bn).to(fabric.device, memory_format=torch.channels_last)
+    teacher = settle(use_statistics(teacher, cfg.teacher_bn), fabric.device)
     name = cfg.edge_level.rpartition(":")[2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.teacher_seed)
@@ -109,7 +109,7 @@ def _entropy(share: float) -> float:
 
 
 @torch.no_grad()
-def teacher_maps(prepared: Prepared, teacher: nn.Module) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+def teacher_maps(prepared: Prepared, teacher: Network) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """The frozen teacher's maps over the training set as it is, batch by batch, with the masks (N, 1, H, W)."""
     device = next(teacher.parameters()).device
     rows = prepared.index("train")
@@ -119,7 +119,7 @@ def teacher_maps(prepared: Prepared, teacher: nn.Module) -> Iterator[tuple[dict[
 
 
 @torch.no_grad()
-def _spread(prepared: Prepared, teacher: nn.Module, graph: EdgeGraph, name: str, width: int) -> tuple[torch.Tensor, dict]:
+def _spread(prepared: Prepared, teacher: Network, graph: EdgeGraph, name: str, width: int) -> tuple[torch.Tensor, dict[str, float]]:
     """Deviation of the teacher's H per state channel over live nodes of the training set, (s,); live nodes an image."""
     reasoned, counts = [], []
     for maps, masks in teacher_maps(prepared, teacher):
@@ -127,7 +127,7 @@ def _spread(prepared: Prepared, teacher: nn.Module, graph: EdgeGraph, name: str,
         live = cells.live & (cells.edge.flatten(1).amax(1) > 0).unsqueeze(1)
         reasoned.append(graph(maps[name], cells).transpose(1, 2)[live].cpu())
         counts.append(live.sum(1).cpu())
-    counts = torch.cat(counts).float()
-    with_edge = counts[counts > 0]
-    live = {"live_nodes": float(with_edge.mean()), "single_node_share": float((with_edge == 1).float().mean())}
-    return torch.cat(reasoned).std(0, correction=0), live
+    of_image = torch.cat(counts).float()
+    with_edge = of_image[of_image > 0]
+    nodes = {"live_nodes": float(with_edge.mean()), "single_node_share": float((with_edge == 1).float().mean())}
+    return torch.cat(reasoned).std(0, correction=0), nodes

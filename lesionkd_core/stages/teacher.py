@@ -10,7 +10,9 @@ from .. import ranks, store
 from ..config import GraphConfig, LesionKDError, TeacherConfig
 from ..evaluation import fixed_mask_dice
 from ..inference import build
+from ..networks import Network
 from ..prepare import Prepared, prepare_data
+from ..progress import Tell
 from ..training import Learner, score_and_finish, start_fabric, train, validation_dice
 
 
@@ -20,7 +22,8 @@ class Run(store.Result):
     @property
     def test_dice(self) -> float:
         """Mean Dice over test cases."""
-        return self.summary["test"]["dice"]["mean"]
+        mean: float = self.summary["test"]["dice"]["mean"]
+        return mean
 
     def __repr__(self) -> str:
         test = self.summary["test"]
@@ -31,7 +34,7 @@ class Run(store.Result):
         )
 
 
-def train_teacher(cfg: TeacherConfig, tell=print) -> Run:
+def train_teacher(cfg: TeacherConfig, tell: Tell = print) -> Run:
     """Find or train the teacher (before step S1)."""
     cfg = cfg.upstream(TeacherConfig)
     prepared = ranks.after_first(lambda: prepare_data(cfg, tell))
@@ -44,7 +47,7 @@ def train_teacher(cfg: TeacherConfig, tell=print) -> Run:
     return Run(path)
 
 
-def _train(path: Path, cfg: TeacherConfig, prepared: Prepared, tell) -> None:
+def _train(path: Path, cfg: TeacherConfig, prepared: Prepared, tell: Tell) -> None:
     if ranks.first():
         store.begin(path, cfg, prepared.digest, keep=True)
     fabric = start_fabric(cfg)
@@ -76,11 +79,11 @@ def check_teacher(run: Run, cfg: GraphConfig, prepared: Prepared) -> None:
         )
 
 
-def starting_teacher(cfg: TeacherConfig) -> nn.Module:
+def starting_teacher(cfg: TeacherConfig) -> Network:
     """The teacher as training finds it: at random, with an ImageNet encoder, or already trained elsewhere."""
     teacher = build(cfg)
     if cfg.encoder_weights:
-        _load(teacher.encoder, "encoder_weights", cfg.encoder_weights, "torchvision's resnet34", without="fc.")
+        _load(teacher.get_submodule("encoder"), "encoder_weights", cfg.encoder_weights, "torchvision's resnet34", without="fc.")
     if cfg.teacher_checkpoint:
         _load(teacher, "teacher_checkpoint", cfg.teacher_checkpoint, f"lesionkd_core.networks.{type(teacher).__name__}")
     return teacher

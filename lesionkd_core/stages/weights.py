@@ -6,16 +6,17 @@ import pandas as pd
 
 from .. import store
 from ..config import TERM_FIELDS, AblationConfig, ConfigError, nearest
+from ..progress import Tell
 from .student import distill_arms
 
-SWEEP = {
+SWEEP: dict[str, tuple[float, ...]] = {
     "feat": (0.3, 1.0, 3.0, 10.0), "edge": (0.01, 0.1, 1.0, 10.0), "method": (0.01, 0.1, 1.0, 10.0), "kd": (0.3, 1.0, 3.0, 10.0),
     "cwd": (0.1, 0.3, 1.0, 3.0), "dist": (0.1, 0.3, 1.0, 3.0), "fitnets": (0.03, 0.1, 0.3, 1.0), "at": (10.0, 30.0, 100.0, 1000.0),
 }
 """Weights tried for every arm; of the method w_edge, at the w_feat of the configuration. Rivals' ranges by the size of their gradients."""
 
 
-def sweep_weights(cfg: AblationConfig, weights: dict[str, tuple[float, ...]] | None = None, tell=print) -> pd.DataFrame:
+def sweep_weights(cfg: AblationConfig, weights: dict[str, tuple[float, ...]] | None = None, tell: Tell = print) -> pd.DataFrame:
     """Train every arm at every weight, all of a seed in lockstep, and look at validation cases only.
 
     Parameters

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..batches import normalize
 from ..config import DistillConfig, LesionKDError
 from ..inference import TrainedNetwork, build, read_config
 from ..losses import FeatureRefinement, margin_relu
+from ..networks import M
 from ..store import Result, read_checkpoint
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @torch.no_grad()
