@@ -2,13 +2,16 @@ PY := .venv/bin/python
 SETUP := .venv/.done
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 
-.PHONY: run test lab notebooks bench runtime cost
+.PHONY: run test coverage lab notebooks bench runtime cost
 run: $(SETUP)  ## distil a student on the built-in data
 	$(PY) -m lesionkd_core run 04_distill
 
 test: $(SETUP)  ## unit, method, notebook and fault tests; nbval compares the committed outputs
 	-@$(MAKE) --no-print-directory runtime
 	$(PY) -m pytest --nbval
+
+coverage: $(SETUP)  ## lines and branches of the core that the tests run, processes they start included; fails under 95 %
+	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered tests
 
 lab: $(SETUP)  ## read and run the notebooks
 	$(PY) -m jupyterlab notebooks
