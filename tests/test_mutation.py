@@ -43,6 +43,9 @@ EQUIVALENT: dict[str, list[str]] = {
         "losses.feature_refinement.FeatureRefinement.__init__: lambda pair: stride_of(pair[0]) -> lambda pair: stride_of(pair[1])",
         "losses.feature_refinement.FeatureRefinement.__init__: 'empirical' if margins else 'bn… -> 'empirical' if not margins else 'bn…",
     ],
+    "an edge lies between the same pixels when both labels are exchanged": [
+        "edges.edge_label_batch: label = masks > 0.5 -> label = masks < 0.5",
+    ],
     "a graph that is frozen and a target that is detached have no gradient: this spares memory": [
         "losses.edge_reasoning.EdgeReasoning.forward: with torch.no_grad(): -> if True:",
     ],

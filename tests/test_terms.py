@@ -96,6 +96,16 @@ def test_a_graph_learned_along_is_as_wide_as_the_teachers_map(pair):
     assert build_terms(cfg, *pair, Measured())["edge"].graph.phi.in_channels == 3
 
 
+@pytest.mark.parametrize("graph", ["frozen", "joint", "relation"])
+def test_of_a_pair_of_maps_the_first_is_the_students(graph, pair):
+    level, names = "encoder.stride2:decoder.stride2", ("encoder.stride2", "decoder.stride2")
+    cfg = ALL.with_values(feature_levels=level, fitnets_levels=level, edge_level=level, graph=graph)
+    modules = build_terms(cfg, *pair, fitted())
+    assert [modules[name].pairs for name in ("feat", "fitnets", "at")] == [[names]] * 3
+    assert (modules["edge"].student_map, modules["edge"].teacher_map) == names
+    assert modules["feat"].connectors[0][0].weight.shape[:2] == modules["fitnets"].regressors[0][0][0].weight.shape[:2] == (3, 4)
+
+
 def test_a_terms_start_depends_on_the_seed_alone(pair):
     torch.manual_seed(9)
     before = torch.get_rng_state()
