@@ -51,8 +51,8 @@ def edges(n=2, cells=((4, 4), (20, 24))):
 @pytest.mark.parametrize("grid", [2, 3, 4])
 def test_cells_equal_a_loop_over_pixels(grid, frame):
     edge = (torch.rand(12, 1, 7, 9, generator=torch.Generator().manual_seed(grid)) < 0.05).float()
-    edge[0], edge[1] = 0, 0
-    edge[0, 0, 6, 8] = edge[1, 0, 3, 2] = edge[1, 0, 6, 8] = 1  # the last pixel alone; a box that starts late
+    edge[:3] = 0
+    edge[0, 0, 6, 8] = edge[1, 0, 3, 2] = edge[1, 0, 6, 8] = edge[2, 0, 2, 3] = 1  # the last pixel alone; a box that starts late; a box of one pixel
     for image, cells in zip(edge[:, 0], grid_cells(edge, grid, frame).argmax(1).view(12, 7, 9)):
         marked = image.nonzero()
         if frame == "lesion" and not len(marked):

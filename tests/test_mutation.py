@@ -25,7 +25,9 @@ EQUIVALENT: dict[str, list[str]] = {
         "losses.edge_reasoning.grid_cells: …(1, keepdim=True).clamp_max(size - 1) -> …(1, keepdim=True).clamp_max(size)",
         "losses.edge_reasoning.grid_cells: torch.where(has, place, -1) -> torch.where(has, place, -2)",
     ],
-    "the same number: division, long(), max and lerp_ convert or cut by themselves": [
+    "the same number: division, long() and max convert or cut by themselves, gamma is double where beta is, and the other way round": [
+        "losses.feature_refinement.bn_margin: bn.weight.detach().cpu().double() -> bn.weight.detach().cpu()",
+        "losses.feature_refinement.bn_margin: bn.bias.detach().cpu().double() -> bn.bias.detach().cpu()",
         "losses.edge_reasoning.grid_cells: torch.full((n, 1), float(size), device=edge.de… -> torch.full((n, 1), size, device=edge.de…",
         "losses.edge_reasoning.grid_cells: …d(((place - low) * grid / span).floor().clamp(0, grid - … -> …d(((place - low) * grid / span).clamp(0, grid - …",
         "losses.feature_refinement.FeatureRefinement.forward: refinement_target(teacher.float(), getattr(self, … -> refinement_target(teacher, getattr(self, …",
