@@ -32,7 +32,8 @@ EQUIVALENT: dict[str, list[str]] = {
         "losses.edge_reasoning.grid_cells: …d(((place - low) * grid / span).floor().clamp(0, grid - … -> …d(((place - low) * grid / span).clamp(0, grid - …",
         "losses.feature_refinement.FeatureRefinement.forward: refinement_target(teacher.float(), getattr(self, … -> refinement_target(teacher, getattr(self, …",
     ],
-    "the same number: zero times a sum is zero times a mean, pairs of nodes come in twos, a squared difference has no sign": [
+    "the same number: zero times a sum is zero times a mean, pairs of nodes come in twos, a squared difference has no sign, a norm is divided by": [
+        "losses.baselines.attention_loss: _precise(x).square().sum(1) -> _precise(x).square().mean(1)",
         "losses.edge_reasoning.EdgeHead.forward: self.head.weight.sum() * 0.0 -> self.head.weight.mean() * 0.0",
         "losses.edge_reasoning.EdgeReasoning._learned_along: return x.sum() * 0.0 -> return x.mean() * 0.0",
         "losses.edge_reasoning.EdgeRelation.forward: pairs.sum((1, 2)).clamp_min(1) -> pairs.sum((1, 2)).clamp_min(2)",
