@@ -6,7 +6,7 @@ import torch
 from lesionkd_core.config import DistillConfig
 from lesionkd_core.losses import TERMS, EdgeGraph, EdgeReasoning, EdgeRelation, FeatureRefinement, FittedGraph, Measured, Step, bn_margin, build_terms, derange
 from lesionkd_core.losses.baselines import OnMaps, attention_loss, cwd_loss, dist_loss, hint_loss, kd_loss
-from lesionkd_core.networks import UNet
+from lesionkd_core.networks import ResNet34UNet, UNet
 
 ALL = DistillConfig(
     terms=",".join(TERMS), kd_temperature=3.0, cwd_temperature=2.0, dist_temperature=5.0, fitnets_levels="decoder.stride4",
@@ -104,6 +104,11 @@ def test_of_a_pair_of_maps_the_first_is_the_students(graph, pair):
     assert [modules[name].pairs for name in ("feat", "fitnets", "at")] == [[names]] * 3
     assert (modules["edge"].student_map, modules["edge"].teacher_map) == names
     assert modules["feat"].connectors[0][0].weight.shape[:2] == modules["fitnets"].regressors[0][0][0].weight.shape[:2] == (3, 4)
+
+
+def test_attention_asks_the_teacher_for_a_map_that_only_it_has():
+    cfg = DistillConfig(terms="at", at_levels="encoder.stride16:decoder.stride16")
+    assert build_terms(cfg, UNet(width=2), ResNet34UNet(), Measured())["at"].pairs == [("encoder.stride16", "decoder.stride16")]
 
 
 def test_a_terms_start_depends_on_the_seed_alone(pair):
