@@ -2,7 +2,7 @@ PY := .venv/bin/python
 SETUP := .venv/.done
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 
-.PHONY: run test soak lab notebooks paper bench runtime cost
+.PHONY: run test soak coverage lab notebooks paper bench runtime cost
 run: $(SETUP)  ## distil a student on the built-in data
 	$(PY) -m lesionkd_core run 04_distill
 
@@ -12,6 +12,9 @@ test: $(SETUP)  ## unit, method, notebook and fault tests; nbval compares the co
 
 soak: $(SETUP)  ## the slow tests: kills in every stage, full disks, flipped bits; prints the fault table of docs/trust.md
 	$(PY) -m pytest -m soak
+
+coverage: $(SETUP)  ## lines and branches of the core that the tests run, processes they start included; fails under 95 %
+	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered tests
 
 lab: $(SETUP)  ## read and run the notebooks
 	$(PY) -m jupyterlab notebooks

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lesionkd_core.config import LesionKDError
-from lesionkd_core.losses.edge_reasoning import EdgeGraph, EdgeHead, EdgeReasoning, derange, grid_cells
+from lesionkd_core.losses.baselines import OnMaps, hint_loss
+from lesionkd_core.losses.edge_reasoning import EdgeGraph, EdgeHead, EdgeReasoning, EdgeRelation, derange, grid_cells
 from lesionkd_core.losses.feature_refinement import FeatureRefinement, partial_l2, segmentation_loss
 from lesionkd_core.networks import ResNet34UNet, UNet
 
@@ -222,6 +223,20 @@ def test_connectors_start_as_overhaul_says(pair):
     convolution, norm = loss.connectors[0]
     assert isinstance(norm, nn.BatchNorm2d) and convolution.bias is None
     assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.1)
+
+
+@pytest.mark.parametrize("build", [
+    lambda pair, level: FeatureRefinement(*pair, (level,)), lambda pair, level: OnMaps(*pair, (level,), hint_loss, regress=True),
+    lambda pair, level: EdgeReasoning(*pair, EdgeGraph(256), torch.ones(16), level), lambda pair, level: EdgeRelation(*pair, level, 4, "image"),
+], ids=["feat", "rival", "edge", "relation"])  # fmt: skip
+def test_a_map_that_only_the_teacher_has_is_asked_of_the_teacher(build, pair):
+    assert build(pair, "encoder.stride16:decoder.stride16")
+
+
+@pytest.mark.fault
+def test_unequal_maps_are_named_the_students_first():
+    with pytest.raises(LesionKDError, match=r"student's map is \(1, 1, 2, 2\), the teacher's \(1, 1, 3, 3\)"):
+        partial_l2(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), torch.zeros(1))
 
 
 @pytest.mark.fault
