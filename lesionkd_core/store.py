@@ -7,6 +7,7 @@ A folder without `DONE` is unfinished work: training goes on from it, everything
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import LesionKDError, PrepareConfig, StageConfig, nearest
+from .config import LesionKDError, PrepareConfig, StageConfig
 from .integrity import DamagedResult, checked, checksums, is_whole
 from .progress import Tell
 
@@ -68,7 +69,9 @@ def locate(run: Any) -> Path:
         return inside
     known = {found.name: found for found in runs_root().glob("*/*") if found.is_dir()}
     if path.name not in known:
-        raise UnfinishedRun(f"no run {str(run)!r}: {nearest(path.name, known)}" if known else f"no run {str(run)!r}: {runs_root()} holds none yet")
+        hint = difflib.get_close_matches(path.name, known, n=1)
+        cure = f"did you mean {hint[0]!r}?" if hint else "`python -m lesionkd_core list` shows what is there."
+        raise UnfinishedRun(f"{run} holds no config.json: it is not the folder of a run, nor the name of one; {cure}")
     return known[path.name]
 
 

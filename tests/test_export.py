@@ -262,8 +262,8 @@ def test_what_is_no_finished_student_is_refused(copy, tmp_path):
     (copy / "DONE").unlink()
     with pytest.raises(store.UnfinishedRun, match="not finished"):
         export(ExportConfig(run=str(copy)))
-    store.finish(copy)
     store.write_checkpoint(copy / "checkpoint_best", {"network": UNet(width=3).state_dict()})
+    store.finish(copy)
     with pytest.raises(LesionKDError, match="weights of another network"):
         export(ExportConfig(run=str(copy)))
     store.begin(tmp_path / "teacher", TeacherConfig(), "upstream")
@@ -284,6 +284,7 @@ class Evil:
 def test_code_in_a_checkpoint_is_not_run(copy):
     with open(copy / "checkpoint_best", "wb") as file:
         pickle.dump({"network": Evil()}, file)
+    store.finish(copy)  # whoever sends a run sends its checksums, too
     with pytest.raises(LesionKDError, match="no checkpoint that can be trusted"):
         lkd.export_student(ExportConfig(run=str(copy)), quiet)
 

@@ -1,6 +1,7 @@
 """Bad input and what it gives: a row in the report or an error that says what to mend, never half a result."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -365,7 +366,7 @@ def test_another_process_waits_and_goes_on_when_the_first_is_killed(runs):
             assert any("written" in line for line in iter(child.stdout.readline, ""))
             [half] = runs.glob("prepare/*/images.npy")
             waiting = pool.submit(prepare_data, PrepareConfig(cases=60, pixels=32), said.put)
-            assert "another process works on runs/prepare/" in said.get(timeout=60)
+            assert re.match(rf"another process \({child.pid} on \S+\) works on runs/prepare/", said.get(timeout=60))
             assert not list(runs.rglob("DONE"))
         finally:
             child.kill()  # SIGKILL: the child can tidy nothing

@@ -198,6 +198,7 @@ def test_a_run_of_before_the_fields_of_preparation_is_read_with_their_defaults(t
         content.pop(name, None)
     shutil.copytree(run, tmp_path / "old")
     (tmp_path / "old" / "config.json").write_text(json.dumps(content))
+    (tmp_path / "old" / "DONE").write_text("")  # checksums came later, too
     old, new = inference.load_student(tmp_path / "old"), inference.load_student(run)
     assert old.cfg == new.cfg and old.pixels == 32
     assert np.array_equal(inference.predict(old, [picture(0)])[0], inference.predict(new, [picture(0)])[0])
@@ -212,12 +213,14 @@ def damaged(root, **files):
     run = finished(root)
     for name, content in files.items():
         (run / name.replace("_json", ".json")).write_text(content)
+    store.finish(run)  # as if it had been written so
     return run
 
 
 def of_another_width(root):
     run = finished(root)
     store.write_checkpoint(run / "checkpoint_best", {"network": UNet(width=3).state_dict()})
+    store.finish(run)
     return run
 
 
@@ -225,6 +228,7 @@ def holding(content):
     def make(root, _):
         run = finished(root)
         store.write_checkpoint(run / "checkpoint_best", content)
+        store.finish(run)
         return run
 
     return make

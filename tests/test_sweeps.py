@@ -386,6 +386,7 @@ def test_of_runs_with_equal_parameters_the_newest_counts(runs):
     for name, dice in (("old", 0.25), ("new", 0.75)):
         table = finished_run(runs, DistillConfig(), name, 0).assign(dice=dice)
         store.write_table(runs / "distill" / name / "per_case.csv", table)
+        store.finish(runs / "distill" / name)
     os.utime(runs / "distill" / "old" / "DONE", (1, 1))
     results.collect(quiet)
     assert results.summarize_results()[["runs", "dice"]].values.tolist() == [[1, 0.75]]
@@ -397,6 +398,7 @@ def test_of_runs_with_equal_parameters_the_newest_counts(runs):
 def test_names_of_cases_come_through_as_they_are(runs):
     table = finished_run(runs, DistillConfig(), "odd", 0, cases=4).assign(id=["001", "1e5", "läsion, links", "b\udce4d"])
     store.write_table(runs / "distill" / "odd" / "per_case.csv", table)
+    store.finish(runs / "distill" / "odd")
     rows = results._connect().read_parquet(str(results.collect(quiet) / "*.parquet")).df()
     assert rows["id"].tolist() == ["001", "1e5", "läsion, links", "b�d"]
     assert set(rows["split"]) == {"val", "test"} and set(rows["split_parameter"]) == {"groups"}
