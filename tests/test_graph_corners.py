@@ -122,7 +122,7 @@ def test_one_live_node_is_a_mean_of_one(pair):
 
 
 def test_eagr_knows_no_empty_cells_but_images_without_an_edge(pair):
-    loss, edge = reasoning(pair, EdgeGraph(12, states=5, grid=2, anchors="eagr")), edges()
+    loss, edge = reasoning(pair, EdgeGraph(12, states=5, grid=3, anchors="eagr")), edges()
     edge[1] = 0
     small = edge[:1, :, ::4, ::4]
     apart = [loss.graph(x[LEVEL][:1], small) for x in (maps(), maps(seed=1))]
