@@ -30,7 +30,7 @@ EQUIVALENT: dict[str, list[str]] = {
         "losses.feature_refinement.bn_margin: bn.bias.detach().cpu().double() -> bn.bias.detach().cpu()",
         "losses.edge_reasoning.grid_cells: torch.full((n, 1), float(size), device=edge.de… -> torch.full((n, 1), size, device=edge.de…",
         "losses.edge_reasoning.grid_cells: …d(((place - low) * grid / span).floor().clamp(0, grid - … -> …d(((place - low) * grid / span).clamp(0, grid - …",
-        "losses.feature_refinement.FeatureRefinement.forward: refinement_target(teacher.float(), getattr(self, … -> refinement_target(teacher, getattr(self, …",
+        "losses.feature_refinement.FeatureRefinement._target: refinement_target(teacher.float(), self.get_buffe… -> refinement_target(teacher, self.get_buffe…",
     ],
     "the same number: zero times a sum is zero times a mean, pairs of nodes come in twos, a squared difference has no sign, a norm is divided by": [
         "losses.baselines.attention_loss: _precise(x).square().sum(1) -> _precise(x).square().mean(1)",
