@@ -271,7 +271,7 @@ def test_jupyterlab_starts_where_make_lab_starts_it(tmp_path):
         try:
             assert any("/lab?token=" in line for line in lab.stderr), "it ended without an address"
         finally:
-            lab.terminate()
+            lab.kill()  # a SIGTERM before its loop runs is lost, and it stays
 
 
 def test_a_notebook_is_executed_in_place(tmp_path):
