@@ -109,8 +109,14 @@ def main() -> int:
     until, *chosen = sys.argv[1:]
     if chosen:
         target, how = (chosen[0], int(chosen[1])), chosen[2]
-    step = Learner.step
-    Learner.step = lambda *args, **options: (event(), step(*args, **options))[1]
+    really_step = Learner.step
+
+    def step(*args, **options):
+        event()
+        counts[f"{stage} steps"] = counts.get(f"{stage} steps", 0) + 1
+        return really_step(*args, **options)
+
+    Learner.step = step
     os.fsync = flush
     sys.addaudithook(listen)
     for name, work in STAGES.items():
