@@ -106,9 +106,10 @@ def test_of_a_pair_of_maps_the_first_is_the_students(graph, pair):
     assert modules["feat"].connectors[0][0].weight.shape[:2] == modules["fitnets"].regressors[0][0][0].weight.shape[:2] == (3, 4)
 
 
-def test_attention_asks_the_teacher_for_a_map_that_only_it_has():
-    cfg = DistillConfig(terms="at", at_levels="encoder.stride16:decoder.stride16")
-    assert build_terms(cfg, UNet(width=2), ResNet34UNet(), Measured())["at"].pairs == [("encoder.stride16", "decoder.stride16")]
+def test_the_teacher_is_asked_for_a_map_that_only_it_has():
+    level, names = "encoder.stride16:decoder.stride16", ("encoder.stride16", "decoder.stride16")
+    modules = build_terms(DistillConfig(terms="at, edge", at_levels=level, edge_level=level, graph="relation"), UNet(width=2), ResNet34UNet(), Measured())
+    assert modules["at"].pairs == [names] and (modules["edge"].student_map, modules["edge"].teacher_map) == names
 
 
 def test_a_terms_start_depends_on_the_seed_alone(pair):
