@@ -14,7 +14,7 @@ soak: $(SETUP)  ## the slow tests: kills in every stage, full disks, flipped bit
 	$(PY) -m pytest -m soak
 
 coverage: $(SETUP)  ## lines and branches of the core that the tests run, processes they start included; fails under 95 %
-	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered tests
+	$(PY) -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered tests
 
 lab: $(SETUP)  ## read and run the notebooks
 	$(PY) -m jupyterlab notebooks
