@@ -46,6 +46,11 @@ def test_every_command_is_in_the_table(page):
 
 
 @by_page
+def test_no_number_was_left_to_be_filled_in(page):
+    assert re.findall(r"\{[A-Z_]+\}|\b(?:TODO|TBD|XXX)\b", prose(page)) == []
+
+
+@by_page
 def test_no_command_hides_in_a_block_that_is_taken_for_text(page):
     texts = [block.text for block in blocks(page) if block.kind == "text" and block.text not in MESSAGES]
     words = [line.split()[0] for text in texts for line in text.splitlines() if line.split()]

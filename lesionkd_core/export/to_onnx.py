@@ -68,7 +68,7 @@ def write_int8(path: Path, out: Path, images: np.ndarray) -> None:
 
 
 def _save(model: ModelProto, path: Path) -> None:
-    del model.metadata_props[:]
+    del model.metadata_props[:], model.graph.metadata_props[:]  # the graph's name dimensions in an order that differs between processes
     model.doc_string = model.graph.doc_string = ""
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del part.metadata_props[:]
