@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import lesionkd_core as lkd
 from lesionkd_core import inference
 from lesionkd_core.config import LesionKDError
 from lesionkd_core.datasets import read_image
@@ -293,3 +294,15 @@ def test_what_the_page_says_of_the_network_is_escaped(phone):
     phone.get_by_text("About this network").click()
     assert phone.get_by_text("Trained on <phantoms> & nothing else.").is_visible()
     assert phone.get_by_text("MIT licence").is_visible()
+
+
+def test_cost_is_measured_in_the_browser_too(browser, runtime):
+    table = lkd.measure_cost((32, 64), ("browser",), ("student", "student, stem 2"), repeats=1, tell=lambda *_: None)
+    assert set(table["model"]) == {"student", "student, stem 2"} and set(table["pixels"]) == {32, 64} and (table["latency_ms_median"] > 0).all()
+
+
+@pytest.mark.fault
+def test_a_missing_browser_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("lesionkd_core.export.browser.CHROMIUM", tmp_path / "chromium")
+    with pytest.raises(LesionKDError, match="no browser at .*: install Debian's package chromium, or leave browser out"):
+        lkd.measure_cost((32,), ("browser",), ("student",), repeats=1, tell=lambda *_: None)

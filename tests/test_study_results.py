@@ -90,3 +90,25 @@ def test_the_chosen_weights_are_those_of_the_committed_sweep():
     for arm, default in (("method", cfg.w_edge), ("kd", cfg.w_kd), ("dist", cfg.w_dist)):
         assert both[arm].idxmax() == default, arm
     assert both["cwd"].max() - both["cwd"][cfg.w_cwd] < 0.001  # a tie
+
+
+def test_a_study_grows_and_holds_every_run_once(tmp_path):
+    """A second seed joins the first, a repeated one takes its own place, another data set's rows stay."""
+    tiny = {"pixels": 32, "cases": 34, "batch_size": 6, "teacher_epochs": 1, "graph_epochs": 1, "epochs": 1, "threads": 1, "weak_teacher": "allow"}
+    cfg = lkd.AblationConfig(dataset="phantom-ct", **tiny, arms="alone, feat", seeds="0")
+    quiet = {"tell": lambda *_: None}
+    first = lkd.add_to_study(cfg, tmp_path, **quiet)
+    lkd.add_to_study(cfg.with_values(dataset="phantom-dermoscopy"), tmp_path, **quiet)
+    both = lkd.add_to_study(cfg.with_values(seeds="0, 1"), tmp_path, **quiet)
+    per_case, runs = both["per_case"], both["runs"]
+    assert list(per_case)[: len(COLUMNS)] == COLUMNS and set(per_case["split"]) == {"test"}
+    assert sorted(zip(runs["dataset"], runs["arm"], runs["seed"])) == sorted(
+        [("phantom-ct", arm, seed) for arm in ("alone", "feat") for seed in (0, 1)]
+        + [("phantom-dermoscopy", arm, 0) for arm in ("alone", "feat")] + [(name, "teacher", 0) for name in ("phantom-ct", "phantom-dermoscopy")]
+    )  # fmt: skip
+    assert not per_case.duplicated(["dataset", "arm", "seed", "case"]).any() and not runs.duplicated("hash").any()
+    again = per_case.merge(first["per_case"], on=["dataset", "arm", "seed", "case", "dice"])
+    assert len(again) == len(first["per_case"]) > 0, "the same scores"
+    for name, table in both.items():
+        written = lkd.store.read_table(tmp_path / f"{name}.csv")
+        assert list(written) == list(table) and len(written) == len(table)

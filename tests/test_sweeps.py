@@ -427,3 +427,17 @@ def test_results_without_a_finished_run_and_on_a_full_disk_are_named(runs, capsy
     with full_disk(20_000), pytest.raises(LesionKDError, match="cannot write .*distill-large.parquet"):
         results.collect(quiet)
     assert [file.name for file in (runs / "results").iterdir()] == []
+
+
+@pytest.mark.fault
+def test_a_task_for_a_gpu_is_refused_where_no_worker_offers_one():
+    client = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": {"a": {"resources": {}}, "b": {}}})
+    with pytest.raises(LesionKDError, match="no worker offers a GPU slot.*--resources GPU=1"):
+        cluster._drive(client, [SimpleNamespace(cfg=SimpleNamespace(device="cuda"))])
+
+
+def test_gpus_are_the_visible_ones_by_their_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, found in (("", ["0", "1"]), ("3,GPU-5e0c", ["3", "GPU-5e0c"]), ("7,8,9", ["7", "8"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert cluster._gpus() == found

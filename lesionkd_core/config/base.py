@@ -169,7 +169,7 @@ class StageConfig(BaseModel):
 
     def with_values(self, **values: Any) -> Self:
         """The same configuration with other values."""
-        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | values)
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set} | values)
 
     def hashed(self) -> dict[str, Any]:
         """The fields that the result is computed from: not where it ran, not where the data lay."""
