@@ -28,7 +28,7 @@ _HOME = {
     "evaluation": ("fixed_mask_dice", "mask_dice", "score_masks", "score_otsu", "summarize"),
     "external": ("score_external",),
     "original": ("score_original",),
-    "stages": ("ablate", "distill", "distill_arms", "fit_graph", "sweep_weights", "train_teacher"),
+    "stages": ("ablate", "distill", "distill_arms", "fit_graph", "sweep_options", "sweep_weights", "train_teacher"),
     "study": ("add_to_study", "cost_points", "study_tables"),
     "sweeps.cluster": ("sweep",),
     "sweeps.results": ("collect", "summarize_results"),

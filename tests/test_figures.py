@@ -46,6 +46,13 @@ def sweep() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["arm", "weight", "seed", "val_dice"])
 
 
+def options() -> pd.DataFrame:
+    levels = ("feature_levels", "decoder.stride4, decoder.stride2")
+    tried = {("arm", "alone"): 0.5, ("arm", "method"): 0.6, ("margin", "bn"): 0.6, ("margin", "empirical"): 0.64, levels: 0.58}
+    rows = [(*what, seed, dice + seed / 50) for what, dice in tried.items() for seed in range(2)]
+    return pd.DataFrame(rows, columns=["option", "value", "seed", "val_dice"])
+
+
 @cache
 def compared() -> pd.DataFrame:
     return compare_arms(study(), draws=200)
@@ -86,6 +93,7 @@ DRAWINGS = {
     "learning_curves": lambda: figures.learning_curves(statistics.learning_curves(history(ARMS, dataset="busi"))),
     "node_assignment": lambda: figures.node_assignment(picture(), np.eye(32), np.eye(8), node_view().projection),
     "nodes": lambda: figures.nodes([picture()], [np.eye(32)], {"teacher": [node_view()], "method": [node_view()]}),
+    "option_sweep": lambda: figures.option_sweep(options()),
     "per_case": lambda: figures.per_case_scores({"student": table_of_arms(0.05)}),
     "refinement": lambda: figures.refinement(picture(), *np.random.default_rng(0).normal(size=(3, 3, 8, 8)), 1),
     "tertiles": lambda: figures.tertiles(thirds()),
@@ -222,6 +230,16 @@ def test_the_sweep_draws_means_against_weights_and_rings_the_best():
     assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx([0.60, 0.61])
 
 
+def test_an_option_has_a_row_a_value_and_a_filled_mark_where_it_is_the_configuration_s_own():
+    [axis] = figures.option_sweep(options()).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["margin: bn", "margin: empirical", "feature_levels: decoder 4, 2"]
+    marks = [(line.get_xdata()[0], line.get_ydata()[0], line.get_markerfacecolor() != "white") for line in axis.lines if line.get_marker() == "D"]
+    assert marks == [(pytest.approx(0.61), 0, True), (pytest.approx(0.65), 1, False), (pytest.approx(0.59), 2, False)]
+    assert [line.get_xdata()[0] for line in axis.lines[:2]] == pytest.approx([0.51, 0.61]), "alone and method"
+    low, high = axis.get_ylim()
+    assert low > high, "the first row above"
+
+
 def test_tertiles_stand_in_order_with_their_ranges_beneath():
     table = thirds()
     axes = np.array(figures.tertiles(table).axes).reshape(3, 2)
@@ -288,6 +306,7 @@ def degenerate():
     yield "no epoch", lambda: figures.gradients(history().iloc[:0])
     yield "no curve", lambda: figures.learning_curves(statistics.learning_curves(history()).iloc[:0])
     yield "no weight", lambda: figures.weight_sweep(sweep().iloc[:0])
+    yield "no option", lambda: figures.option_sweep(options().query("option == 'arm'"))
     yield "no case in the graph", lambda: figures.nodes([], [], {"teacher": []})
     yield "one arm", lambda: figures.ablation(table_of_arms(0).query("arm == 'method'"), pd.DataFrame(columns=["arm"]))
     one = study().query("seed == 0 and group == 'g0'")
@@ -318,6 +337,7 @@ def test_nothing_breaks_on_degenerate_tables(name, draw):
 @pytest.mark.parametrize(("draw", "column"), [
     (lambda: figures.gradients(history().drop(columns="grad_seg")), "grad_seg"),
     (lambda: figures.weight_sweep(sweep().rename(columns={"weight": "w"})), "weight"),
+    (lambda: figures.option_sweep(options().drop(columns="seed")), "seed"),
     (lambda: figures.agreement(study().drop(columns="missed")), "missed"),
     (lambda: figures.learning_curves(history()), "mean, low, high"),
 ])

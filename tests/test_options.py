@@ -23,7 +23,7 @@ from lesionkd_core.losses import (
 )
 from lesionkd_core.networks import ResNet34UNet, UNet, use_statistics
 from lesionkd_core.prepare import prepare_data
-from lesionkd_core.stages import distill, distill_arms, sweep_weights, train_teacher
+from lesionkd_core.stages import OPTIONS, distill, distill_arms, sweep_options, sweep_weights, train_teacher
 from lesionkd_core.stages.teacher import starting_teacher
 from lesionkd_core.training import Look
 
@@ -222,6 +222,31 @@ def test_a_sweep_reads_validation_cases_and_takes_the_methods_weight_for_edges()
     one = distill(cfg.arm("method", 0).with_values(w_edge=0.2), silent)
     assert table["run"].iloc[-1] == store.short(one.path)
     assert table["best_val_dice"].iloc[-1] == pytest.approx(one.history["val_dice"].max())
+
+
+def test_options_are_changed_one_at_a_time_and_the_configuration_s_own_value_is_the_method_s_run():
+    cfg = AblationConfig(**TINY, seeds=2)
+    table = sweep_options(cfg, {"margin": ("bn", "empirical"), "teacher_bn": ("batch",), "edge_level": ("low",)}, silent)
+    assert list(zip(table["option"], table["value"])) == [
+        ("arm", "alone"), ("arm", "method"), ("margin", "bn"), ("margin", "empirical"), ("teacher_bn", "batch"), ("edge_level", "low"),
+    ] * 2
+    for seed, part in table.groupby("seed"):
+        alone, method, bn, empirical, batch, low = part["run"]
+        assert method == bn == low and len({alone, method, empirical, batch}) == 4
+        usual, changed = (store.read_json(store.runs_root() / place.removeprefix("runs/") / "config.json") for place in (method, batch))
+        assert {name for name in usual if changed[name] != usual[name]} - {"digest", "upstream"} == {"teacher_bn"} and usual["seed"] == seed
+
+
+def test_every_option_that_is_swept_has_the_default_among_its_values():
+    for option, values in OPTIONS.items():
+        default = AblationConfig(**TINY)
+        assert default in [default.with_values(**{option: value}) for value in values], option
+
+
+@pytest.mark.fault
+def test_a_sweep_over_an_unknown_option_is_refused():
+    with pytest.raises(ConfigError, match="sweep_options: no option 'anchor'; did you mean 'anchors'"):
+        sweep_options(AblationConfig(**TINY), {"anchor": ("eagr",)}, silent)
 
 
 @pytest.mark.fault

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -177,3 +179,55 @@ def _tried(axis: Axes, part: pd.DataFrame, arm: str) -> None:
     axis.plot(part["weight"], part["val_dice"], ".", color=colour, markersize=2.5, alpha=0.6)
     axis.plot(means.index, means, linestyle=line, color=colour, marker=marker, label=arm)
     axis.plot(means.idxmax(), means.max(), "o", color=colour, markerfacecolor="none", markersize=9, markeredgewidth=0.8)
+
+
+def option_sweep(table: pd.DataFrame) -> Figure:
+    """Validation Dice of the method with one option changed at a time, a row a value: seeds as points, their mean as a diamond.
+
+    Filled diamonds are values of the configuration itself. Lines and bands: mean and range of the seeds of the method as
+    configured and of the student alone; one chart a data set.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `sweep_options`.
+    """
+    need(table, "option", "value", "seed", "val_dice")
+    tried = table.loc[table["option"] != "arm", ["option", "value"]].drop_duplicates()
+    with style():
+        if tried.empty:
+            return nothing("no option has been tried")
+        rows = list(tried.itertuples(index=False, name=None))
+        found, keys = list(parts(table)), {look_of(arm).label: key(look_of(arm)._replace(marker="")) for arm in ("alone", "method")}
+        fig, axes = charts(len(found), 0.17 * len(rows) + 0.5, keys, columns=2, narrow=0, sharey=True)
+        for axis, (name, part) in zip(axes, found):
+            by_row = {at: chosen.set_index("seed")["val_dice"] for at, chosen in part.groupby(["option", "value"])}
+            for arm in ("alone", "method"):
+                dice = by_row[("arm", arm)]
+                axis.axvline(dice.mean(), color=look_of(arm).colour, linestyle=look_of(arm).line)
+                axis.axvspan(dice.min(), dice.max(), color=look_of(arm).colour, alpha=0.12, linewidth=0)
+            for y, row in enumerate(rows):
+                if row in by_row:
+                    _tried_value(axis, y, by_row[row], by_row[row].equals(by_row[("arm", "method")]))
+            axis.set(xlabel=f"Validation Dice\n{name}".strip(), yticks=range(len(rows)), yticklabels=[f"{option}: {_short(value)}" for option, value in rows])
+            axis.margins(y=0.02)
+            axis.label_outer()
+        axes[0].invert_yaxis()
+        legend(fig, keys)
+    shown = "; ".join(f"{option}: {', '.join(_short(value) for value in part['value'])}" for option, part in tried.groupby("option", sort=False))
+    fig.set_label(f"Validation Dice of the method{on(name for name, _ in found)} with one option changed at a time, seeds as points: {shown}.")
+    return fig
+
+
+def _tried_value(axis: Axes, y: float, dice: pd.Series, own: bool) -> None:
+    look = look_of("method")
+    axis.plot(dice, [y] * len(dice), ".", color="black", markersize=3)
+    axis.plot(dice.mean(), y, look.marker, color=look.colour, markerfacecolor=look.colour if own else "white", markersize=4.5)
+
+
+def _short(value: str) -> str:
+    """'decoder.stride4, decoder.stride2' as 'decoder 4, 2'."""
+    halves: dict[str, list[str]] = {}
+    for half, stride in re.findall(r"(\w+)\.stride(\d+)", value):
+        halves.setdefault(half, []).append(stride)
+    return "; ".join(f"{half} {', '.join(strides)}" for half, strides in halves.items()) or value

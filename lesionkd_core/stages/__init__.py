@@ -4,6 +4,6 @@ from .ablation import Ablation, ablate
 from .graph import Graph, fit_graph
 from .student import distill, distill_arms
 from .teacher import Run, train_teacher
-from .weights import SWEEP, sweep_weights
+from .weights import OPTIONS, SWEEP, sweep_options, sweep_weights
 
-__all__ = ["SWEEP", "Ablation", "Graph", "Run", "ablate", "distill", "distill_arms", "fit_graph", "sweep_weights", "train_teacher"]
+__all__ = ["OPTIONS", "SWEEP", "Ablation", "Graph", "Run", "ablate", "distill", "distill_arms", "fit_graph", "sweep_options", "sweep_weights", "train_teacher"]
