@@ -92,7 +92,7 @@ def sweep_options(cfg: AblationConfig, options: dict[str, tuple[Any, ...]] | Non
         method = cfg.arm("method", seed)
         points = [("arm", "alone", cfg.arm("alone", seed)), ("arm", "method", method)]
         points += [(option, value, method.with_values(**{option: value})) for option, values in options.items() for value in values]
-        runs = {}
+        runs: dict[Any, Run] = {}
         for statistics in dict.fromkeys(point.teacher_bn for *_, point in points):  # a lockstep has one teacher pass
             together = list(dict.fromkeys(point for *_, point in points if point.teacher_bn == statistics))
             runs |= dict(zip(together, distill_arms(together, tell)))
