@@ -107,15 +107,31 @@ def differences(comparison: pd.DataFrame) -> pd.DataFrame:
 def study_scores(per_case: pd.DataFrame) -> pd.DataFrame:
     """One row an arm, one column a data set: mean Dice [95 % interval over groups and seeds] and missed lesions a seed, from `study()`."""
     rows: dict[str, dict[str, str]] = {}
-    several = [name for name in ("profile", "teacher") if name in per_case and per_case[name].nunique() > 1]
-    for family, part in families(per_case):
-        names = [family["test_dataset"], *(_label(family[name]) for name in several)]
-        column = ", ".join([*names, f"{part['id'].nunique()} cases", _many(part.loc[part["arm"] != "teacher", "seed"].nunique(), "seed")])
+    for name, part in _columns(per_case):
+        column = ", ".join([name, f"{part['id'].nunique()} cases", _many(part.loc[part["arm"] != "teacher", "seed"].nunique(), "seed")])
         for arm in ("teacher", *in_order(part, without="teacher")):
             mean, low, high = case_mean(by_seed(part, arm))
             own = part[part["arm"] == arm]
             missed = own["missed"].sum() / own["seed"].nunique()
             rows.setdefault(arm, {"arm": _label(arm)})[column] = f"{mean:.3f} [{low:.3f}, {high:.3f}], {missed:.1f} missed"
+    return pd.DataFrame(rows.values()).fillna("not measured")
+
+
+def _columns(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The parts of a study, each named by its data set, and by profile and teacher where there are several."""
+    several = [name for name in ("profile", "teacher") if name in table and table[name].nunique() > 1]
+    for family, part in families(table):
+        yield ", ".join([family["test_dataset"], *(_label(family[name]) for name in several)]), part
+
+
+def study_differences(comparison: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm that the method is held against, one column a data set: difference of Dice [95 % interval], p after Holm, verdict."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, part in _columns(comparison):
+        column = f"{name}, {part['groups'].iloc[0]} groups"
+        for row in part.itertuples():
+            cell = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}], p {row.p_holm:.2g}, {_verdict(row)}"
+            rows.setdefault(row.other, {"method against": _label(row.other)})[column] = cell
     return pd.DataFrame(rows.values()).fillna("not measured")
 
 

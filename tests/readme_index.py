@@ -10,6 +10,7 @@ from tests.option_reference import option_reference
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- notebooks: made by `make notebooks` -->", "<!-- end of notebooks -->"
 STUDY = "<!-- study: made from data/results by `make notebooks` -->", "<!-- end of study -->"
+PAIRS = "<!-- comparisons: made from data/results by `make notebooks` -->", "<!-- end of comparisons -->"
 TOUR = "<!-- tour: made from the notebooks' outputs by `make notebooks` -->", "<!-- end of tour -->"
 TELLING = {  # how the lines begin that the tour shows
     "01_data_prep": ("kept ", "groups disjoint", "Otsu on test cases"),
@@ -28,12 +29,19 @@ def index() -> str:
 
 
 def study() -> str:
-    """Table and sentences of the committed study."""
+    """Tables of the committed study: every arm, and the method against every other; its share of U-Net 64."""
     import lesionkd_core as lkd
 
     scored = lkd.tables.study()
-    words = lkd.tables.in_words(lkd.compare_arms(scored)), lkd.tables.in_words(lkd.accuracy_ratio(scored))
-    return "\n\n".join([lkd.tables.study_scores(scored).to_markdown(index=False), *words])
+    shown = lkd.tables.study_scores(scored), lkd.tables.study_differences(lkd.compare_arms(scored))
+    return "\n\n".join([*(table.to_markdown(index=False) for table in shown), lkd.tables.in_words(lkd.accuracy_ratio(scored))])
+
+
+def comparisons() -> str:
+    """The same differences in a sentence each."""
+    import lesionkd_core as lkd
+
+    return lkd.tables.in_words(lkd.compare_arms(lkd.tables.study()))
 
 
 def tour() -> str:
@@ -46,16 +54,20 @@ def tour() -> str:
     return "\n".join(rows)
 
 
-def with_index(readme: str) -> str:
-    """The README with these parts made anew."""
-    for (begin, end), make in (((BEGIN, END), index), (TOUR, tour), (STUDY, study)):
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n{make()}\n{end}{rest.split(end)[1]}"
-    return readme
+MADE = {"README.md": {(BEGIN, END): index, TOUR: tour, STUDY: study}, "docs/results.md": {PAIRS: comparisons}}
+
+
+def made_anew(page: str) -> str:
+    """The text of a page with these parts made anew."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for (begin, end), make in MADE[page].items():
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{make()}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_index(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in MADE:
+        (ROOT / page).write_text(made_anew(page), encoding="utf-8")
     (ROOT / "docs" / "options.md").write_text(option_reference(), encoding="utf-8")
     draw_method.save(ROOT / "docs" / "method.svg")

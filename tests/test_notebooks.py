@@ -13,7 +13,7 @@ import pytest
 from lesionkd_core import config
 from lesionkd_core.sweeps.notebooks import configuration
 from tests.conftest import ROOT
-from tests.readme_index import with_index
+from tests.readme_index import MADE, made_anew
 
 PATHS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 by_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
@@ -73,9 +73,9 @@ def test_parameters_are_fields_with_the_same_defaults(path):
         assert parameter["help"] == cls.model_fields[name].description
 
 
-def test_the_readmes_index_is_made_from_the_notebooks():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_index(readme) == readme
+@pytest.mark.parametrize("page", MADE)
+def test_what_a_page_says_of_notebooks_and_study_is_made_from_them(page):
+    assert made_anew(page) == (ROOT / page).read_text(encoding="utf-8")
 
 
 TINY = {"dataset": "phantom-ultrasound", "pixels": 32, "cases": 48}

@@ -92,6 +92,18 @@ def test_the_chosen_weights_are_those_of_the_committed_sweep():
     assert both["cwd"].max() - both["cwd"][cfg.w_cwd] < 0.001  # a tie
 
 
+def test_every_difference_stands_once_with_its_interval_and_verdict(scored):
+    compared = lkd.compare_arms(scored)
+    shown = lkd.tables.study_differences(compared).set_index("method against")
+    assert shown.shape == (len(ARMS) - 2, scored["test_dataset"].nunique())
+    cells = shown.stack()
+    for word in ("better", "worse", "no difference seen"):
+        assert cells.str.endswith(f", {word}").sum() == lkd.tables.in_words(compared).count(f": {word} (")
+    row = compared[compared["test_dataset"] == "busi"].set_index("other").loc["alone"]
+    [column] = [name for name in shown if name.startswith("busi")]
+    assert shown.loc["student alone", column].startswith(f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p_holm']:.2g}, ")
+
+
 def test_a_study_grows_and_holds_every_run_once(tmp_path):
     """A second seed joins the first, a repeated one takes its own place, another data set's rows stay."""
     tiny = {"pixels": 32, "cases": 34, "batch_size": 6, "teacher_epochs": 1, "graph_epochs": 1, "epochs": 1, "threads": 1, "weak_teacher": "allow"}
