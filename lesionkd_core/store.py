@@ -11,11 +11,9 @@ import difflib
 import io
 import json
 import os
-import platform
 import re
 import shutil
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 from .config import LesionKDError, PrepareConfig, StageConfig
 from .integrity import DamagedResult, checked, checksums, is_whole
 from .progress import Tell
+from .provenance import CHECKOUT, environment
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 TEXT = (
     "id", "case", "group", "split", "label", "volume", "file", "action", "reason", "arm", "other", "dataset", "test_dataset", "teacher", "profile",
     "run", "hash", "commit",
@@ -130,34 +128,6 @@ def begin(path: Path, cfg: StageConfig, upstream: str, keep: bool = False) -> No
 def finish(path: Path) -> None:
     """Declare the result complete, with the checksum of every file; what is drawn from it may be added, nothing of it changes."""
     write_json(path / "DONE", checksums(path))
-
-
-def environment(cfg: StageConfig) -> dict[str, Any]:
-    """Commit, versions, device and threads: what a reader needs to run it again."""
-    from importlib.metadata import version
-
-    import torch
-
-    device = "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu")
-    packages = ("torch", "numpy", "scipy", "pandas", "monai", "lightning-fabric", "scikit-image", "pillow")
-    return {
-        "commit": commit(), "python": platform.python_version(), "platform": platform.platform(),
-        "packages": {name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device,
-        "threads": cfg.threads or torch.get_num_threads(), "processes": int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1,
-        "seeds": {n: v for n, v in cfg if n.endswith("seed")},
-    }
-
-
-def commit() -> str:
-    """The checkout's commit, with `+` where files differ from it; empty outside git."""
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(CHECKOUT), *args], capture_output=True, text=True, check=False).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except OSError:
-        return ""
 
 
 @contextmanager

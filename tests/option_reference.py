@@ -4,7 +4,8 @@ from typing import Any
 
 from lesionkd_core import config
 from lesionkd_core.__main__ import TRAINING
-from lesionkd_core.sweeps.notebooks import CHECKOUT, configuration
+from lesionkd_core.provenance import CHECKOUT
+from lesionkd_core.sweeps.notebooks import configuration
 
 SECTIONS = {
     "Everywhere": config.StageConfig,

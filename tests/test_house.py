@@ -15,9 +15,9 @@ from tests.conftest import ROOT
 
 CORE = ROOT / "lesionkd_core"
 ROOMS = [
-    "config", "progress", "integrity", "store", "ranks", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks", "losses", "inference",
-    "evaluation", "statistics", "original", "external", "training", "stages", "study", "runs", "sweeps", "leak", "views", "export", "figures", "tables",
-    "__main__",
+    "config", "progress", "integrity", "provenance", "store", "ranks", "datasets", "edges", "prepare", "augment", "batches", "layers", "networks",
+    "losses", "inference", "evaluation", "statistics", "original", "external", "training", "stages", "study", "runs", "sweeps", "leak", "views",
+    "export", "figures", "words", "tables", "__main__",
 ]
 """From the top of the house to its ground floor."""
 
@@ -67,7 +67,7 @@ def code_lines(path: Path) -> int:
 
 def test_the_core_stays_thin():
     """What computes the method stays far under 4,000 lines; what is around it has budgets of its own."""
-    around = {"datasets": "data", **dict.fromkeys(("statistics", "views", "figures", "tables", "study", "leak"), "study"),
+    around = {"datasets": "data", **dict.fromkeys(("statistics", "views", "figures", "words", "tables", "study", "leak"), "study"),
               **dict.fromkeys(("ranks", "runs", "sweeps", "__main__"), "machines"), "export": "phones"}
     spent = dict.fromkeys(("method", "data", "study", "machines", "phones"), 0)
     for path in CORE.rglob("*.py"):
@@ -77,7 +77,7 @@ def test_the_core_stays_thin():
 
 def test_files_and_functions_stay_short():
     for path in CORE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 320, path
+        assert len(path.read_text().splitlines()) <= 300, path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest, spearmanr, wilcoxon
 
+from lesionkd_core import provenance, store, tables
 from lesionkd_core import statistics as st
-from lesionkd_core import store, tables
 from lesionkd_core.config import LesionKDError
 from lesionkd_core.statistics.arms import interval
 
@@ -337,7 +337,7 @@ def test_missed_lesions_in_words():
 
 
 def test_the_committed_study_is_read_under_the_names_of_this_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
     published = study().rename(columns={"id": "case", "lesion_pixels": "lesion_px"})
     store.write_table(tmp_path / "data" / "results" / "per_case.csv", published)
     pd.testing.assert_frame_equal(st.compare_arms(tables.study()), st.compare_arms(study()))

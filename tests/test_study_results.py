@@ -101,7 +101,7 @@ def test_every_difference_stands_once_with_its_interval_and_verdict(scored):
         assert cells.str.endswith(f", {word}").sum() == lkd.tables.in_words(compared).count(f": {word} (")
     row = compared[compared["test_dataset"] == "busi"].set_index("other").loc["alone"]
     [column] = [name for name in shown if name.startswith("busi")]
-    assert shown.loc["student alone", column].startswith(f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], p {row['p_holm']:.2g}, ")
+    assert shown.loc["student alone", column].startswith(f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}), p {row['p_holm']:.2g}, ")
 
 
 def test_a_study_grows_and_holds_every_run_once(tmp_path):

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..config import LesionKDError, PrepareConfig, nearest
-from ..store import CHECKOUT
+from ..provenance import CHECKOUT
 from . import manifest, paired, phantom
 from .catalogue import CATALOGUE, Release
 from .files import IMAGE_SUFFIXES, Case, Reading, UnreadableFile, is_volume, read_case, read_image, read_mask

@@ -4,7 +4,7 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-from ..store import CHECKOUT
+from ..provenance import CHECKOUT
 from .files import Case, by_stem, images_in, pair
 
 VIDEOS = CHECKOUT / "data" / "cvc-clinicdb-videos.csv"  # the official download does not say which frame is whose

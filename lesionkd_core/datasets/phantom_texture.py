@@ -98,11 +98,7 @@ def _harmonics() -> tuple[np.ndarray, np.ndarray]:
 
 
 def random_outline(
-    rng: Generator,
-    area: float,
-    center: np.ndarray,
-    rough: tuple[float, float] = (0.06, 0.22),
-    decay: tuple[float, float] = (0.7, 2.2),
+    rng: Generator, area: float, center: np.ndarray, rough: tuple[float, float] = (0.06, 0.22), decay: tuple[float, float] = (0.7, 2.2)
 ) -> Outline:
     """Draw an outline, from smooth to spiculated.
 

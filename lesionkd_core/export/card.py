@@ -6,9 +6,9 @@ import re
 
 import pandas as pd
 
-from .. import store
 from ..config import DistillConfig
 from ..inference import TrainedNetwork
+from ..provenance import CHECKOUT
 from ..store import Result
 
 INTENDED = "Research on small segmentation networks: comparing, measuring and demonstrating them on devices."
@@ -21,7 +21,7 @@ PATENT = "The method is the subject of a patent application (Zhejiang University
 
 def licence_of(dataset: str) -> str:
     """The licence line of the data set's card in data/, or that none is known."""
-    card = store.CHECKOUT / "data" / f"{dataset.partition('-')[0] if dataset.startswith('phantom') else dataset}.md"
+    card = CHECKOUT / "data" / f"{dataset.partition('-')[0] if dataset.startswith('phantom') else dataset}.md"
     found = re.search(r"^\| Licence \| (.+) \|$", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
     if found:
         return found[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -75,8 +73,10 @@ def pareto(points: pd.DataFrame, x: str = "macs") -> Figure:
             for row, below in zip(part.itertuples(), part.duplicated(x)):  # of equal cost the best is named above, others below
                 small = row.model.startswith("student")
                 interval(axis, getattr(row, x), row.dice, row.low, row.high, Look("", "#33BBEE" if small else "#EE7733", "D" if small else "*", ""), along="y")
-                place: dict[str, Any] = {"xytext": (4, -4 if below else 4), "va": "top" if below else "bottom"}
-                axis.annotate(NETWORKS.get(row.model, row.model), (getattr(row, x), row.dice), **place, textcoords="offset points", fontsize=6.5)
+                axis.annotate(
+                    NETWORKS.get(row.model, row.model), (getattr(row, x), row.dice), xytext=(4, -4 if below else 4), textcoords="offset points",
+                    va="top" if below else "bottom", fontsize=6.5,
+                )
             axis.set(xscale="log", xlabel=f"{labels.get(x, x)}\n{name}".strip())
             axis.margins(x=0.25, y=0.1)
         axes[0, 0].set_ylabel("Dice on test cases")

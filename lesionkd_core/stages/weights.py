@@ -61,6 +61,7 @@ def sweep_weights(cfg: AblationConfig, weights: dict[str, tuple[float, ...]] | N
 
 
 def _validated(run: Run) -> dict[str, Any]:
+    """What a sweep's table holds of a run: its epochs, its validation Dice and its folder."""
     dice = run.history["val_dice"]
     return {
         "epochs": len(dice), "val_dice": dice.tail(max(len(dice) // 4, 1)).mean(), "best_val_dice": dice.max(), "run": store.short(run.path),

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ConfigError, LesionKDError, StageConfig, nearest
-from ..store import CHECKOUT, is_done, make_folder, runs_root
+from ..provenance import CHECKOUT
+from ..store import is_done, make_folder, runs_root
 
 
 def find_notebook(name: str) -> Path:
