@@ -72,14 +72,14 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.terms, self.cfg = network, terms, cfg
 
-    def forward(self, images: Tensor, masks: Tensor, look: Look | None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, masks: Tensor, look: Look | None, epoch: int = 0) -> dict[str, Tensor]:
         """Images (N, 3, H, W), masks (N, 1, H, W), the teacher's look at them -> every term before its weight."""
         logits, maps = self.network.forward_features(images)
         with torch.autocast(images.device.type, enabled=False):  # sums over many pixels lose too much in half precision
             losses = {"seg": segmentation_loss(logits.float(), masks)}
             if self.terms:
                 assert look and isinstance(self.cfg, DistillConfig), "every term wants a teacher"
-                step = Step(logits, maps, masks, look.edge(self.cfg.edge_width), look.logits, look.maps, look.shared)
+                step = Step(logits, maps, masks, look.edge(self.cfg.edge_width), look.logits, look.maps, look.shared, epoch)
                 losses |= {name: TERMS[name].compute(module, step, self.cfg) for name, module in self.terms.items()}
         return losses
 
@@ -113,9 +113,11 @@ class Learner:
             epochs, lr, seed = cfg.epochs, cfg.lr, cfg.seed
         steps = len(epoch_order(len(prepared.index("train")), cfg.batch_size, seed, 0))
         objective = settle(Objective(network, terms, cfg), fabric.device)
-        trained = [p for p in objective.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=cfg.weight_decay, fused=fabric.device.type in ("cpu", "cuda"))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+        connector_lr = getattr(cfg, "connector_lr", 1.0)
+        rates = {objective: lr} if connector_lr == 1 else {network: lr, terms: lr * connector_lr}
+        groups = [{"params": [p for p in module.parameters() if p.requires_grad]} for module in rates]
+        optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=cfg.weight_decay, fused=fabric.device.type in ("cpu", "cuda"))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(rates.values()), total_steps=epochs * steps)
         learner = cls(path, cfg, objective, optimizer, schedule, epochs)
         if (path / "checkpoint_last").exists():
             saved = store.read_checkpoint(path / "checkpoint_last")
@@ -133,14 +135,14 @@ class Learner:
     def step(self, fabric: Fabric, images: Tensor, masks: Tensor, look: Look | None, measure: bool) -> None:
         """One update of this network (step S6); `measure` also takes each term's gradient."""
         with fabric.autocast():
-            losses = self.objective(images, masks, look)
+            losses = self.objective(images, masks, look, len(self.history))
         share = ranks.weight()  # of this process's cases in the batch
         weighted = {name: weight * share * losses[name] for name, weight in self.objective.weights().items()}
         if measure:
             self.measured = gradients(self.network, weighted)
         total = sum(weighted.values())
         total.backward()
-        trained = self.optimizer.param_groups[0]["params"]
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         ranks.add_gradients(trained)
         if self.cfg.clip_grad:
             nn.utils.clip_grad_norm_(trained, self.cfg.clip_grad)
@@ -186,6 +188,7 @@ def gradients(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, floa
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     found = {name: torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for name, loss in weighted.items() if loss.requires_grad}
+    found = {name: g for name, g in found.items() if any(part is not None for part in g)}  # connectors that warm up ask nothing of the network
     shared = [i for i in range(len(parameters)) if all(g[i] is not None for g in found.values())]
     if not shared:
         return {f"grad_{name}": 0.0 for name in found}

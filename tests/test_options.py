@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lesionkd_core import store
+from lesionkd_core.batches import epoch_batches
 from lesionkd_core.config import ARMS, AblationConfig, ConfigError, DistillConfig, GraphConfig, LesionKDError, TeacherConfig
 from lesionkd_core.edges import edge_label_batch
 from lesionkd_core.inference import build, load_network
@@ -25,7 +26,7 @@ from lesionkd_core.networks import ResNet34UNet, UNet, use_statistics
 from lesionkd_core.prepare import prepare_data
 from lesionkd_core.stages import OPTIONS, distill, distill_arms, sweep_options, sweep_weights, train_teacher
 from lesionkd_core.stages.teacher import starting_teacher
-from lesionkd_core.training import Look
+from lesionkd_core.training import Learner, Look, start_fabric
 
 TINY = {
     "dataset": "phantom-ct", "pixels": 32, "cases": 40, "batch_size": 6,
@@ -161,7 +162,7 @@ def test_joint_learning_survives_a_batch_without_any_lesion(pair):
     {"graph": "joint"}, {"graph": "relation"}, {"margin": "empirical"}, {"teacher_bn": "batch"}, {"edge_level": "deep"},
     {"anchors": "eagr", "normalize": "size"}, {"anchors": "masked_cosine"}, {"grid_frame": "lesion"}, {"level_weights": "area"},
     {"feature_levels": "encoder.stride2, encoder.stride8"},
-    {"edge_width": 2}, {"width": 8}, {"teacher": "unet64", "terms": "feat, edge", "epochs": 1},
+    {"edge_width": 2}, {"width": 8}, {"connector_lr": 0.1}, {"connector_warmup": 1}, {"teacher": "unet64", "terms": "feat, edge", "epochs": 1},
 ], ids=lambda option: "-".join(map(str, option.values())))
 def test_every_option_trains_from_data_to_scores(option):
     run = distill(DistillConfig(**{**TINY, **option}), silent)
@@ -169,6 +170,37 @@ def test_every_option_trains_from_data_to_scores(option):
     assert np.isfinite(history.filter(like="loss").to_numpy()).all()
     assert {"grad_feat", "grad_edge", "cos_feat", "cos_edge"} <= set(history)
     assert len(run.per_case)
+
+
+def test_connectors_that_warm_up_learn_and_leave_the_student_to_its_masks():
+    """Warm-up to the end: the student alone, to the bit. For the first epoch: another student from the second on."""
+    about = TINY | {"epochs": 3}
+    alone, whole, first = distill_arms([DistillConfig(**about, terms=terms, connector_warmup=n) for terms, n in (("", 0), ("feat", 3), ("feat", 1))], silent)
+    states = [load_network(run).network.state_dict() for run in (alone, whole)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert whole.history["loss_feat"].is_monotonic_decreasing
+    assert "grad_feat" not in whole.history and whole.history["grad_seg"].gt(0).all()
+    assert first.history["grad_feat"].isna().tolist() == [True, False, False]
+    assert first.history["val_dice"].iloc[0] == alone.history["val_dice"].iloc[0] and first.history["loss_seg"].iloc[2] != alone.history["loss_seg"].iloc[2]
+
+
+def test_connectors_have_a_learning_rate_of_their_own():
+    """The first step of AdamW moves a weight by its learning rate, whatever its gradient."""
+    moved = {}
+    for factor in (1.0, 0.1):
+        cfg = DistillConfig(**TINY, terms="feat", connector_lr=factor, weight_decay=0.0, augment="none")
+        prepared, teacher, student = prepare_data(cfg, silent), ResNet34UNet().eval(), build(cfg)
+        fabric = start_fabric(cfg)
+        learner = Learner.start(fabric, store.runs_root() / "nowhere", cfg, student, build_terms(cfg, student, teacher, Measured()), prepared)
+        images, masks = next(iter(epoch_batches(prepared, 6, 0, 0, "none")))
+        with torch.no_grad():
+            look = Look(masks, *teacher.forward_features(images))
+        parts = {"student": learner.network.head.weight, "connector": learner.objective.terms["feat"].connectors[0][0].weight}
+        before = {name: weight.detach().clone() for name, weight in parts.items()}
+        learner.step(fabric, images, masks, look, measure=False)
+        moved[factor] = {name: (weight - before[name]).abs().median().item() for name, weight in parts.items()}
+    assert moved[0.1]["student"] == pytest.approx(moved[1.0]["student"], rel=1e-3)
+    assert moved[0.1]["connector"] == pytest.approx(0.1 * moved[1.0]["connector"], rel=1e-2)
 
 
 @pytest.mark.parametrize("c", [2, 4, 8, 16])
@@ -262,6 +294,7 @@ def test_a_sweep_over_an_unknown_weight_is_refused():
     ("feat", {"margin": "empirical"}, True), ("feat", {"teacher_bn": "batch"}, True), ("feat", {"graph": "joint"}, False), ("feat", {"w_cwd": 9.0}, False),
     ("edge", {"graph": "relation"}, True), ("edge", {"margin": "empirical"}, False), ("kd", {"kd_temperature": 2.0}, True), ("kd", {"w_feat": 5.0}, False),
     ("at", {"at_levels": "encoder.stride8"}, True), ("dist", {"dist_temperature": 4.0}, True), ("fitnets", {"w_fitnets": 2.0}, True),
+    ("edge", {"connector_lr": 2.0}, True), ("kd", {"connector_lr": 2.0}, False), ("", {"connector_lr": 2.0}, False), ("edge", {"connector_warmup": 1}, False),
 ])
 def test_an_option_counts_where_its_term_is_trained(terms, change, counts):
     one, other = DistillConfig(terms=terms), DistillConfig(terms=terms, **change)

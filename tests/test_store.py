@@ -22,14 +22,14 @@ CHANGED = {  # every other parameter, with a value that is not the smoke profile
     "weight_decay": 0.0, "clip_grad": 1.0, "augment": "none", "precision": "bf16-mixed", "test_dataset": ("ph2",),
     "states": 8, "anchors": "masked_cosine", "normalize": "size", "graph_epochs": 4, "graph_lr": 0.02,
     "terms": (), "seed": 1, "width": 8, "stem": 2, "epochs": 3, "lr": 0.001, "w_seg": 2.0, "w_feat": 2.0, "w_edge": 2.0,
-    "feature_levels": ("decoder.stride8",), "level_weights": "area", "shuffle_edges": True,
+    "feature_levels": ("decoder.stride8",), "level_weights": "area", "shuffle_edges": True, "connector_lr": 0.1, "connector_warmup": 1,
     "encoder_weights": __file__, "teacher_checkpoint": __file__, "graph": "joint", "teacher_bn": "batch", "margin": "empirical",
     "w_kd": 2.0, "kd_temperature": 2.0, "w_fitnets": 2.0, "fitnets_levels": ("decoder.stride8",), "w_at": 2.0, "at_levels": ("decoder.stride8",),
     "w_cwd": 2.0, "cwd_temperature": 2.0, "w_dist": 2.0, "dist_temperature": 2.0,
     "arms": ("alone", "method"), "seeds": (0, 1),
 }
 BY_ARMS = {"seed", "terms", "shuffle_edges"}  # the arms of an ablation decide these
-OF_FEAT = {"w_feat", "feature_levels", "level_weights", "margin"}
+OF_FEAT = {"w_feat", "feature_levels", "level_weights", "margin", "connector_warmup"}
 OF_EDGE = {
     "w_edge", "shuffle_edges", "edge_width", "edge_level", "grid", "grid_frame", "states", "anchors", "normalize", "graph", "graph_epochs", "graph_lr",
 }
@@ -99,7 +99,7 @@ def test_a_split_file_counts_by_content_wherever_it_lies(tmp_path):
 
 @pytest.mark.parametrize(
     ("terms", "idle"),
-    [("feat, edge", set()), ("feat", OF_EDGE), ("edge", OF_FEAT), ("", OF_EDGE | OF_FEAT | OF_TEACHER)],
+    [("feat, edge", set()), ("feat", OF_EDGE), ("edge", OF_FEAT), ("", OF_EDGE | OF_FEAT | OF_TEACHER | {"connector_lr"})],
     ids=["method", "feat", "edge", "alone"],
 )
 def test_parameters_of_absent_terms_do_not_count(terms, idle):

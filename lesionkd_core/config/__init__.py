@@ -177,7 +177,7 @@ class GraphConfig(TeacherConfig, EdgeConfig):
 
 
 TERM_FIELDS = {
-    "feat": ("w_feat", "feature_levels", "level_weights", "margin"),
+    "feat": ("w_feat", "feature_levels", "level_weights", "margin", "connector_warmup"),
     "edge": ("w_edge", "shuffle_edges", *(n for n in GraphConfig.model_fields if n not in (*TeacherConfig.model_fields, "teacher_bn", "weak_teacher"))),
     "kd": ("w_kd", "kd_temperature"),
     "fitnets": ("w_fitnets", "fitnets_levels"),
@@ -200,6 +200,7 @@ class DistillConfig(GraphConfig):
     stem: Literal[1, 2, 4] = Field(1, description="1 is the paper's student; 2 or 4 read and write blocks of as many px, which is faster on phones")
     epochs: int = Field(10, ge=1, description="passes over the training cases, student")
     lr: float = Field(5e-3, gt=0, description="peak learning rate of the one-cycle schedule, student and connectors")
+    connector_lr: float = Field(1.0, gt=0, allow_inf_nan=False, description="learning rate of what is thrown away after training, as a multiple of lr")
     w_seg: Weight = Field(1.0, description="weight of L_seg (step S6)")
     w_feat: Weight = Field(10.0, description="weight of L_feat (step S6)")
     w_edge: Weight = Field(1.0, description="weight of L_edge (step S6)")
@@ -209,6 +210,7 @@ class DistillConfig(GraphConfig):
     )
     level_weights: Literal["mean", "area", "halving"] = Field("mean", description="how L_feat sums over levels; halving is the original")
     margin: Literal["bn", "empirical"] = Field("bn", description="margin ReLU: from the teacher's BatchNorm, or the mean negative response in training")
+    connector_warmup: int = Field(0, ge=0, description="first epochs in which L_feat trains its connectors and not the student, as in overhaul; 0 has none")
     shuffle_edges: bool = Field(False, description="control: every case gets the edge label of another case")
 
     w_kd: Weight = Field(10.0, description="weight of logit distillation (Hinton et al. 2015)")
@@ -232,6 +234,8 @@ class DistillConfig(GraphConfig):
     def hashed(self) -> dict[str, Any]:
         """Fields of absent terms do not count, so arms of other weights share the student alone."""
         absent = {name for term, names in TERM_FIELDS.items() if term not in self.terms for name in names}
+        if not {"feat", "edge", "fitnets"} & set(self.terms):  # no term has a connector
+            absent.add("connector_lr")
         if not self.terms:  # no teacher looks on either
             absent |= {n for n in GraphConfig.model_fields if n.startswith("teacher")} | {"encoder_weights"}
         return {name: value for name, value in super().hashed().items() if name not in absent} | {"terms": sorted(self.terms)}

@@ -32,7 +32,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 """What the profile decides; a value given by name goes before it."""
 WHERE = ("profile", "device", "threads", "deterministic", "weak_teacher", "dataset")
 """Where and how a result is computed: not part of its hash (data count by their content)."""
-LATER = {"stem": 1, "clip_grad": 0.0}
+LATER = {"stem": 1, "clip_grad": 0.0, "connector_lr": 1.0, "connector_warmup": 0}
 """Parameters that came after the first runs: they count once they are changed, so that those runs are found."""
 
 

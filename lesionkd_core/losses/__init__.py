@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass
 class Step:
-    """All that a loss term may look at in one step; full-size tensors are (N, 1, H, W)."""
+    """All that a loss term may look at in one step; full-size tensors are (N, 1, H, W); `epoch` counts from 0."""
 
     logits: Tensor
     maps: dict[str, Tensor]
@@ -37,6 +37,7 @@ class Step:
     teacher_logits: Tensor
     teacher_maps: dict[str, Tensor]
     shared: dict[Hashable, Any] = field(default_factory=dict)
+    epoch: int = 0
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What depends on the batch and the teacher alone: made by the first arm that asks, found by the others."""
@@ -89,13 +90,20 @@ def _reasoning(cfg: DistillConfig, student: Network, teacher: Network, measured:
     return EdgeReasoning(student, teacher, measured.fitted.graph, measured.fitted.std, cfg.edge_level)
 
 
+def _refine(module: nn.Module, step: Step, cfg: DistillConfig) -> Tensor:
+    warming = step.epoch < cfg.connector_warmup
+    maps = {name: value.detach() for name, value in step.maps.items()} if warming else step.maps
+    loss: Tensor = module(maps, step.teacher_maps, step.once)
+    return loss
+
+
 def _rival(module: nn.Module, step: Step, _: DistillConfig) -> Tensor:
     loss: Tensor = module(step)
     return loss
 
 
 TERMS: dict[str, Term] = {
-    "feat": Term("w_feat", _refinement, lambda module, step, cfg: module(step.maps, step.teacher_maps, step.once)),
+    "feat": Term("w_feat", _refinement, _refine),
     "edge": Term("w_edge", _reasoning, lambda module, step, cfg: module(step.maps, step.teacher_maps, step.edge_label(cfg.shuffle_edges), step.once)),
     "kd": Term("w_kd", lambda cfg, *_: OnLogits(partial(kd_loss, temperature=cfg.kd_temperature)), _rival),
     "fitnets": Term("w_fitnets", lambda cfg, student, teacher, _: OnMaps(student, teacher, cfg.fitnets_levels, hint_loss, regress=True), _rival),

@@ -25,8 +25,9 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "margin": ("bn", "empirical"), "level_weights": ("mean", "area", "halving"), "teacher_bn": ("eval", "batch"),
     "edge_level": ("low", "deep"), "edge_width": (1, 3), "grid": (4, 8), "grid_frame": ("image", "lesion"),
     "anchors": ("masked_mean", "masked_cosine", "eagr"), "graph": ("frozen", "joint", "relation"),
+    "lr": (0.002, 0.005, 0.01), "connector_lr": (0.1, 1.0, 10.0), "connector_warmup": (0, 1, 3),
 }
-"""What METHOD.md leaves open: the values tried, one changed at a time."""
+"""What METHOD.md leaves open, and how fast student and connectors learn: the values tried, one changed at a time."""
 
 
 def sweep_weights(cfg: AblationConfig, weights: dict[str, tuple[float, ...]] | None = None, tell: Tell = print) -> pd.DataFrame:
