@@ -20,6 +20,7 @@ import yaml
 from lesionkd_core import stages, store
 from lesionkd_core.__main__ import main
 from lesionkd_core.config import AblationConfig, DistillConfig, LesionKDError, PrepareConfig, TeacherConfig
+from lesionkd_core.config.base import LATER
 from lesionkd_core.evaluation import METRICS
 from lesionkd_core.sweeps import cluster, plan, results
 from tests.conftest import ROOT
@@ -393,6 +394,16 @@ def test_of_runs_with_equal_parameters_the_newest_counts(runs):
     os.utime(runs / "distill" / "new" / "DONE", (0, 0))
     results.collect(quiet)
     assert results.summarize_results()[["runs", "dice"]].values.tolist() == [[1, 0.25]]
+
+
+def test_a_run_from_before_a_parameter_came_counts_with_its_default(runs):
+    for name in ("old", "new"):
+        finished_run(runs, DistillConfig(terms="feat"), name, 0)
+    recorded = store.read_json(file := runs / "distill" / "old" / "config.json")
+    store.write_json(file, {name: value for name, value in recorded.items() if name not in LATER})
+    store.finish(runs / "distill" / "old")
+    results.collect(quiet)
+    assert results.summarize_results(by=("arm", *LATER))[["runs", *LATER]].values.tolist() == [[1, *LATER.values()]]
 
 
 def test_names_of_cases_come_through_as_they_are(runs):

@@ -6,6 +6,7 @@ set of parameters, and ``cfg.upstream(TeacherConfig)`` hands the teacher exactly
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,7 +32,7 @@ from .export import ExportConfig
 
 __all__ = [
     "ARMS", "PROFILES", "TERM_FIELDS", "AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "ExportConfig", "ExternalConfig", "GraphConfig",
-    "LesionKDError", "PrepareConfig", "StageConfig", "TeacherConfig", "nearest",
+    "LesionKDError", "PrepareConfig", "StageConfig", "TeacherConfig", "idle_fields", "nearest",
 ]
 
 
@@ -188,6 +189,16 @@ TERM_FIELDS = {
 """Fields that matter only where their loss term is in `terms`."""
 
 
+def idle_fields(terms: Collection[str]) -> set[str]:
+    """Fields that change nothing in a student trained with these terms."""
+    idle = {name for term, names in TERM_FIELDS.items() if term not in terms for name in names}
+    if not {"feat", "edge", "fitnets"} & set(terms):
+        idle.add("connector_lr")
+    if not terms:  # no teacher looks on
+        idle |= {name for name in GraphConfig.model_fields if name.startswith("teacher")} | {"encoder_weights"}
+    return idle
+
+
 class DistillConfig(GraphConfig):
     """Frozen teacher and graph -> trained student (stage `distill`, steps S2 to S6)."""
 
@@ -233,12 +244,8 @@ class DistillConfig(GraphConfig):
 
     def hashed(self) -> dict[str, Any]:
         """Fields of absent terms do not count, so arms of other weights share the student alone."""
-        absent = {name for term, names in TERM_FIELDS.items() if term not in self.terms for name in names}
-        if not {"feat", "edge", "fitnets"} & set(self.terms):  # no term has a connector
-            absent.add("connector_lr")
-        if not self.terms:  # no teacher looks on either
-            absent |= {n for n in GraphConfig.model_fields if n.startswith("teacher")} | {"encoder_weights"}
-        return {name: value for name, value in super().hashed().items() if name not in absent} | {"terms": sorted(self.terms)}
+        idle = idle_fields(self.terms)
+        return {name: value for name, value in super().hashed().items() if name not in idle} | {"terms": sorted(self.terms)}
 
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import store
-from ..config import ARMS, TERM_FIELDS, LesionKDError, nearest
-from ..config.base import _names
+from ..config import ARMS, DistillConfig, LesionKDError, TeacherConfig, idle_fields, nearest
+from ..config.base import LATER, _names
 from ..evaluation import METRICS
 from ..progress import Tell
 from .notebooks import package
@@ -88,13 +88,10 @@ def _rows(path: Path, values: dict[str, Any]) -> pd.DataFrame:
 
 def _parameters(recorded: dict[str, Any]) -> dict[str, Any]:
     """The parameters that a network is made from, and the arm of an ablation that they are ('teacher' for one)."""
-    idle = {"stage", "version", "upstream", "digest", "device", "threads", "test_dataset"}
     terms = recorded.get("terms")
-    if terms is not None:
-        idle |= {name for term, names in TERM_FIELDS.items() if term not in terms for name in names}
-    if terms == []:  # the student alone has no teacher, whichever was named when it was trained
-        idle |= {name for name in recorded if name.startswith("teacher")} | {"encoder_weights"}
-    values = {n: ", ".join(map(str, v)) if isinstance(v, list) else v for n, v in recorded.items() if n not in idle}
+    idle = {"stage", "version", "upstream", "digest", "device", "threads", "test_dataset"} | (set() if terms is None else idle_fields(terms))
+    later = {n: v for n, v in LATER.items() if n in (TeacherConfig if terms is None else DistillConfig).model_fields}  # runs from before they came
+    values = {n: ", ".join(map(str, v)) if isinstance(v, list) else v for n, v in (later | recorded).items() if n not in idle}
     return {"teacher": ""} | values | {"dataset": _name(recorded["dataset"]), "arm": "teacher" if terms is None else _arm(recorded)}
 
 
