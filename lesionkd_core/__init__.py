@@ -23,7 +23,7 @@ _HOME = {
     "prepare": ("perceptual_hash", "prepare_data"),
     "inference": ("load_network", "load_student", "predict", "probabilities"),
     "statistics": (
-        "accuracy_ratio", "agreement", "by_tertile", "compare_arms", "compare_missed", "count_missed", "epochs_to_reach", "learning_curves",
+        "accuracy_ratio", "agreement", "by_tertile", "compare_arms", "compare_missed", "compare_with", "epochs_to_reach", "gradient_pulls", "learning_curves",
     ),
     "evaluation": ("fixed_mask_dice", "mask_dice", "score_masks", "score_otsu", "summarize"),
     "external": ("score_external",),

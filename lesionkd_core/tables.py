@@ -14,8 +14,8 @@ from . import provenance, store
 from .evaluation import PUBLISHED
 from .figures import METRIC_LABELS
 from .statistics.arms import FAMILY, by_seed, case_mean, families, in_order
+from .words import called, label, many, verdict
 from .words import in_words as in_words  # noqa: PLC0414
-from .words import label, many, verdict
 
 USUAL = {"profile": "cpu", "teacher": "resnet34_unet"}
 """The study's; a macro names only what differs from it."""
@@ -93,26 +93,53 @@ def arms(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(comparison: pd.DataFrame) -> pd.DataFrame:
-    """A table of `statistics.compare_arms` as a page holds it: a row an arm that the method is held against."""
+    """A table of `statistics.compare_arms` or `compare_with` as a page holds it: a row a pair of arms, headed by the arm that all share."""
     places = [name for name in FAMILY if name in comparison and comparison[name].nunique() > 1]
     rows = []
     for row in comparison.itertuples():
         interval = "--" if row.groups < 2 else f"{row.low:+.3f} to {row.high:+.3f}"
-        said = {"method against": label(row.other), f"{METRIC_LABELS[row.metric]}, difference": f"{row.difference:+.3f}", "95 % interval": interval}
+        pair = {_against(comparison): label(getattr(row, _varying(comparison)))}
+        said = pair | {f"{METRIC_LABELS[row.metric]}, difference": f"{row.difference:+.3f}", "95 % interval": interval}
         rows.append({name: label(getattr(row, name)) for name in places} | said | {"p (Holm)": f"{row.p_holm:.2g}", "verdict": verdict(row)})
     return pd.DataFrame(rows)
 
 
-def study_scores(per_case: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm, one column a data set: mean Dice [95 % interval over groups and seeds] and missed lesions a seed, from `study()`."""
-    rows: dict[str, dict[str, str]] = {}
-    for name, part in _columns(per_case):
-        column = ", ".join([name, f"{part['id'].nunique()} cases", many(part.loc[part["arm"] != "teacher", "seed"].nunique(), "seed")])
+def _varying(comparison: pd.DataFrame) -> str:
+    return "arm" if comparison["arm"].nunique() > 1 else "other"
+
+
+def _against(comparison: pd.DataFrame) -> str:
+    arms, others = comparison["arm"].unique(), comparison["other"].unique()
+    return f"against {called(others[0])}" if len(arms) > 1 else f"{called(arms[0])} against"
+
+
+def study_means(per_case: pd.DataFrame) -> pd.DataFrame:
+    """Every arm of `study()` in full precision.
+
+    Returns
+    -------
+    DataFrame
+        Columns of FAMILY; arm, seeds, cases, groups, dice (mean over cases and seeds), low, high (over groups and seeds), missed (lesions, mean over seeds).
+    """
+    rows = []
+    for family, part in families(per_case):
         for arm in ("teacher", *in_order(part, without="teacher")):
-            mean, low, high = case_mean(by_seed(part, arm))
-            own = part[part["arm"] == arm]
-            missed = own["missed"].sum() / own["seed"].nunique()
-            rows.setdefault(arm, {"arm": label(arm)})[column] = f"{mean:.3f} [{low:.3f}, {high:.3f}], {missed:.1f} missed"
+            scored = by_seed(part, arm)
+            dice, low, high = case_mean(scored)
+            size = {"seeds": scored.shape[1], "cases": len(scored), "groups": scored.index.get_level_values("group").nunique()}
+            rows.append(family | {"arm": arm} | size | {"dice": dice, "low": low, "high": high, "missed": by_seed(part, arm, "missed").sum().mean()})
+    return pd.DataFrame(rows)
+
+
+def study_scores(means: pd.DataFrame) -> pd.DataFrame:
+    """`study_means` as a page holds it: one row an arm, one column a data set; seeds are said where an arm has others than its column."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, part in _columns(means):
+        seeds = int(part.loc[part["arm"] != "teacher", "seeds"].max())
+        column = ", ".join([name, f"{part['cases'].max()} cases", many(seeds, "seed")])
+        for row in part.itertuples():
+            fewer = f" ({many(row.seeds, 'seed')})" * int(row.seeds != seeds)
+            rows.setdefault(row.arm, {"arm": label(row.arm)})[column] = f"{row.dice:.3f} [{row.low:.3f}, {row.high:.3f}], {row.missed:.1f} missed{fewer}"
     return pd.DataFrame(rows.values()).fillna("not measured")
 
 
@@ -124,26 +151,23 @@ def _columns(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def study_differences(comparison: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm that the method is held against, one column a data set: difference of Dice (95 % interval), p after Holm, verdict."""
+    """`differences` with one column a data set: difference of Dice (95 % interval), p after Holm, verdict."""
     rows: dict[str, dict[str, str]] = {}
     for name, part in _columns(comparison):
         column = f"{name}, {part['groups'].iloc[0]} groups"
         for other, difference, interval, p, seen in differences(part).itertuples(index=False):
-            rows.setdefault(other, {"method against": other})[column] = f"{difference} ({interval}), p {p}, {seen}"
+            rows.setdefault(other, {_against(comparison): other})[column] = f"{difference} ({interval}), p {p}, {seen}"
     return pd.DataFrame(rows.values()).fillna("not measured")
 
 
 def study_numbers(per_case: pd.DataFrame, comparison: pd.DataFrame) -> dict[str, Any]:
     """What a text quotes of the committed study, for `variables`: every arm's scores and every difference, data set by data set."""
     values: dict[str, Any] = {}
-    for family, part in families(per_case):
-        own = _macro(family)
-        students = part[part["arm"] != "teacher"]
-        values |= {f"{own} cases": part["id"].nunique(), f"{own} groups": part["group"].nunique(), f"{own} seeds": students["seed"].nunique()}
-        for arm in ("teacher", *in_order(part, without="teacher")):
-            scores, rows = case_mean(by_seed(part, arm)), part[part["arm"] == arm]
-            values |= {f"{own} {arm} {name}": score for name, score in zip(("dice", "low", "high"), scores)}
-            values[f"{own} {arm} missed"] = f"{rows['missed'].sum() / rows['seed'].nunique():.1f}"
+    for family, part in families(study_means(per_case)):
+        own, students = _macro(family), part[part["arm"] != "teacher"]
+        values |= {f"{own} {name}": int(students[name].max()) for name in ("cases", "groups", "seeds")}
+        for row in part.itertuples():
+            values |= {f"{own} {row.arm} {name}": getattr(row, name) for name in ("dice", "low", "high")} | {f"{own} {row.arm} missed": f"{row.missed:.1f}"}
     for row in comparison.itertuples():
         pair = f"{_macro(row._asdict())} {row.arm} minus {row.other}"
         values |= {f"{pair} {name}".strip(): f"{getattr(row, name or 'difference'):+.3f}" for name in ("", "low", "high")}

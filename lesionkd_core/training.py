@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ class Learner:
 def gradients(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, float]:
     """What every weighted term asks of the layers that all terms reach (METHOD, Loss weights).
 
-    {grad_TERM: norm of its gradient, cos_TERM: cosine with the gradient of L_seg}; of the term alone, in front of the optimizer.
+    {grad_TERM: norm of its gradient, cos_TERM: cosine with the gradient of L_seg, cos_feat_edge: of two other terms}; of a term
+    alone, in front of the optimizer.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     found = {name: torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for name, loss in weighted.items() if loss.requires_grad}
@@ -194,7 +196,8 @@ def gradients(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, floa
         return {f"grad_{name}": 0.0 for name in found}
     flat = {name: ranks.total(torch.cat([g[i].flatten() for i in shared])) for name, g in found.items()}
     norms = {f"grad_{name}": float(g.norm()) for name, g in flat.items()}
-    return norms | {f"cos_{name}": float(nn.functional.cosine_similarity(g, flat["seg"], dim=0)) for name, g in flat.items() if name != "seg"}
+    pairs = {f"cos_{b}" if a == "seg" else f"cos_{a}_{b}": (flat[a], flat[b]) for a, b in combinations(sorted(flat, key=lambda name: name != "seg"), 2)}
+    return norms | {name: float(nn.functional.cosine_similarity(*pair, dim=0)) for name, pair in pairs.items()}
 
 
 def train(fabric: Fabric, prepared: Prepared, learners: list[Learner], teacher: Network | None, name: str) -> None:

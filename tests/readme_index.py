@@ -29,19 +29,34 @@ def index() -> str:
 
 
 def study() -> str:
-    """Tables of the committed study: every arm, and the method against every other; its share of U-Net 64."""
+    """Tables of the committed study: every arm, the method against every other, every arm against the student alone; its share of larger networks."""
+    import pandas as pd
+
     import lesionkd_core as lkd
 
     scored = lkd.tables.study()
-    shown = lkd.tables.study_scores(scored), lkd.tables.study_differences(lkd.compare_arms(scored))
-    return "\n\n".join([*(table.to_markdown(index=False) for table in shown), lkd.tables.in_words(lkd.accuracy_ratio(scored))])
+    pairs = lkd.compare_arms(scored), lkd.compare_with(scored)
+    shown = lkd.tables.study_scores(lkd.tables.study_means(scored)), *map(lkd.tables.study_differences, pairs)
+    ratios = pd.concat([lkd.accuracy_ratio(scored, reference) for reference in ("unet64", "resnet34_unet")])
+    return "\n\n".join([*(table.to_markdown(index=False) for table in shown), lkd.tables.in_words(ratios)])
 
 
 def comparisons() -> str:
-    """The same differences in a sentence each."""
+    """The study in a sentence for every row of its tables."""
+    import pandas as pd
+
     import lesionkd_core as lkd
 
-    return lkd.tables.in_words(lkd.compare_arms(lkd.tables.study()))
+    scored, history = lkd.tables.study(), lkd.tables.study("history")
+    said = {
+        "The method against every other arm": lkd.compare_arms(scored),
+        "Every arm against the student alone": lkd.compare_with(scored),
+        "Small and large lesions": pd.concat([lkd.by_tertile(scored, "lesion_pixels", arm, "alone") for arm in ("method", "feat")]),
+        "Missed lesions": lkd.compare_missed(scored),
+        "Students and their teacher": lkd.agreement(scored),
+        "How hard the terms pull": lkd.gradient_pulls(history.query("arm in ['feat', 'edge', 'method']")),
+    }
+    return "\n\n".join(f"### {title}\n\n{lkd.tables.in_words(table)}" for title, table in said.items())
 
 
 def tour() -> str:

@@ -160,9 +160,18 @@ def test_the_forest_plot_draws_every_difference_interval_and_seed_of_every_data_
         check_differences(axis, comparison[comparison[["dataset", "teacher"]].eq(list(family)).all(axis=1)], {"alone": 2, "shuffled": 1, "kd": 0})
 
 
+def test_the_forest_plot_of_every_arm_against_one_says_so():
+    comparison = statistics.compare_with(study().query("dataset == 'isic2018'"), draws=200)
+    fig = figures.forest(comparison)
+    assert [text.get_text() for text in fig.axes[0].get_yticklabels()] == ["both (method)", "both, edges shuffled", "logit KD"]
+    check_differences(fig.axes[0], comparison.assign(other=comparison["arm"]), {"method": 2, "shuffled": 1, "kd": 0})
+    assert fig.get_label().startswith("Arm minus student alone, Dice (right: arm better)")
+
+
 def test_a_marker_is_filled_where_holms_p_and_the_interval_see_a_difference():
     rows = [("alone", 0.01, 0.05, 0.04), ("feat", 0.01, 0.05, 0.06), ("edge", -0.01, 0.05, 0.01), ("kd", -0.05, -0.01, 0.01)]
-    table = pd.DataFrame([{"other": o, "metric": "dice", "difference": (low + high) / 2, "low": low, "high": high, "p_holm": p} for o, low, high, p in rows])
+    shared = {"arm": "method", "metric": "dice"}
+    table = pd.DataFrame([shared | {"other": o, "difference": (low + high) / 2, "low": low, "high": high, "p_holm": p} for o, low, high, p in rows])
     faces = {c.get_label(): c.lines[0].get_markerfacecolor() for c in figures.forest(table).axes[0].containers}
     assert {name: face != "white" for name, face in faces.items()} == {"alone": True, "feat": False, "edge": False, "kd": True}
 
@@ -176,6 +185,10 @@ def test_the_ablation_draws_means_seeds_and_differences_in_one_row_a_data_set():
         places = {arm: len(arms) - 1 - i for i, arm in enumerate(arms)}
         means = part.groupby(["arm", "id"])["dice"].mean().groupby("arm").mean()
         assert {name: (x, y) for name, x, y, *_ in drawn_intervals(left, "x")} == {arm: (pytest.approx(means[arm]), places[arm]) for arm in arms}
+        ends = {name: ends for name, _, _, *ends in drawn_intervals(left, "x")}
+        for arm in arms:
+            _, low, high = statistics.arms.case_mean(statistics.arms.by_seed(part, arm))
+            assert ends[arm] == pytest.approx([low, high]), "as in the table"
         assert seed_ticks(left)[places["kd"]] == pytest.approx(part[part["arm"] == "kd"].groupby("seed")["dice"].mean().tolist())
         check_differences(right, comparison[comparison[["dataset", "teacher"]].eq(list(family)).all(axis=1)], places)
 
@@ -213,21 +226,25 @@ def test_gradients_are_means_over_seeds_term_by_term():
     norms, cosines = figures.gradients(table[table["arm"] == "method"]).axes
     by_epoch = table[table["arm"] == "method"].groupby("epoch")
     assert set(lines(norms)) == {"seg", "feat", "edge"} and {name for name in lines(cosines)} == {"feat", "edge"}
+    fig = figures.gradients(table[table["arm"] == "method"].assign(cos_feat_edge=0.3))
+    assert set(lines(fig.axes[0])) == {"seg", "feat", "edge"} and lines(fig.axes[1])["feat_edge"][1] == [0.3] * 6
+    assert any("with" in text.get_text() for text in fig.legends[0].get_texts())
     assert lines(norms)["edge"][1] == pytest.approx(by_epoch["grad_edge"].mean().tolist())
     assert lines(cosines)["feat"] == ([*range(1, 7)], pytest.approx(by_epoch["cos_feat"].mean().tolist()))
     assert norms.get_yscale() == "log" and set(lines(shown[r"Epoch" + "\n" + r"+ $L_\mathrm{edge}$"])) == {"edge"}
 
 
 def test_the_sweep_draws_means_against_weights_and_rings_the_best():
-    [axis] = figures.weight_sweep(sweep()).axes
-    assert axis.get_xscale() == "log"
-    found = lines(axis)
-    assert found["feat"] == ([1, 10], pytest.approx([0.63, 0.67])) and found["kd"] == ([0.1], pytest.approx([0.62]))
-    assert found["alone"][1] == pytest.approx([0.605, 0.605])
-    rings = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_markersize() == 9]
-    assert rings == [(10, pytest.approx(0.67)), (0.1, pytest.approx(0.62))]
-    [band] = [patch for patch in axis.patches]
-    assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx([0.60, 0.61])
+    feat, kd = figures.weight_sweep(sweep(), {"feat": 3.0}).axes
+    assert feat.get_xscale() == "log" and "feat" in feat.get_xlabel() and kd.get_xlabel() == "weight, logit KD"
+    assert lines(feat)["feat"] == ([1, 10], pytest.approx([0.63, 0.67])) and lines(kd)["kd"] == ([0.1], pytest.approx([0.62]))
+    assert lines(feat)["default"][0] == [3, 3] and "default" not in lines(kd)
+    rings = [[(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_markersize() == 9] for axis in (feat, kd)]
+    assert rings == [[(10, pytest.approx(0.67))], [(0.1, pytest.approx(0.62))]]
+    for axis in (feat, kd):
+        assert lines(axis)["alone"][1] == pytest.approx([0.605, 0.605])
+        [band] = axis.patches
+        assert [band.get_y(), band.get_y() + band.get_height()] == pytest.approx([0.60, 0.61])
 
 
 def test_an_option_has_a_row_a_value_and_a_filled_mark_where_it_is_the_configuration_s_own():

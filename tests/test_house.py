@@ -72,7 +72,7 @@ def test_the_core_stays_thin():
     spent = dict.fromkeys(("method", "data", "study", "machines", "phones"), 0)
     for path in CORE.rglob("*.py"):
         spent[around.get(room_of(path), "method")] += code_lines(path)
-    assert all(spent[part] < limit for part, limit in {"method": 3000, "data": 1600, "study": 1500, "machines": 900, "phones": 700}.items()), spent
+    assert all(spent[part] < limit for part, limit in {"method": 3000, "data": 1600, "study": 1600, "machines": 900, "phones": 700}.items()), spent
 
 
 def test_files_and_functions_stay_short():

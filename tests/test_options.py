@@ -168,7 +168,7 @@ def test_every_option_trains_from_data_to_scores(option):
     run = distill(DistillConfig(**{**TINY, **option}), silent)
     history = run.history
     assert np.isfinite(history.filter(like="loss").to_numpy()).all()
-    assert {"grad_feat", "grad_edge", "cos_feat", "cos_edge"} <= set(history)
+    assert {"grad_feat", "grad_edge", "cos_feat", "cos_edge", "cos_feat_edge"} <= set(history)
     assert len(run.per_case)
 
 

@@ -76,10 +76,10 @@ def test_means_and_intervals_of_the_table_by_hand():
     rows = [(arm, seed, case, group, dice) for arm, shift in (("method", 0.1), ("teacher", 0.2)) for seed in ((0, 1) if arm == "method" else (0,))
             for case, group, dice in (("a", "g", 0.5 + shift), ("b", "g", 0.3 + shift + 0.02 * seed), ("c", "h", 0.0))]
     table = pd.DataFrame(rows, columns=["arm", "seed", "id", "group", "dice"]).assign(test_dataset="d", missed=lambda t: (t["dice"] == 0).astype(int))
-    shown = lkd.tables.study_scores(table).set_index("arm").iloc[:, 0]
+    shown = lkd.tables.study_scores(lkd.tables.study_means(table)).set_index("arm").iloc[:, 0]
     assert shown.name == "d, 3 cases, 2 seeds"
     assert shown["both (method)"].startswith(f"{(0.6 + 0.4 + 0.6 + 0.42) / 6:.3f} [0.000, 0.5") and shown["both (method)"].endswith("1.0 missed")
-    assert shown["teacher"].startswith(f"{(0.7 + 0.5) / 3:.3f} [0.000, 0.600]")
+    assert shown["teacher"].startswith(f"{(0.7 + 0.5) / 3:.3f} [0.000, 0.600]") and shown["teacher"].endswith("(1 seed)")
 
 
 def test_the_chosen_weights_are_those_of_the_committed_sweep():
@@ -97,8 +97,10 @@ def test_every_difference_stands_once_with_its_interval_and_verdict(scored):
     shown = lkd.tables.study_differences(compared).set_index("method against")
     assert shown.shape == (len(ARMS) - 2, scored["test_dataset"].nunique())
     cells = shown.stack()
-    for word in ("better", "worse", "no difference seen"):
+    for word in ("better", "worse", "worse by ranks alone", "no difference seen"):
         assert cells.str.endswith(f", {word}").sum() == lkd.tables.in_words(compared).count(f": {word} (")
+    against = lkd.compare_with(scored)
+    assert lkd.tables.study_differences(against).shape == (len(ARMS) - 2, 1 + scored["test_dataset"].nunique())
     row = compared[compared["test_dataset"] == "busi"].set_index("other").loc["alone"]
     [column] = [name for name in shown if name.startswith("busi")]
     assert shown.loc["student alone", column].startswith(f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}), p {row['p_holm']:.2g}, ")

@@ -165,6 +165,9 @@ def test_gradients_are_taken_where_all_terms_reach():
     assert found["grad_seg"] == pytest.approx((2 * (first**2 + second**2)) ** 0.5, rel=1e-5)
     cosine = (first + second) / (2 * (first**2 + second**2)) ** 0.5  # (3, 3, 3, 3) against (first, first, second, second)
     assert found["cos_a"] == pytest.approx(cosine, rel=1e-5)
+    hidden = shared(x)
+    both = gradients(network, {"seg": own(hidden).sum(), "a": hidden.sum(), "b": -2 * hidden.sum()})
+    assert both["cos_a_b"] == pytest.approx(-1) and set(both) == {"grad_seg", "grad_a", "grad_b", "cos_a", "cos_b", "cos_a_b"}
 
 
 @pytest.mark.fault

@@ -15,10 +15,10 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluation import HIGHER_IS_BETTER, bootstrap_mean
 from ..statistics import FAMILY
 from ..statistics import agreement as agreement_of
-from ..statistics.arms import TEACHER, THIRDS, by_seed, in_order
+from ..statistics.arms import TEACHER, THIRDS, by_seed, case_mean, in_order
 from .style import METRIC_LABELS, ONE_COLUMN, TWO_COLUMNS, Look, charts, interval, key, legend, legend_height, look_of, named, need, nothing, on, parts, style
 
-MEASURES = {"lesion_pixels": ("Lesion size", "{:.0f} to {:.0f} px"), "contrast": ("Contrast of the lesion", "{:.2f} to {:.2f}")}
+MEASURES = {"lesion_pixels": ("Lesion size", "{:.0f}–{:.0f} px"), "contrast": ("Contrast of the lesion", "{:.2f}–{:.2f}")}
 MISSED: dict[str, dict[str, Any]] = {
     "missed by neither": {"marker": ".", "color": "#4477AA", "markersize": 3, "alpha": 0.6},
     "missed by the student": {"marker": "x", "color": "#CC3311"},
@@ -94,60 +94,60 @@ def _shared(table: pd.DataFrame, part: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mean_and_seeds(axis: Axes, y: float, seeds: pd.DataFrame, arm: str) -> None:
-    means = seeds.mean(axis=1)
-    low, high = bootstrap_mean(means.to_numpy(), means.index.get_level_values("group").to_numpy())
+    mean, low, high = case_mean(seeds)
     _seeds(axis, seeds.mean(), y, arm)
-    interval(axis, means.mean(), y, low, high, look_of(arm), label=arm)
+    interval(axis, mean, y, low, high, look_of(arm), label=arm)
 
 
 def _seeds(axis: Axes, values: pd.Series | list[float], y: float, arm: str) -> None:
     axis.plot(values, np.full(len(values), y - 0.28), "|", color=look_of(arm).colour, markersize=4, markeredgewidth=0.9)
 
 
-def _direction(metric: str) -> str:
-    side = "right" if HIGHER_IS_BETTER[metric] else "left"
-    return f"Method minus other, {METRIC_LABELS[metric]} ({side}: method better)"
+def _direction(metric: str, pair: str = "method minus other") -> str:
+    return f"{pair[0].upper()}{pair[1:]}, {METRIC_LABELS[metric]} ({'right' if HIGHER_IS_BETTER[metric] else 'left'}: {pair.split(' minus ')[0]} better)"
 
 
-def _differences(axis: Axes, comparison: pd.DataFrame, places: dict[str, int]) -> None:
+def _differences(axis: Axes, comparison: pd.DataFrame, places: dict[str, int], varying: str = "other") -> None:
     """Differences with intervals and seeds; filled where a difference is seen: interval without 0, and Holm's p at most 0.05."""
     for row in comparison.to_dict("records"):
-        if row["other"] in places:
-            y = places[row["other"]]
+        if (arm := row[varying]) in places:
             seen = (row["low"] > 0 or row["high"] < 0) and row.get("p_holm", 0) <= 0.05
-            _seeds(axis, [value for name, value in row.items() if name.startswith("difference_seed")], y, row["other"])
-            interval(axis, row["difference"], y, row["low"], row["high"], look_of(row["other"]), filled=seen, label=row["other"])
+            _seeds(axis, [value for name, value in row.items() if name.startswith("difference_seed")], places[arm], arm)
+            interval(axis, row["difference"], places[arm], row["low"], row["high"], look_of(arm), filled=seen, label=arm)
     axis.axvline(0, color="black", linewidth=0.6, zorder=1)
 
 
 def forest(comparison: pd.DataFrame) -> Figure:
-    """The method minus every other arm with its 95 % interval, seeds as ticks beneath; one chart a data set and teacher, on one scale.
+    """Pairs of arms, their difference with its 95 % interval, seeds as ticks beneath; one chart a data set and teacher, on one scale.
 
     Filled: a difference is seen (interval without 0 and Holm's p at most 0.05); hollow: none is.
 
     Parameters
     ----------
     comparison : DataFrame
-        From `statistics.compare_arms`.
+        From `statistics.compare_arms` (the method minus every other arm) or `compare_with` (every arm minus one).
     """
     with style():
         if comparison.empty:
             return nothing("there is no arm to compare with")
-        need(comparison, "other", "difference", "low", "high", "metric")
+        need(comparison, "arm", "other", "difference", "low", "high", "metric")
         found = list(parts(comparison))
-        others = list(dict.fromkeys(comparison["other"]))
-        places = {arm: len(others) - 1 - i for i, arm in enumerate(others)}
-        fig, axes = charts(len(found), 0.6 + 0.2 * len(others), SEEN, sharey=True, sharex=True)
+        varying = "arm" if comparison["arm"].nunique() > 1 else "other"
+        arms = list(dict.fromkeys(comparison[varying]))
+        places = {arm: len(arms) - 1 - i for i, arm in enumerate(arms)}
+        pair = f"arm minus {look_of(comparison['other'].iloc[0]).label}" if varying == "arm" else "method minus other"
+        axis_label = _direction(comparison["metric"].iloc[0], pair)
+        fig, axes = charts(len(found), 0.6 + 0.2 * len(arms), SEEN, sharey=True, sharex=True)
         for axis, (name, part) in zip(axes, found):
-            _differences(axis, part, places)
+            _differences(axis, part, places, varying)
             axis.set_xlabel(name)
             axis.tick_params(labelbottom=True)
             axis.xaxis.set_major_locator(MaxNLocator(4))
         axes[0].set_yticks(list(places.values()), [look_of(arm).label for arm in places])
-        axes[0].set_ylim(-0.6, len(others) - 0.4)
-        fig.supxlabel(_direction(comparison["metric"].iloc[0]), fontsize=7.5)
+        axes[0].set_ylim(-0.6, len(arms) - 0.4)
+        fig.supxlabel(axis_label, fontsize=7.5)
         legend(fig, SEEN)
-    fig.set_label(f"{_direction(comparison['metric'].iloc[0])}, with 95 % intervals and seeds{on(name for name, _ in found)}: {named(others)}.")
+    fig.set_label(f"{axis_label}, with 95 % intervals and seeds{on(name for name, _ in found)}: {named(arms)}.")
     return fig
 
 

@@ -79,7 +79,7 @@ def _band(axis: Axes, x: pd.Series, table: pd.DataFrame, name: str, look: Look, 
 
 
 def gradients(history: pd.DataFrame) -> Figure:
-    """What every weighted term asks of the layers that all terms reach: above the norm of its gradient, below its cosine with L_seg's.
+    """What every weighted term asks of the layers that all terms of its arm reach: above the norm of its gradient, below its cosine with L_seg's.
 
     Mean over seeds as a line, their range as a band; one column an arm, up to four abreast.
 
@@ -89,7 +89,8 @@ def gradients(history: pd.DataFrame) -> Figure:
         Columns epoch, grad_TERM and cos_TERM of runs' histories; arm, seed and those of `statistics.FAMILY` where there are several.
     """
     need(history, "epoch", "grad_seg")
-    terms = [name.removeprefix("grad_") for name in history if name.startswith("grad_")]
+    taken = [name for name in history if name.startswith(("grad_", "cos_")) and history[name].notna().any()]
+    terms = list(dict.fromkeys(name.partition("_")[2] for name in taken))  # 'feat_edge' is the cosine of two terms
     history = history if "arm" in history else history.assign(arm="")
     found = [(", ".join(filter(None, (look_of(arm).label, name))), part[part["arm"] == arm]) for name, part in parts(history) for arm in in_order(part)]
     with style():
@@ -133,51 +134,57 @@ def _pull(norms: Axes, cosines: Axes, history: pd.DataFrame, terms: list[str], n
 
 
 def _term(name: str) -> Look:
-    """A loss term is drawn as the arm that has it alone."""
+    """A loss term is drawn as the arm that has it alone; two of them, by the cosine between them."""
+    if "_" in name:
+        return Look(typeset(" with ".join(f"L_{term}" for term in name.split("_"))), "#000000", "x", ":")
     return Look(typeset("L_seg"), "#000000", ".", "-") if name == "seg" else look_of(name)._replace(label=look_of(name).label.removeprefix("+ "))
 
 
-def weight_sweep(table: pd.DataFrame) -> Figure:
-    """Validation Dice against a term's weight, one line an arm; the student alone as a dashed line with the range of its seeds.
+def weight_sweep(table: pd.DataFrame, defaults: dict[str, float] | None = None) -> Figure:
+    """Validation Dice against a term's weight, a chart an arm (and data set and teacher); beneath, the student alone with the range of its seeds.
 
-    Mean over seeds as a line, seeds as small points, a ring around each arm's best weight; one chart a data set and teacher.
+    Mean over seeds as a line, seeds as small points, a ring around the best weight, a dotted line at the arm's default.
 
     Parameters
     ----------
     table : DataFrame
         Columns arm, weight (of the term that the arm's line varies; without meaning for `alone`), val_dice; seed and those of
         `statistics.FAMILY` where there are several.
+    defaults : {arm: weight}, optional
+        Weights to mark.
     """
     need(table, "arm", "weight", "val_dice")
-    found = list(parts(table))
-    arms = [arm for arm in in_order(table) if arm != "alone"]
+    chosen = defaults or {}
+    found = [(name, part, arm) for name, part in parts(table) for arm in in_order(part, without="alone")]
     with style():
-        if table.empty:
+        if not found:
             return nothing("no weight has been tried")
-        keys = {look_of(arm).label: key(look_of(arm)._replace(marker="" if arm == "alone" else look_of(arm).marker)) for arm in in_order(table)}
-        fig, axes = charts(len(found), 2.4, keys, sharey=True)
-        for axis, (name, part) in zip(axes, found):
-            alone = part.loc[part["arm"] == "alone", "val_dice"]
-            if alone.notna().any():
-                axis.axhline(alone.mean(), color=look_of("alone").colour, linestyle=look_of("alone").line, label="alone")
-                axis.axhspan(alone.min(), alone.max(), color=look_of("alone").colour, alpha=0.15, linewidth=0)
-            for arm in arms:
-                _tried(axis, part[(part["arm"] == arm) & (part["weight"] > 0)], arm)
-            axis.set(xscale="log", xlabel=f"Weight of the term\n{name}".strip())
-            axis.label_outer()
-        axes[0].set_ylabel("Validation Dice")
-        legend(fig, keys)
-    fig.set_label(f"Validation Dice against the weight of the term{on(name for name, _ in found)}, seeds as points, the best ringed: {named(in_order(table))}.")
+        alone = look_of("alone")
+        fig, axes = charts(len(found), 1.45, {alone.label: key(alone._replace(marker=""))}, columns=4, sharey=True)
+        for axis, (name, part, arm) in zip(axes, found):
+            dice = part.loc[part["arm"] == "alone", "val_dice"]
+            if dice.notna().any():
+                axis.axhline(dice.mean(), color=alone.colour, linestyle=alone.line, label="alone")
+                axis.axhspan(dice.min(), dice.max(), color=alone.colour, alpha=0.15, linewidth=0)
+            _tried(axis, part[(part["arm"] == arm) & (part["weight"] > 0)], arm)
+            if arm in chosen:
+                axis.axvline(chosen[arm], color="black", linestyle=":", linewidth=0.8, label="default")
+            axis.set(xscale="log", xlabel="\n".join(filter(None, (f"weight, {look_of(arm).label}", name))))
+        for axis in axes[::4]:
+            axis.set_ylabel("Validation Dice")
+        legend(fig, {alone.label: key(alone._replace(marker=""))})
+    where = on(name for name, _ in parts(table))
+    fig.set_label(f"Validation Dice against the weight of the term{where}, seeds as points, the best ringed: {named(in_order(table))}.")
     return fig
 
 
 def _tried(axis: Axes, part: pd.DataFrame, arm: str) -> None:
-    _, colour, marker, line = look_of(arm)
+    _, colour, marker, _ = look_of(arm)
     means = part.groupby("weight")["val_dice"].mean().dropna()
     if means.empty:
         return
     axis.plot(part["weight"], part["val_dice"], ".", color=colour, markersize=2.5, alpha=0.6)
-    axis.plot(means.index, means, linestyle=line, color=colour, marker=marker, label=arm)
+    axis.plot(means.index, means, color=colour, marker=marker, label=arm)
     axis.plot(means.idxmax(), means.max(), "o", color=colour, markerfacecolor="none", markersize=9, markeredgewidth=0.8)
 
 

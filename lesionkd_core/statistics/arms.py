@@ -7,7 +7,7 @@ Rows with arm `teacher` are the teacher's own scores. The order of rows changes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -93,11 +93,14 @@ def interval(values: np.ndarray, draws: int = 5000) -> tuple[float, float]:
 
 
 def case_mean(scored: pd.DataFrame, draws: int = 5000) -> tuple[float, float, float]:
-    """Mean over cases and seeds of `by_seed`, and its 95 % interval; whole groups and seeds are drawn with replacement."""
-    sums, sizes = scored.groupby(level="group").sum().to_numpy(), scored.groupby(level="group").size().to_numpy(float)
+    """Mean over cases and seeds of `by_seed`, NaN left out, and its 95 % interval; whole groups and seeds are drawn with replacement."""
+    if not scored.notna().any(axis=None):
+        return np.nan, np.nan, np.nan
+    sums, sizes = (part.groupby(level="group").sum().to_numpy(float) for part in (scored, scored.notna()))
     of_groups, of_seeds = drawn(*sums.shape, draws)
-    means = ((of_groups @ sums) * of_seeds).sum(1) / sums.shape[1] / (of_groups @ sizes)
-    return float(scored.to_numpy().mean()), *(percentiles(means) if len(sums) > 1 else (np.nan, np.nan))
+    with np.errstate(invalid="ignore"):  # a draw that holds nothing but NaN is left out
+        means = ((of_groups @ sums) * of_seeds).sum(1) / ((of_groups @ sizes) * of_seeds).sum(1)
+    return float(np.nanmean(scored.to_numpy())), *(percentiles(means) if len(sums) > 1 else (np.nan, np.nan))
 
 
 def covers(groups: int, seeds: int) -> str:
@@ -128,9 +131,18 @@ def compare_arms(per_case: pd.DataFrame, method: str = "method", metric: str = "
         Columns of FAMILY; arm, other, metric, difference (arm - other), low, high, groups, seeds, covers (see `covers`),
         p, p_holm, better, worse (groups), undefined (scores of 0/0, left out), difference_seed0 and so on.
     """
+    return _compare(per_case, lambda table: [(method, other) for other in _others(table, method)], metric, draws)
+
+
+def compare_with(per_case: pd.DataFrame, reference: str = "alone", metric: str = "dice", draws: int = 5000) -> pd.DataFrame:
+    """Every arm against one of them, by default the student alone: `compare_arms` with `reference` as `other`, a Holm family of its own."""
+    return _compare(per_case, lambda table: [(arm, reference) for arm in _others(table, reference)], metric, draws)
+
+
+def _compare(per_case: pd.DataFrame, pairs: Callable[[pd.DataFrame], list[tuple[str, str]]], metric: str, draws: int) -> pd.DataFrame:
     rows = []
     for family, table in families(per_case):
-        rows += _with_holm([family | _compared(differences(table, method, other, metric), method, other, metric, draws) for other in _others(table, method)])
+        rows += _with_holm([family | _compared(differences(table, arm, other, metric), arm, other, metric, draws) for arm, other in pairs(table)])
     return as_table(rows, per_case)
 
 
@@ -203,25 +215,6 @@ def by_tertile(per_case: pd.DataFrame, column: str = "lesion_pixels", method: st
             missed = {name: by_seed(part, arm, "missed").sum().mean() for name, arm in (("missed", method), ("missed_other", other))}
             numbers, _ = estimate(differences(part, method, other), draws)
             rows.append(family | {"arm": method, "other": other, "column": column} | where | missed | numbers)
-    return as_table(rows, per_case)
-
-
-def count_missed(per_case: pd.DataFrame) -> pd.DataFrame:
-    """Missed lesions of every arm and seed: columns of FAMILY; arm, seed, lesions, missed.
-
-    >>> cases = {"id": ["a", "b", "c"], "group": ["a", "b", "c"], "lesion_pixels": [90, 4, 0], "seed": 0}
-    >>> scores = [pd.DataFrame(cases | {"arm": "alone", "missed": [0, 1, 0]}), pd.DataFrame(cases | {"arm": "method", "missed": [0, 0, 0]})]
-    >>> count_missed(pd.concat(scores))
-          arm  seed  lesions  missed
-    0   alone     0        2       1
-    1  method     0        2       0
-    """
-    rows = []
-    for family, table in families(per_case):
-        lesions = table[table["lesion_pixels"] > 0]
-        for arm in in_order(lesions):
-            for seed, missed in by_seed(lesions, arm, "missed").items():
-                rows.append(family | {"arm": arm, "seed": seed, "lesions": len(missed), "missed": int(missed.sum())})
     return as_table(rows, per_case)
 
 

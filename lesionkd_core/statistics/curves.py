@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..config import LesionKDError
-from .arms import FAMILY, as_table, families, in_order
+from .arms import FAMILY, TEACHER, as_table, families, in_order
 
 
 def _by_epoch(history: pd.DataFrame) -> pd.DataFrame:
@@ -68,4 +68,32 @@ def epochs_to_reach(history: pd.DataFrame, share: float = 0.9, reference: str = 
                 | {name: value if np.isfinite(value) else np.nan for name, value in numbers.items()}
                 | {"reached": int(there.any(axis=1).sum()), "seeds": len(values)}
             )
+    return as_table(rows, history)
+
+
+def gradient_pulls(history: pd.DataFrame) -> pd.DataFrame:
+    """How hard every weighted term pulls, and where to, beside L_seg, at the layers that all terms of its arm reach.
+
+    Those layers differ between arms, so a term's pull is compared with L_seg's in the same arm and with nothing else.
+
+    Parameters
+    ----------
+    history : DataFrame
+        Columns arm, epoch, grad_TERM and cos_TERM of runs' histories, and those of `FAMILY` in which runs differ.
+
+    Returns
+    -------
+    DataFrame
+        Columns of FAMILY; arm, term, pull (norm of the term's gradient over that of L_seg's, median over epochs and
+        seeds), cosine (with L_seg's gradient, median), cosine_low, cosine_high (quartiles).
+    """
+    rows = []
+    for family, table in families(history):
+        for arm in in_order(table, without=TEACHER):
+            part = table[table["arm"] == arm]
+            for term in (name.removeprefix("grad_") for name in part if name.startswith("grad_") and name != "grad_seg"):
+                cosine = part[f"cos_{term}"].quantile([0.5, 0.25, 0.75]).tolist()
+                pull = (part[f"grad_{term}"] / part["grad_seg"]).median()
+                if np.isfinite([pull, *cosine]).all():
+                    rows.append(family | {"arm": arm, "term": term, "pull": pull} | dict(zip(("cosine", "cosine_low", "cosine_high"), cosine)))
     return as_table(rows, history)
