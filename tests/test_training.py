@@ -1,5 +1,6 @@
 """One loop: lockstep equals alone, a resumed run equals an undisturbed one, batches are a function of seed and epoch."""
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 
 from lesionkd_core import store
 from lesionkd_core.batches import MEAN, STD, epoch_batches, epoch_order, normalize
-from lesionkd_core.config import AblationConfig, DistillConfig, LesionKDError
+from lesionkd_core.config import ARMS, AblationConfig, DistillConfig, LesionKDError
 from lesionkd_core.evaluation import fixed_mask_dice
 from lesionkd_core.inference import build, load_network, load_student, predict
 from lesionkd_core.losses import TERMS
@@ -46,17 +47,18 @@ def weights(run) -> dict[str, torch.Tensor]:
 def remake(monkeypatch, tmp_path, cfgs):
     """The same students once more, in an empty place, upstream results copied."""
     for stage in ("prepare", "teacher", "graph"):
-        shutil.copytree(store.runs_root() / stage, tmp_path / stage)
+        shutil.copytree(store.runs_root() / stage, tmp_path / stage, copy_function=os.link)  # nothing is written in place
     monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
     return distill_arms(cfgs, silent)
 
 
-def test_lockstep_equals_alone_to_the_bit(monkeypatch, tmp_path):
-    cfg = AblationConfig(**TINY)
-    arms = [cfg.arm(arm, 1) for arm in ("alone", "feat", "shuffled")]
+@pytest.mark.parametrize(("precision", "names"), [("32-true", tuple(ARMS)), ("bf16-mixed", ("alone", "method", "dist"))])
+def test_lockstep_equals_alone_to_the_bit(precision, names, monkeypatch, tmp_path):
+    cfg = AblationConfig(**TINY, precision=precision)
+    arms = [cfg.arm(arm, 1) for arm in names]
     together = [weights(run) for run in distill_arms(arms, silent)]
-    for arm, expected in zip(arms, together):
-        [run] = remake(monkeypatch, tmp_path / f"{arm.terms}{arm.shuffle_edges}", [arm])
+    for i, (arm, expected) in enumerate(zip(arms, together)):
+        [run] = remake(monkeypatch, tmp_path / str(i), [arm])
         got = weights(run)
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[k], expected[k]) for k in expected)

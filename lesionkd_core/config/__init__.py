@@ -99,10 +99,10 @@ class ExternalConfig(PrepareConfig):
 class EdgeConfig(PrepareConfig):
     """What makes Label_edge and the cells it falls into; no stage of its own, edges are made in training."""
 
-    edge_width: int = Field(1, ge=1, le=8, description="edge label: 1 is the 4-neighbour rule (two pixels wide), w dilates it w - 1 times, px")
-    edge_level: EdgeLevel = Field("encoder.stride4", description="map that the graph reads; low is encoder.stride4, deep is encoder.stride16")
-    grid: int = Field(4, ge=1, le=16, description="k: the graph has K = k x k nodes")
-    grid_frame: Literal["image", "lesion"] = Field("image", description="what the grid of cells covers: the image or the lesions' bounding box")
+    edge_width: int = Field(1, ge=1, le=8, description="edge label: 1 is the patent's 4-neighbour rule (two pixels wide), w dilates it w - 1 times, px")
+    edge_level: EdgeLevel = Field("encoder.stride4", description="map that the graph reads; low (patent) is encoder.stride4, deep (paper) is encoder.stride16")
+    grid: int = Field(4, ge=1, le=16, description="k: the graph has K = k x k nodes (EAGR, Te et al. 2020)")
+    grid_frame: Literal["image", "lesion"] = Field("image", description="what the grid of cells covers: the image (EAGR) or the lesions' bounding box (ours)")
 
 
 class TeacherConfig(PrepareConfig):
@@ -156,10 +156,12 @@ class GraphConfig(TeacherConfig, EdgeConfig):
 
     stage = "graph"
     states: int = Field(16, ge=1, le=256, description="state channels s of the graph")
-    anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field("masked_mean", description="how a node's anchor is made from edge pixels")
+    anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field(
+        "masked_mean", description="a node's anchor: mean of its edge pixels, also with cosines (ours), or EAGR's pooling"
+    )
     normalize: Literal["mass", "none", "size"] = Field("mass", description="nodes divided by their mass, not at all, or by H x W (EAGR)")
     graph: Literal["frozen", "joint", "relation"] = Field(
-        "frozen", description="fitted on the teacher and frozen; learned along with the student; or no graph, cosines between the cells' means"
+        "frozen", description="fitted on the teacher and frozen (ours); learned along with the student (EAGR); or no graph, cosines between cells' means (ours)"
     )
     teacher_bn: Literal["eval", "batch"] = Field("eval", description="statistics of the frozen teacher's BatchNorms: running, or of the batch as in overhaul")
     weak_teacher: Literal["refuse", "allow"] = Field(
@@ -217,10 +219,10 @@ class DistillConfig(GraphConfig):
     w_edge: Weight = Field(1.0, description="weight of L_edge (step S6)")
     feature_levels: Levels = Field(
         ("decoder.stride8", "decoder.stride4", "decoder.stride2"),
-        description="Feats lists: 'a' is both networks' map a, 'a:b' the student's a, the teacher's b",
+        description="Feats (S3): 'a' is both networks' map a, 'a:b' the student's a, the teacher's b",
     )
-    level_weights: Literal["mean", "area", "halving"] = Field("mean", description="how L_feat sums over levels; halving is the original")
-    margin: Literal["bn", "empirical"] = Field("bn", description="margin ReLU: from the teacher's BatchNorm, or the mean negative response in training")
+    level_weights: Literal["mean", "area", "halving"] = Field("mean", description="sum over levels: mean or by area (ours), or halving (Heo et al. 2019)")
+    margin: Literal["bn", "empirical"] = Field("bn", description="margin ReLU: of the BatchNorm (Heo et al. 2019), or the mean negative response (ours)")
     connector_warmup: int = Field(0, ge=0, description="first epochs in which L_feat trains its connectors and not the student, as in overhaul; 0 has none")
     shuffle_edges: bool = Field(False, description="control: every case gets the edge label of another case")
 

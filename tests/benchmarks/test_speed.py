@@ -1,5 +1,6 @@
 """Training steps and inference, each held against a plain version in the same run; nothing here asserts a time."""
 
+import shutil
 import subprocess
 import sys
 
@@ -8,16 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesionkd_core.config import DistillConfig
+from lesionkd_core.config import STUDY_ARMS, AblationConfig, DistillConfig
 from lesionkd_core.datasets import phantom
 from lesionkd_core.inference import build
 from lesionkd_core.losses import EdgeGraph, FittedGraph, Measured, build_terms, grid_cells
 from lesionkd_core.losses.feature_refinement import bn_margin
 from lesionkd_core.networks import ResNet34UNet, UNet
+from lesionkd_core.stages import distill_arms, fit_graph
 from lesionkd_core.training import Look, Objective
 
 PIXELS, BATCH = 128, 16
 ARMS = ["", "feat", "edge", "feat, edge", "feat, edge", "kd", "cwd", "dist"]  # as many as the study has
+
+
+def silent(*_):
+    pass
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +169,22 @@ def test_eight_arms_in_lockstep_against_each_alone(in_turns, precision):
             f"one arm with L_feat and L_edge and its teacher pass, {precision}": lambda: steps[3](images, masks, look_at(teacher, images, masks)),
         }, f"8 arms, each alone, {precision}", rounds=5, warmup=1)
     print({name: round(value) for name, value in medians.items()})
+
+
+def test_whole_runs_of_eight_arms_in_lockstep_against_each_alone(in_turns, monkeypatch, tmp_path):
+    """From finished teacher and graph to scored students: batches, augmentation, validation, checkpoints and test scores are part of it."""
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
+    cfg = AblationConfig(pixels=128, cases=160, batch_size=16, teacher_epochs=1, graph_epochs=1, epochs=2, weak_teacher="allow")
+    fit_graph(cfg, silent)
+    arms = [cfg.arm(arm, 0) for arm in STUDY_ARMS]
+
+    def train(*groups: list[DistillConfig]) -> None:
+        shutil.rmtree(tmp_path / "distill", ignore_errors=True)
+        for group in groups:
+            distill_arms(group, silent)
+
+    runs = {"runs of 8 arms, each alone": lambda: train(*([arm] for arm in arms)), "runs of 8 arms in lockstep": lambda: train(arms)}
+    in_turns(runs, "runs of 8 arms, each alone", rounds=2, warmup=0)
 
 
 @pytest.mark.parametrize("what", ["training step", "inference"])
