@@ -64,7 +64,10 @@ def test_outputs_hold_no_error_no_stderr_and_no_absolute_path(path):
 def test_parameters_are_fields_with_the_same_defaults(path):
     cls = configuration(path)
     profile_decides = set().union(*config.PROFILES.values())
-    for name, parameter in papermill.inspect_notebook(str(path)).items():
+    inferred = papermill.inspect_notebook(str(path))
+    [cell] = [cell for cell in read(path).cells if tags(cell) == ["parameters"]]
+    assert list(inferred) == [re.match(r"\w+", line)[0] for line in cell.source.splitlines()], "papermill warns of what it cannot infer"
+    for name, parameter in inferred.items():
         value = eval(parameter["default"])
         if name in profile_decides:
             assert value is None

@@ -101,7 +101,7 @@ class EdgeConfig(PrepareConfig):
 
     edge_width: int = Field(1, ge=1, le=8, description="edge label: 1 is the patent's 4-neighbour rule (two pixels wide), w dilates it w - 1 times, px")
     edge_level: EdgeLevel = Field("encoder.stride4", description="map that the graph reads; low (patent) is encoder.stride4, deep (paper) is encoder.stride16")
-    grid: int = Field(4, ge=1, le=16, description="k: the graph has K = k x k nodes (EAGR, Te et al. 2020)")
+    grid: int = Field(4, ge=1, le=16, description="k: the graph has k x k nodes (EAGR, Te et al. 2020)")
     grid_frame: Literal["image", "lesion"] = Field("image", description="what the grid of cells covers: the image (EAGR) or the lesions' bounding box (ours)")
 
 
