@@ -236,7 +236,7 @@ def test_gradients_are_means_over_seeds_term_by_term():
 
 def test_the_sweep_draws_means_against_weights_and_rings_the_best():
     feat, kd = figures.weight_sweep(sweep(), {"feat": 3.0}).axes
-    assert feat.get_xscale() == "log" and "feat" in feat.get_xlabel() and kd.get_xlabel() == "weight, logit KD"
+    assert feat.get_xscale() == "log" and "feat" in feat.get_xlabel() and kd.get_xlabel() == "weight of\nlogit KD"
     assert lines(feat)["feat"] == ([1, 10], pytest.approx([0.63, 0.67])) and lines(kd)["kd"] == ([0.1], pytest.approx([0.62]))
     assert lines(feat)["default"][0] == [3, 3] and "default" not in lines(kd)
     rings = [[(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_markersize() == 9] for axis in (feat, kd)]

@@ -5,6 +5,7 @@ import pytest
 
 import lesionkd_core as lkd
 from lesionkd_core.figures.style import save
+from lesionkd_core.stages import OPTIONS
 from tests.conftest import ROOT
 from tests.readme_index import STUDY, study
 
@@ -56,6 +57,7 @@ def test_its_figures_and_sentences_are_drawn_again_without_training(scored, tmp_
         "curves": lambda: lkd.figures.learning_curves(lkd.learning_curves(lkd.tables.study("history").query("arm != 'teacher'"))),
         "pareto": lambda: lkd.figures.pareto(lkd.cost_points(scored, lkd.tables.committed("cost"))),
         "weights": lambda: lkd.figures.weight_sweep(lkd.tables.committed("weights")),
+        "options": lambda: lkd.figures.option_sweep(lkd.tables.committed("options")),
     }
     for name, draw in drawn.items():
         for time in "ab":
@@ -82,13 +84,26 @@ def test_means_and_intervals_of_the_table_by_hand():
     assert shown["teacher"].startswith(f"{(0.7 + 0.5) / 3:.3f} [0.000, 0.600]") and shown["teacher"].endswith("(1 seed)")
 
 
+def test_every_open_option_was_swept_and_its_default_is_the_method_s_run():
+    table = lkd.tables.committed("options")
+    cfg = lkd.AblationConfig(profile="cpu")
+    dice = table.set_index(["option", "value", "seed"])["val_dice"]
+    for seed in table["seed"].unique():
+        for option, values in OPTIONS.items():
+            assert set(table.query("option == @option and seed == @seed")["value"]) == {str(value) for value in values}
+            [own] = [value for value in values if cfg.with_values(**{option: value}) == cfg]
+            assert dice[option, str(own), seed] == dice["arm", "method", seed]
+
+
 def test_the_chosen_weights_are_those_of_the_committed_sweep():
-    """Defaults against data/results/weights.csv: the best mean over both seeds; L_feat's is that of the method."""
+    """Defaults against data/results/weights.csv: the best mean over both seeds, of FitNets and AT over those there are; L_feat's is that of the method."""
     sweep = lkd.tables.committed("weights")
     both = sweep.groupby(["arm", "weight"])["val_dice"].agg(["mean", "count"]).query("count == 2")["mean"]
     cfg = lkd.DistillConfig()
     for arm, default in (("method", cfg.w_edge), ("kd", cfg.w_kd), ("dist", cfg.w_dist)):
         assert both[arm].idxmax() == default, arm
+    means = sweep.groupby(["arm", "weight"])["val_dice"].mean()
+    assert (means["fitnets"].idxmax(), means["at"].idxmax()) == (cfg.w_fitnets, cfg.w_at)
     assert both["cwd"].max() - both["cwd"][cfg.w_cwd] < 0.001  # a tie
 
 

@@ -228,9 +228,9 @@ class DistillConfig(GraphConfig):
 
     w_kd: Weight = Field(10.0, description="weight of logit distillation (Hinton et al. 2015)")
     kd_temperature: float = Field(4.0, ge=1, le=100, description="temperature of logit distillation; 2.5 to 4 for small students (Hinton et al. 2015)")
-    w_fitnets: Weight = Field(1.0, description="weight of the hint (FitNets, Romero et al. 2015)")
+    w_fitnets: Weight = Field(0.1, description="weight of the hint (FitNets, Romero et al. 2015)")
     fitnets_levels: Levels = Field(("encoder.stride16",), description="maps that give the hint, as in feature_levels")
-    w_at: Weight = Field(1000.0, description="weight of attention transfer; 1000 in the authors' code (Zagoruyko & Komodakis 2017)")
+    w_at: Weight = Field(30.0, description="weight of attention transfer; 1000 in the authors' code (Zagoruyko & Komodakis 2017)")
     at_levels: Levels = Field(("encoder.stride4", "encoder.stride8", "encoder.stride16"), description="maps whose attention is copied, as in feature_levels")
     w_cwd: Weight = Field(1.0, description="weight of channel-wise distillation of the logits; 3 in the authors' code (CWD, Shu et al. 2021)")
     cwd_temperature: float = Field(4.0, gt=0, le=100, description="temperature of the distribution over pixels; 4 in the authors' code (CWD)")

@@ -169,7 +169,7 @@ def weight_sweep(table: pd.DataFrame, defaults: dict[str, float] | None = None) 
             _tried(axis, part[(part["arm"] == arm) & (part["weight"] > 0)], arm)
             if arm in chosen:
                 axis.axvline(chosen[arm], color="black", linestyle=":", linewidth=0.8, label="default")
-            axis.set(xscale="log", xlabel="\n".join(filter(None, (f"weight, {look_of(arm).label}", name))))
+            axis.set(xscale="log", xlabel="\n".join(filter(None, ("weight of", look_of(arm).label, name))))
         for axis in axes[::4]:
             axis.set_ylabel("Validation Dice")
         legend(fig, {alone.label: key(alone._replace(marker=""))})
