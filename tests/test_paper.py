@@ -54,10 +54,11 @@ def test_figures_are_there_in_four_formats_and_tables_in_two(twice):
         stem, suffix = name.rsplit(".", 1)
         suffixes.setdefault(stem, set()).add(suffix)
     drawn = {stem for stem, found in suffixes.items() if "pdf" in found}
-    assert drawn == {"overview", "segmentations", "training", "ablation", "study", "study-curves", "pareto"}
+    of_study = {"study", "study-alone", "study-tertiles", "study-curves", "study-gradients"}
+    assert drawn == {"overview", "segmentations", "training", "ablation", "pareto"} | of_study
     assert all({"pdf", "svg", "png", "csv"} <= suffixes[stem] for stem in drawn)
     listed = {stem for stem, found in suffixes.items() if "tex" in found} - {"variables", "study-words"}
-    assert listed == {"arms", "comparison", "study", "study-comparison"} and all("csv" in suffixes[stem] for stem in listed)
+    assert listed == {"arms", "comparison", "study-scores", "study-comparison"} and all("csv" in suffixes[stem] for stem in listed)
 
 
 def test_a_figure_s_csv_holds_what_is_plotted(twice):
@@ -77,7 +78,7 @@ def test_the_paper_names_only_files_and_macros_that_notebook_06_writes(twice):
     _, files, _ = twice
     pictures, inputs = uses("includegraphics"), uses("input") | uses("fitted")
     assert len(pictures) >= 6 and {f"{name}.pdf" for name in pictures} <= set(files)
-    assert {"variables", "arms", "study"} <= inputs and {f"{name}.tex" for name in inputs} <= set(files)
+    assert {"variables", "arms", "study-scores"} <= inputs and {f"{name}.tex" for name in inputs} <= set(files)
     defined = re.findall(r"\\newcommand\{\\(lkd[A-Za-z]+)\}", files["variables.tex"].decode())
     used = set(re.findall(r"\\(lkd[A-Za-z]+)", SOURCE.read_text(encoding="utf-8")))
     assert len(used) >= 20 and used <= set(defined) and len(set(defined)) == len(defined)

@@ -112,10 +112,10 @@ def test_every_difference_stands_once_with_its_interval_and_verdict(scored):
     shown = lkd.tables.study_differences(compared).set_index("method against")
     assert shown.shape == (len(ARMS) - 2, scored["test_dataset"].nunique())
     cells = shown.stack()
-    for word in ("better", "worse", "worse by ranks alone", "no difference seen"):
+    for word in ("better", "worse", "in doubt", "no difference seen"):
         assert cells.str.endswith(f", {word}").sum() == lkd.tables.in_words(compared).count(f": {word} (")
     against = lkd.compare_with(scored)
-    assert lkd.tables.study_differences(against).shape == (len(ARMS) - 2, 1 + scored["test_dataset"].nunique())
+    assert lkd.tables.study_differences(against).shape == (len(ARMS) - 3, 1 + scored["test_dataset"].nunique())
     row = compared[compared["test_dataset"] == "busi"].set_index("other").loc["alone"]
     [column] = [name for name in shown if name.startswith("busi")]
     assert shown.loc["student alone", column].startswith(f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}), p {row['p_holm']:.2g}, ")

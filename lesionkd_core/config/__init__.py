@@ -156,9 +156,7 @@ class GraphConfig(TeacherConfig, EdgeConfig):
 
     stage = "graph"
     states: int = Field(16, ge=1, le=256, description="state channels s of the graph")
-    anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field(
-        "masked_mean", description="a node's anchor: mean of its edge pixels, also with cosines (ours), or EAGR's pooling"
-    )
+    anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field("masked_mean", description="a node: mean of edge pixels, or cosines (ours), or EAGR's")
     normalize: Literal["mass", "none", "size"] = Field("mass", description="nodes divided by their mass, not at all, or by H x W (EAGR)")
     graph: Literal["frozen", "joint", "relation"] = Field(
         "frozen", description="fitted on the teacher and frozen (ours); learned along with the student (EAGR); or no graph, cosines between cells' means (ours)"
@@ -223,7 +221,7 @@ class DistillConfig(GraphConfig):
     )
     level_weights: Literal["mean", "area", "halving"] = Field("mean", description="sum over levels: mean or by area (ours), or halving (Heo et al. 2019)")
     margin: Literal["bn", "empirical"] = Field("bn", description="margin ReLU: of the BatchNorm (Heo et al. 2019), or the mean negative response (ours)")
-    connector_warmup: int = Field(0, ge=0, description="first epochs in which L_feat trains its connectors and not the student, as in overhaul; 0 has none")
+    connector_warmup: int = Field(0, ge=0, description="first epochs in which L_feat trains its connectors alone (overhaul's code holds the student still)")
     shuffle_edges: bool = Field(False, description="control: every case gets the edge label of another case")
 
     w_kd: Weight = Field(10.0, description="weight of logit distillation (Hinton et al. 2015)")
@@ -242,6 +240,8 @@ class DistillConfig(GraphConfig):
         for term in self.terms:
             if term not in TERM_FIELDS:
                 raise ValueError(f"terms names {term!r}: {nearest(term, TERM_FIELDS)}")
+        if "feat" in self.terms and self.connector_warmup >= self.epochs:
+            raise ValueError(f"connector_warmup = {self.connector_warmup}: L_feat would never reach the student in {self.epochs} epochs; make it smaller")
         return self
 
     def hashed(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluation import HIGHER_IS_BETTER, bootstrap_mean
 from ..statistics import FAMILY
 from ..statistics import agreement as agreement_of
-from ..statistics.arms import TEACHER, THIRDS, by_seed, case_mean, in_order
+from ..statistics.arms import TEACHER, THIRDS, by_seed, case_mean, in_order, seen
 from .style import METRIC_LABELS, ONE_COLUMN, TWO_COLUMNS, Look, charts, interval, key, legend, legend_height, look_of, named, need, nothing, on, parts, style
 
 MEASURES = {"lesion_pixels": ("Lesion size", "{:.0f}–{:.0f} px"), "contrast": ("Contrast of the lesion", "{:.2f}–{:.2f}")}
@@ -27,7 +27,7 @@ MISSED: dict[str, dict[str, Any]] = {
 }
 SEEN = {
     "difference seen": Line2D([], [], linestyle="", marker="o", color="black"),
-    "none seen": Line2D([], [], linestyle="", marker="o", color="black", fillstyle="none"),
+    "none, or in doubt": Line2D([], [], linestyle="", marker="o", color="black", fillstyle="none"),
     "a seed": Line2D([], [], linestyle="", marker="|", color="black"),
 }
 
@@ -108,24 +108,23 @@ def _direction(metric: str, pair: str = "method minus other") -> str:
 
 
 def _differences(axis: Axes, comparison: pd.DataFrame, places: dict[str, int], varying: str = "other") -> None:
-    """Differences with intervals and seeds; filled where a difference is seen: interval without 0, and Holm's p at most 0.05."""
-    for row in comparison.to_dict("records"):
-        if (arm := row[varying]) in places:
-            seen = (row["low"] > 0 or row["high"] < 0) and row.get("p_holm", 0) <= 0.05
-            _seeds(axis, [value for name, value in row.items() if name.startswith("difference_seed")], places[arm], arm)
-            interval(axis, row["difference"], places[arm], row["low"], row["high"], look_of(arm), filled=seen, label=arm)
+    """Differences with intervals and seeds; filled where a difference is seen (`statistics.arms.seen`)."""
+    for row in comparison.itertuples():
+        if (arm := getattr(row, varying)) in places:
+            _seeds(axis, [value for name, value in row._asdict().items() if name.startswith("difference_seed")], places[arm], arm)
+            interval(axis, row.difference, places[arm], row.low, row.high, look_of(arm), filled=seen(row) == "yes", label=arm)
     axis.axvline(0, color="black", linewidth=0.6, zorder=1)
 
 
 def forest(comparison: pd.DataFrame) -> Figure:
     """Pairs of arms, their difference with its 95 % interval, seeds as ticks beneath; one chart a data set and teacher, on one scale.
 
-    Filled: a difference is seen (interval without 0 and Holm's p at most 0.05); hollow: none is.
+    Filled: a difference is seen (interval without 0 and Holm's p at most 0.05); hollow: none is, or it is in doubt.
 
     Parameters
     ----------
     comparison : DataFrame
-        From `statistics.compare_arms` (the method minus every other arm) or `compare_with` (every arm minus one).
+        From `statistics.compare_arms` (one arm minus every other) or `compare_with` (every arm minus one).
     """
     with style():
         if comparison.empty:
@@ -135,7 +134,8 @@ def forest(comparison: pd.DataFrame) -> Figure:
         varying = "arm" if comparison["arm"].nunique() > 1 else "other"
         arms = list(dict.fromkeys(comparison[varying]))
         places = {arm: len(arms) - 1 - i for i, arm in enumerate(arms)}
-        pair = f"arm minus {look_of(comparison['other'].iloc[0]).label}" if varying == "arm" else "method minus other"
+        first, second = comparison[["arm", "other"]].iloc[0]
+        pair = f"arm minus {look_of(second).label}" if varying == "arm" else f"{'method' if first == 'method' else look_of(first).label} minus other"
         axis_label = _direction(comparison["metric"].iloc[0], pair)
         fig, axes = charts(len(found), 0.6 + 0.2 * len(arms), SEEN, sharey=True, sharex=True)
         for axis, (name, part) in zip(axes, found):

@@ -108,12 +108,12 @@ def gradients(history: pd.DataFrame) -> Figure:
             _pull(axes[2 * block, column], axes[2 * block + 1, column], part, terms, name)
         for norms, cosines in zip(axes[::2, 0], axes[1::2, 0]):
             norms.set(ylabel="Norm of gradient")
-            cosines.set(ylabel=typeset("Cosine with L_seg"), ylim=(-1.05, 1.05))
+            cosines.set(ylabel=typeset("Cosine with L_seg") if not any("_" in term for term in terms) else "Cosine", ylim=(-1.05, 1.05))
         whole_numbers(axes.flat)
         legend(fig, keys)
-    shown = ", ".join(f"L_{term}" for term in terms)
+    shown = ", ".join(f"L_{term}" for term in terms if "_" not in term)
     where = on(name for name, _ in parts(history))
-    fig.set_label(f"Gradients by epoch{where}, above norms of {shown}, below cosines with L_seg: {named(filter(None, in_order(history))) or 'one run'}.")
+    fig.set_label(f"Gradients by epoch{where}: norms of {shown}, cosines with L_seg and between terms; {named(filter(None, in_order(history))) or 'one run'}.")
     return fig
 
 

@@ -135,8 +135,11 @@ def compare_arms(per_case: pd.DataFrame, method: str = "method", metric: str = "
 
 
 def compare_with(per_case: pd.DataFrame, reference: str = "alone", metric: str = "dice", draws: int = 5000) -> pd.DataFrame:
-    """Every arm against one of them, by default the student alone: `compare_arms` with `reference` as `other`, a Holm family of its own."""
-    return _compare(per_case, lambda table: [(arm, reference) for arm in _others(table, reference)], metric, draws)
+    """Exploratory: every arm but the method, which `compare_arms` holds against all, against one, by default the student alone.
+
+    Columns as of `compare_arms`, with `reference` as `other`; a Holm family of its own.
+    """
+    return _compare(per_case, lambda table: [(arm, reference) for arm in _others(table, reference) if arm != "method"], metric, draws)
 
 
 def _compare(per_case: pd.DataFrame, pairs: Callable[[pd.DataFrame], list[tuple[str, str]]], metric: str, draws: int) -> pd.DataFrame:
@@ -169,6 +172,16 @@ def _compared(cases: pd.DataFrame, method: str, other: str, metric: str, draws: 
 
 def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row | {"p_holm": p} for row, p in zip(rows, holm(np.array([row["p"] for row in rows], float)).tolist())]
+
+
+def seen(row: Any) -> str:
+    """Whether a row of a comparison sees a difference: 'yes' where interval and test of ranks both do, 'in doubt' where one does, else 'no'.
+
+    Where nothing is tested (thirds), the interval decides.
+    """
+    apart = row.low > 0 or row.high < 0
+    ranks = row.p_holm <= 0.05 if hasattr(row, "p_holm") else apart
+    return "yes" if apart and ranks else "in doubt" if apart or ranks else "no"
 
 
 def holm(p: np.ndarray) -> np.ndarray:
