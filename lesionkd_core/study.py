@@ -73,7 +73,7 @@ def cost_points(per_case: pd.DataFrame, cost: pd.DataFrame, arms: tuple[str, ...
         dataset, model (student and its arm, or the teacher's network), dice, low, high, parameters, macs and latency_ms_median at the profile's size.
     """
     measured = cost[(cost["engine"] == "ONNX Runtime") & (cost["precision"] == "float32")].set_index(["pixels", "model"])
-    rows, several = [], per_case["teacher"].nunique() > 1
+    rows, several = [], per_case.loc[~per_case["arm"].isin(["teacher", "alone"]), "teacher"].nunique() > 1
     for family, part in families(per_case):
         known = measured.loc[PROFILES[family["profile"]]["pixels"]]
         for arm in ("teacher", *arms):

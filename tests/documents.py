@@ -55,6 +55,7 @@ PYTHON = {
     "from dask_jobqueue": "not run: a cluster scheduler",
     "lkd.measure_leak": "not run: hours of training",
     "lkd.sweep_weights": "not run: hours of training",
+    "lkd.sweep_options": "not run: hours of training",
     "lkd.add_to_study": "not run: hours of training",
 }
 """A line of each piece of Python: whether it is run here, elsewhere or not at all."""

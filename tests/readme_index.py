@@ -36,7 +36,8 @@ def study() -> str:
 
     scored = lkd.tables.study()
     pairs = lkd.compare_arms(scored), lkd.compare_with(scored)
-    shown = lkd.tables.study_scores(lkd.tables.study_means(scored)), *map(lkd.tables.study_differences, pairs)
+    taught = scored[scored["teacher"] == "resnet34_unet"]  # U-Net 64 is there to be compared with
+    shown = lkd.tables.study_scores(lkd.tables.study_means(taught)), *map(lkd.tables.study_differences, pairs)
     ratios = pd.concat([lkd.accuracy_ratio(scored, reference) for reference in ("unet64", "resnet34_unet")])
     return "\n\n".join([*(table.to_markdown(index=False) for table in shown), lkd.tables.in_words(ratios)])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesionkd_core import prepare, store
+from lesionkd_core import prepare, provenance, store
 from lesionkd_core.__main__ import main
 from lesionkd_core.config import AblationConfig, ConfigError, DistillConfig, LesionKDError
 from lesionkd_core.datasets import DatasetNotFound
@@ -347,7 +347,7 @@ def test_a_part_that_was_cut_is_read_again(tmp_path, monkeypatch, runs):
 
 CHILD = """
 import time
-from lesionkd_core import prepare, store
+from lesionkd_core import prepare, provenance, store
 from lesionkd_core.prepare import PrepareConfig, prepare_data
 write = store.write_array
 def write_and_wait(path, array):
@@ -375,7 +375,7 @@ def test_another_process_waits_and_goes_on_when_the_first_is_killed(runs):
 
 
 def test_a_preparation_goes_through_once_there_is_space(tmp_path, monkeypatch, runs):
-    monkeypatch.setattr(store, "commit", lambda: "")  # git must not meet the limit
+    monkeypatch.setattr(provenance, "commit", lambda: "")  # git must not meet the limit
     cfg = config(own_folder(tmp_path / "mine"))
     with full_disk(20_000), pytest.raises(LesionKDError, match=r"0000000\.npz"):
         prepare_data(cfg, quiet)

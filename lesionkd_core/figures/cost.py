@@ -70,7 +70,7 @@ def pareto(points: pd.DataFrame, x: str = "macs") -> Figure:
             part = points[points["dataset"] == name].sort_values([x, "dice"], ascending=[True, False])
             front = part[part["dice"].cummax().diff().fillna(1) > 0]
             axis.plot(front[x], front["dice"], color="#999999", linewidth=0.8, zorder=0)
-            for row, below in zip(part.itertuples(), part.duplicated(x)):  # of equal cost the best is named above, others below
+            for row, below in zip(part.itertuples(), ~part.index.isin(front.index)):  # what another beats at no more cost is named below
                 small = row.model.startswith("student")
                 interval(axis, getattr(row, x), row.dice, row.low, row.high, Look("", "#33BBEE" if small else "#EE7733", "D" if small else "*", ""), along="y")
                 axis.annotate(
@@ -78,7 +78,7 @@ def pareto(points: pd.DataFrame, x: str = "macs") -> Figure:
                     va="top" if below else "bottom", fontsize=6.5,
                 )
             axis.set(xscale="log", xlabel=f"{labels.get(x, x)}\n{name}".strip())
-            axis.margins(x=0.25, y=0.1)
+            axis.margins(x=0.4, y=0.1)
         axes[0, 0].set_ylabel("Dice on test cases")
     measure = labels.get(x, x).lower()
     fig.set_label(f"Dice on test cases, with 95 % interval, against {measure}{on(sets)}: {named(dict.fromkeys(points['model']))}.")

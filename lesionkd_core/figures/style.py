@@ -101,7 +101,7 @@ def save(fig: Figure, name: str, folder: Path, data: pd.DataFrame | None = None)
 
 
 def display(fig: Figure) -> None:
-    """Show a figure in a notebook and close it, small: JPEG where it holds pictures, else PNG of 32 colours.
+    """Show a figure in a notebook and close it, small: JPEG where it holds pictures, else PNG of 64 colours.
 
     Its label is the alternative text: `alt` for whoever shows the picture, text for whoever cannot, and what nbval compares. It names
     what is drawn and no trained number, which tables give and which differ between processors.
@@ -112,12 +112,12 @@ def display(fig: Figure) -> None:
         raise LesionKDError("the figure has no alternative text; give it one: fig.set_label('what is shown')")
     drawn, pictures = io.BytesIO(), any(axis.images for axis in fig.axes)
     with style():
-        fig.savefig(drawn, format="jpeg" if pictures else "png", dpi=100, pil_kwargs={"quality": 75} if pictures else None)
+        fig.savefig(drawn, format="jpeg" if pictures else "png", dpi=100, pil_kwargs={"quality": 70} if pictures else None)
     plt.close(fig)
     if not pictures:
         from PIL import Image as Picture
 
-        few_colours = Picture.open(drawn).convert("RGB").quantize(32)
+        few_colours = Picture.open(drawn).convert("RGB").quantize(64)
         drawn = io.BytesIO()
         few_colours.save(drawn, "PNG", optimize=True)
     kind = "image/jpeg" if pictures else "image/png"
