@@ -13,9 +13,9 @@ import pandas as pd
 from . import provenance, store
 from .evaluation import PUBLISHED
 from .figures import METRIC_LABELS
-from .statistics.arms import FAMILY, by_seed, case_mean, families, in_order
+from .statistics.arms import FAMILY, by_seed, case_mean, families, in_order, varying
 from .words import called, label, many, verdict
-from .words import in_words as in_words  # noqa: PLC0414
+from .words import in_words as in_words  # a table's sentences are asked for here
 
 USUAL = {"profile": "cpu", "teacher": "resnet34_unet"}
 """The study's; a macro names only what differs from it."""
@@ -98,19 +98,15 @@ def differences(comparison: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in comparison.itertuples():
         interval = "--" if row.groups < 2 else f"{row.low:+.3f} to {row.high:+.3f}"
-        pair = {_against(comparison): label(getattr(row, _varying(comparison)))}
+        pair = {_against(comparison): label(getattr(row, varying(comparison)))}
         said = pair | {f"{METRIC_LABELS[row.metric]}, difference": f"{row.difference:+.3f}", "95 % interval": interval}
         rows.append({name: label(getattr(row, name)) for name in places} | said | {"p (Holm)": f"{row.p_holm:.2g}", "verdict": verdict(row)})
     return pd.DataFrame(rows)
 
 
-def _varying(comparison: pd.DataFrame) -> str:
-    return "arm" if comparison["arm"].nunique() > 1 else "other"
-
-
 def _against(comparison: pd.DataFrame) -> str:
-    arms, others = comparison["arm"].unique(), comparison["other"].unique()
-    return f"against {called(others[0])}" if len(arms) > 1 else f"{called(arms[0])} against"
+    arm, other = comparison[["arm", "other"]].iloc[0]
+    return f"against {called(other)}" if varying(comparison) == "arm" else f"{called(arm)} against"
 
 
 def study_means(per_case: pd.DataFrame) -> pd.DataFrame:
@@ -155,8 +151,8 @@ def study_differences(comparison: pd.DataFrame) -> pd.DataFrame:
     rows: dict[str, dict[str, str]] = {}
     for name, part in _columns(comparison):
         column = f"{name}, {part['groups'].iloc[0]} groups"
-        for other, difference, interval, p, seen in differences(part).itertuples(index=False):
-            rows.setdefault(other, {_against(comparison): other})[column] = f"{difference} ({interval}), p {p}, {seen}"
+        for arm, difference, interval, p, said in differences(part).itertuples(index=False):
+            rows.setdefault(arm, {_against(comparison): arm})[column] = f"{difference} ({interval}), p {p}, {said}"
     return pd.DataFrame(rows.values()).fillna("not measured")
 
 

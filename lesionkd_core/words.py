@@ -102,9 +102,9 @@ def _missed(rows: list[Any]) -> Iterator[str]:
 def _scores(rows: list[Any]) -> Iterator[str]:
     for where, found in groupby(rows, _where):
         dice = {row.arm: row.dice for row in found}
-        students = sorted(dice.keys() - {"teacher"}, key=lambda arm: -dice[arm]) or ["teacher"]
-        teacher = f"; teacher {dice['teacher']:.3f}" if "teacher" in dice else ""
-        spread = f"{dice[students[0]]:.3f} ({label(students[0])}) down to {dice[students[-1]]:.3f} ({label(students[-1])})"
+        teacher = f"; teacher {dice.pop('teacher'):.3f}" if "teacher" in dice else ""
+        best, worst = max(dice, key=dice.__getitem__), min(dice, key=dice.__getitem__)
+        spread = f"{dice[best]:.3f} ({label(best)}) down to {dice[worst]:.3f} ({label(worst)})"
         yield f"mean Dice of the students{where}: {spread}{teacher}. Whether arms differ is said where they are compared pair by pair."
 
 

@@ -29,7 +29,7 @@ def index() -> str:
 
 
 def study() -> str:
-    """Tables of the committed study: every arm, the method against every other, every arm against the student alone; its share of larger networks."""
+    """Tables of the committed study: every arm, the method against each, each other against the student alone; shares of larger networks."""
     import pandas as pd
 
     import lesionkd_core as lkd
@@ -51,7 +51,7 @@ def comparisons() -> str:
     scored, history = lkd.tables.study(), lkd.tables.study("history")
     said = {
         "The method against every other arm": lkd.compare_arms(scored),
-        "Every arm against the student alone": lkd.compare_with(scored),
+        "Every other arm against the student alone, exploratory": lkd.compare_with(scored),
         "Small and large lesions": pd.concat([lkd.by_tertile(scored, "lesion_pixels", arm, "alone") for arm in ("method", "feat")]),
         "Missed lesions": lkd.compare_missed(scored),
         "Students and their teacher": lkd.agreement(scored),

@@ -156,7 +156,7 @@ class GraphConfig(TeacherConfig, EdgeConfig):
 
     stage = "graph"
     states: int = Field(16, ge=1, le=256, description="state channels s of the graph")
-    anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field("masked_mean", description="a node: mean of edge pixels, or cosines (ours), or EAGR's")
+    anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field("masked_mean", description="node's anchor: mean of edge pixels, normalized (ours), EAGR's")
     normalize: Literal["mass", "none", "size"] = Field("mass", description="nodes divided by their mass, not at all, or by H x W (EAGR)")
     graph: Literal["frozen", "joint", "relation"] = Field(
         "frozen", description="fitted on the teacher and frozen (ours); learned along with the student (EAGR); or no graph, cosines between cells' means (ours)"

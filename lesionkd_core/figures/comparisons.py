@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from ..evaluation import HIGHER_IS_BETTER, bootstrap_mean
 from ..statistics import FAMILY
 from ..statistics import agreement as agreement_of
-from ..statistics.arms import TEACHER, THIRDS, by_seed, case_mean, in_order, seen
+from ..statistics.arms import TEACHER, THIRDS, by_seed, case_mean, in_order, seen, varying
 from .style import METRIC_LABELS, ONE_COLUMN, TWO_COLUMNS, Look, charts, interval, key, legend, legend_height, look_of, named, need, nothing, on, parts, style
 
 MEASURES = {"lesion_pixels": ("Lesion size", "{:.0f}–{:.0f} px"), "contrast": ("Contrast of the lesion", "{:.2f}–{:.2f}")}
@@ -103,14 +103,14 @@ def _seeds(axis: Axes, values: pd.Series | list[float], y: float, arm: str) -> N
     axis.plot(values, np.full(len(values), y - 0.28), "|", color=look_of(arm).colour, markersize=4, markeredgewidth=0.9)
 
 
-def _direction(metric: str, pair: str = "method minus other") -> str:
-    return f"{pair[0].upper()}{pair[1:]}, {METRIC_LABELS[metric]} ({'right' if HIGHER_IS_BETTER[metric] else 'left'}: {pair.split(' minus ')[0]} better)"
+def _direction(metric: str, arm: str = "method", other: str = "other") -> str:
+    return f"{arm[0].upper()}{arm[1:]} minus {other}, {METRIC_LABELS[metric]} ({'right' if HIGHER_IS_BETTER[metric] else 'left'}: {arm} better)"
 
 
-def _differences(axis: Axes, comparison: pd.DataFrame, places: dict[str, int], varying: str = "other") -> None:
+def _differences(axis: Axes, comparison: pd.DataFrame, places: dict[str, int], side: str = "other") -> None:
     """Differences with intervals and seeds; filled where a difference is seen (`statistics.arms.seen`)."""
     for row in comparison.itertuples():
-        if (arm := getattr(row, varying)) in places:
+        if (arm := getattr(row, side)) in places:
             _seeds(axis, [value for name, value in row._asdict().items() if name.startswith("difference_seed")], places[arm], arm)
             interval(axis, row.difference, places[arm], row.low, row.high, look_of(arm), filled=seen(row) == "yes", label=arm)
     axis.axvline(0, color="black", linewidth=0.6, zorder=1)
@@ -131,15 +131,15 @@ def forest(comparison: pd.DataFrame) -> Figure:
             return nothing("there is no arm to compare with")
         need(comparison, "arm", "other", "difference", "low", "high", "metric")
         found = list(parts(comparison))
-        varying = "arm" if comparison["arm"].nunique() > 1 else "other"
-        arms = list(dict.fromkeys(comparison[varying]))
+        side = varying(comparison)
+        arms = list(dict.fromkeys(comparison[side]))
         places = {arm: len(arms) - 1 - i for i, arm in enumerate(arms)}
-        first, second = comparison[["arm", "other"]].iloc[0]
-        pair = f"arm minus {look_of(second).label}" if varying == "arm" else f"{'method' if first == 'method' else look_of(first).label} minus other"
-        axis_label = _direction(comparison["metric"].iloc[0], pair)
+        metric, arm, other = comparison[["metric", "arm", "other"]].iloc[0]
+        pair = ("arm", look_of(other).label) if side == "arm" else ("method" if arm == "method" else look_of(arm).label, "other")
+        axis_label = _direction(metric, *pair)
         fig, axes = charts(len(found), 0.6 + 0.2 * len(arms), SEEN, sharey=True, sharex=True)
         for axis, (name, part) in zip(axes, found):
-            _differences(axis, part, places, varying)
+            _differences(axis, part, places, side)
             axis.set_xlabel(name)
             axis.tick_params(labelbottom=True)
             axis.xaxis.set_major_locator(MaxNLocator(4))

@@ -174,6 +174,11 @@ def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row | {"p_holm": p} for row, p in zip(rows, holm(np.array([row["p"] for row in rows], float)).tolist())]
 
 
+def varying(comparison: pd.DataFrame) -> str:
+    """The column in which the pairs of a comparison differ: 'arm' where all are held against one, else 'other'."""
+    return "arm" if comparison["arm"].nunique() > 1 else "other"
+
+
 def seen(row: Any) -> str:
     """Whether a row of a comparison sees a difference: 'yes' where interval and test of ranks both do, 'in doubt' where one does, else 'no'.
 
