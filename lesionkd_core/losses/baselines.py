@@ -1,33 +1,23 @@
-"""The rivals: published distillers that the method is held against at the same budget (METHOD, Baselines).
+"""Published distillation losses that the method is compared with, at the same budget.
 
-Each is a pure function of the student's and the teacher's tensors; the teacher gets no gradient, sums
-run in float32 (or float64) whatever comes in, and a batch given twice over has the same loss. The functions
-of maps take activations, after the ReLU; `OnMaps` applies it, since the networks hand out maps before it.
+Each is a function of the student's and the teacher's tensors, computed in float32; the teacher gets
+no gradient. Functions of feature maps take activations after the ReLU.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
-from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ranks
-from ..networks import Network, match_levels
-from .feature_refinement import Connector, require_same_size
+from ..models import Network, channels_of, match_levels
+from .feature_refinement import Connector
+from .terms import register, require_same_size
 
 if TYPE_CHECKING:
-    from . import Step
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    from .terms import Step
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,59 +25,87 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return _precise(student), _precise(teacher.detach())
 
 
-def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """Logit distillation: the student learns how sure the teacher is of every pixel, not only its decision.
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    L = T^2 mean KL(q || p), KL = q log(q / p) + (1 - q) log((1 - q) / (1 - p)), q = sigmoid(t / T),
-    p = sigmoid(s / T): the paper's softmax over the two logits (z, 0). T^2 keeps the gradient's size
-    when T changes.
+
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """Logit distillation: match the teacher's probability of each pixel.
+
+    L = T^2 mean KL(q || p), q = sigmoid(t / T), p = sigmoid(s / T): the paper's softmax over the two
+    logits (z, 0). T^2 keeps the size of the gradient when T changes.
 
     Parameters
     ----------
     student, teacher : (N, 1, H, W)
         Logits s and t.
     temperature : float
-        T. Source of 4: the paper's range for small students (2.5 to 4), and what Zagoruyko & Komodakis 2017 use.
+        T; the paper uses 2.5 to 4 for small students.
 
     Returns
     -------
     ()
         Mean over N and pixels.
 
-    Source: Hinton et al. 2015, sections 2 and 3; there the hard labels weigh considerably less than this term.
+    Source: Hinton et al. 2015, section 2.
     """
-    student, teacher = (x / temperature for x in _pair(student, teacher))
-    q = teacher.sigmoid()
-    cross_entropy, entropy = (F.binary_cross_entropy_with_logits(x, q, reduction="none") for x in (student, teacher))
-    return temperature**2 * (cross_entropy - entropy).mean()  # of differences: that of two means would lose the digits
+    return _kd_map(student, teacher, temperature).mean()
 
 
-def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """FitNets hint: the regressed student map should equal the teacher's.
+def _kd_map(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(q || p) of each pixel, (N, 1, H, W)."""
+    s, t = (x / temperature for x in _pair(student, teacher))
+    q = t.sigmoid()
+    cross, own = (F.binary_cross_entropy_with_logits(x, q, reduction="none") for x in (s, t))
+    return temperature**2 * (cross - own)
 
-    L = 1/2 mean (r(v) - u)^2, with hint u, guided map v and regressor r.
+
+def boundary_kd_loss(
+    student: Tensor, teacher: Tensor, edge: Tensor, temperature: float = 4.0, boundary: float = 5.0
+) -> Tensor:
+    """Logit distillation in which pixels of the edge label count more.
+
+    L = sum w KL / sum w, w = 1 + boundary x edge, with the pixelwise KL of `kd_loss`.
 
     Parameters
     ----------
-    student, teacher : (N, C, H, W)
-        r(v), the student's map brought to the teacher's channels, and u; activations of one nonlinearity.
+    student, teacher, edge : (N, 1, H, W)
+        Logits, and the edge label in 0..1.
 
     Returns
     -------
     ()
-        Mean over all elements: the paper's 1/2 ||u - r(v)||^2 would grow with image and teacher.
 
-    Source: Romero et al. 2015, equation 3. There the hint trains the lower half first, alone; here it
-    is a term beside L_seg as every rival, since all arms share one budget of steps.
+    Source: boundary-weighted distillation as in Qin et al. 2021 ("Efficient medical image
+    segmentation based on knowledge distillation") and BPKD (Liu et al. 2024), reduced to one term.
+    """
+    weight = 1 + boundary * edge
+    return (weight * _kd_map(student, teacher, temperature)).sum() / weight.sum()
+
+
+def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """FitNets hint: L = 1/2 mean (r(v) - u)^2, with hint u, guided map v and regressor r.
+
+    Parameters
+    ----------
+    student, teacher : (N, C, H, W)
+        Activations r(v) and u.
+
+    Returns
+    -------
+    ()
+        Mean over all elements; the paper's sum would grow with image and teacher.
+
+    Source: Romero et al. 2015, equation 3. There the hint trains the lower layers first; here it is
+    a term beside L_seg, so that all arms have equal steps.
     """
     return 0.5 * F.mse_loss(*_pair(student, teacher))
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Attention transfer: the student should be active where the teacher is, in whichever channels.
+    """Attention transfer: be active where the teacher is, in whichever channels.
 
-    L = mean (Q_S / ||Q_S|| - Q_T / ||Q_T||)^2, Q = sum over c of A_c^2, each image's Q one vector over pixels.
-    The scale of neither map matters.
+    L = mean (Q_S / ||Q_S|| - Q_T / ||Q_T||)^2, Q = sum over channels of A^2, one vector for each image.
 
     Parameters
     ----------
@@ -107,17 +125,16 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
-    """Channel-wise distillation: every channel is a distribution over pixels, and the student's should be the teacher's.
+    """Channel-wise distillation: match each channel's softmax over pixels.
 
-    L = T^2 / C sum over c and i of phi(t_ci) log(phi(t_ci) / phi(s_ci)), phi(x_ci) = exp(x_ci / T) / sum_j exp(x_cj / T).
-    A constant added to a channel changes nothing.
+    L = T^2 / C sum_c KL(phi(t_c) || phi(s_c)), phi(x_c) = softmax over pixels of x_c / T.
 
     Parameters
     ----------
     student, teacher : (N, C, H, W)
         Logits, as the paper prefers, or activations of equal C.
     temperature : float
-        T. Source of 4: the authors' published command, which goes with a weight of 3 on logits.
+        T; 4 in the authors' code, with a weight of 3 on logits.
 
     Returns
     -------
@@ -127,87 +144,151 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
     Source: Shu et al. 2021.
     """
     ours, theirs = ((x.flatten(2) / temperature).log_softmax(2) for x in _pair(student, teacher))
-    return temperature**2 / (student.shape[0] * student.shape[1]) * F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return temperature**2 / (student.shape[0] * student.shape[1]) * divergence
 
 
 def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """DIST: the student's probabilities should rise and fall with the teacher's, not equal them.
+    """DIST: the student's probabilities correlate with the teacher's over all pixels of a batch.
 
-    L = beta L_inter + gamma L_intra, each T^2 (1 - rho) with Pearson's rho between student and teacher:
-    inter over a pixel's classes, averaged over pixels; intra over the pixels of the whole batch, averaged
-    over classes (the authors' reading of the paper for segmentation).
-
-    Two classes, probabilities (p, 1 - p): L_inter degenerates. Less its mean the vector is (p - 1/2) (1, -1),
-    so rho is +1 where student and teacher decide alike and -1 elsewhere: twice the share of pixels decided
-    differently, a step function with no gradient (in the authors' code, whose denominator holds 1e-8, one that
-    only bursts at p = 1/2). It is left out. L_intra is the same for both classes, so one is computed:
-    L = T^2 (1 - rho(p_S, p_T)), and beta has nothing to weigh. The first author, asked about two classes:
-    L_inter holds little then, L_intra may still help.
+    L = T^2 (1 - rho(p_S, p_T)), Pearson's rho: the intra-class relation. With two classes (p, 1 - p)
+    the paper's inter-class relation has no gradient (its rho is +1 or -1) and is left out.
 
     Parameters
     ----------
     student, teacher : (N, 1, H, W)
         Logits; p = sigmoid(logit / T).
     temperature : float
-        T. Source of 1: the authors' segmentation code, as for gamma = 1; they advise 4 where the task is easy.
+        T; 1 in the authors' segmentation code.
 
     Returns
     -------
     ()
-        0 for probabilities that agree up to a positive scale and a shift, T^2 for unrelated, 2 T^2 for opposed ones;
-        half of T^2 and no gradient where either network gives every pixel one value.
+        0 for equal probabilities up to scale and shift, T^2 for unrelated, 2 T^2 for opposed ones.
 
     Source: Huang et al. 2022.
     """
-    ours, theirs = (F.batch_norm((x / temperature).sigmoid(), None, None, training=True, eps=1e-12) for x in _pair(student, teacher))
-    return temperature**2 / 2 * F.mse_loss(ours, theirs)  # of standardized a and b: 1 - mean(a b) = mean (a - b)^2 / 2
+    standardized = [
+        F.batch_norm((x / temperature).sigmoid(), None, None, training=True, eps=1e-12)
+        for x in _pair(student, teacher)
+    ]
+    return temperature**2 / 2 * F.mse_loss(*standardized)  # 1 - mean(a b) = mean (a - b)^2 / 2
 
 
-class OnLogits(nn.Module):
-    """A rival that compares logits: `kd_loss`, `cwd_loss` or `dist_loss`, with its temperature bound.
+def sobel_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Match the gradient magnitudes of the two probability maps, by Sobel's filters.
 
-    `whole` is for a loss that is no mean over cases: every rank then computes it of the whole batch.
-    """
-
-    def __init__(self, loss: Loss, whole: bool = False) -> None:
-        super().__init__()
-        self.loss, self.whole = loss, whole
-
-    def forward(self, step: Step) -> Tensor:
-        """Full-size logits (N, 1, H, W) of both networks -> ()."""
-        both = step.logits, step.teacher_logits
-        return self.loss(*(ranks.gather(x.float()) for x in both) if self.whole else both)
-
-
-class OnMaps(nn.Module):
-    """A rival that compares feature maps, summed over levels: `hint_loss`, `attention_loss` or `cwd_loss`.
+    L = mean (|grad p_S| - |grad p_T|)^2, p = sigmoid(logit).
 
     Parameters
     ----------
-    student, teacher : networks
-        Read for channels; neither is kept.
-    levels : tuple of str
-        Names of maps of equal stride; see `match_levels`.
-    loss : function of (student, teacher) activations
-    regress : bool
-        Bring the student's activations to the teacher's channels: 1x1 convolution, BN, ReLU. FitNets asks
-        for the teacher's nonlinearity after its regressor; the BN, which L_feat's connector has too, keeps
-        alive the outputs that the few nonnegative channels of a small student would leave below zero for good.
-    """
+    student, teacher : (N, 1, H, W)
+        Logits.
 
-    def __init__(self, student: Network, teacher: Network, levels: tuple[str, ...], loss: Loss, regress: bool) -> None:
-        super().__init__()
-        self.pairs, self.loss = match_levels(student, teacher, levels), loss
-        norms, teacher_norms = student.feature_norms(), teacher.feature_norms()
-        self.regressors = nn.ModuleList(
-            nn.Sequential(Connector(norms[s].num_features, teacher_norms[t].num_features), nn.ReLU()) if regress else nn.Identity()
-            for s, t in self.pairs
-        )
+    Returns
+    -------
+    ()
+
+    Source: edge distillation by Sobel maps, as in Xu et al. 2021 and others.
+    """
+    ours, theirs = (_gradient(x.sigmoid()) for x in _pair(student, teacher))
+    return F.mse_loss(ours, theirs)
+
+
+def _gradient(x: Tensor) -> Tensor:
+    """Magnitude of the Sobel gradient, (N, 1, H, W) -> the same; borders replicated."""
+    kernel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=x.device) / 8
+    kernels = torch.stack([kernel, kernel.T]).unsqueeze(1).to(x.dtype)
+    both = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernels)
+    return (both.square().sum(1, keepdim=True) + 1e-12).sqrt()
+
+
+class _OnLogits(nn.Module):
+    """A loss of the full-size logits of both networks."""
+
+    @classmethod
+    def build(cls, *_: Any) -> nn.Module:
+        return cls()
+
+
+@register("kd", label="logit KD", weight=10.0, sweep=(0.3, 1.0, 3.0, 10.0))
+class LogitDistillation(_OnLogits):
+    """`kd_loss`."""
 
     def forward(self, step: Step) -> Tensor:
-        """Maps before their last ReLU, by name -> ()."""
-        with torch.autocast(step.logits.device.type, enabled=False):
-            return reduce(operator.add, [
-                self.loss(regressor(F.relu(_precise(step.maps[s]))), F.relu(step.teacher_maps[t]))
-                for regressor, (s, t) in zip(self.regressors, self.pairs)
-            ])
+        return kd_loss(step.logits, step.teacher_logits)
+
+
+@register("boundary_kd", label="boundary KD", weight=10.0, sweep=(0.3, 1.0, 3.0, 10.0))
+class BoundaryDistillation(_OnLogits):
+    """`boundary_kd_loss`."""
+
+    def forward(self, step: Step) -> Tensor:
+        return boundary_kd_loss(step.logits, step.teacher_logits, step.edge)
+
+
+@register("cwd", label="CWD", weight=1.0, sweep=(0.1, 0.3, 1.0, 3.0))
+class ChannelwiseDistillation(_OnLogits):
+    """`cwd_loss`."""
+
+    def forward(self, step: Step) -> Tensor:
+        return cwd_loss(step.logits, step.teacher_logits)
+
+
+@register("dist", label="DIST", weight=1.0, sweep=(0.1, 0.3, 1.0, 3.0))
+class RelationDistillation(_OnLogits):
+    """`dist_loss`."""
+
+    def forward(self, step: Step) -> Tensor:
+        return dist_loss(step.logits, step.teacher_logits)
+
+
+@register("sobel", label="Sobel", weight=10.0, sweep=(1.0, 3.0, 10.0, 30.0))
+class SobelDistillation(_OnLogits):
+    """`sobel_loss`."""
+
+    def forward(self, step: Step) -> Tensor:
+        return sobel_loss(step.logits, step.teacher_logits)
+
+
+@register("fitnets", label="FitNets", weight=0.1, sweep=(0.03, 0.1, 0.3, 1.0))
+class Hint(nn.Module):
+    """`hint_loss` at stride 16, where the student's encoder ends.
+
+    The regressor is a 1x1 convolution, BatchNorm and the teacher's ReLU. Without the BatchNorm the
+    few nonnegative channels of a small student leave many outputs below zero for good.
+    """
+
+    LEVEL = "encoder.stride16"
+
+    def __init__(self, student: Network, teacher: Network) -> None:
+        super().__init__()
+        [(s, t)] = match_levels(student, teacher, (self.LEVEL,))
+        self.regressor = Connector(channels_of(student, s), channels_of(teacher, t))
+
+    @classmethod
+    def build(cls, cfg: Any, student: Network, teacher: Network, *_: Any) -> nn.Module:
+        return cls(student, teacher)
+
+    def forward(self, step: Step) -> Tensor:
+        regressed = self.regressor(F.relu(step.maps[self.LEVEL].float()))
+        return hint_loss(F.relu(regressed), F.relu(step.teacher_maps[self.LEVEL]))
+
+
+@register("at", label="attention transfer", weight=30.0, sweep=(10.0, 30.0, 100.0, 1000.0))
+class AttentionTransfer(nn.Module):
+    """`attention_loss`, summed over the encoder maps at strides 4, 8 and 16."""
+
+    LEVELS = ("encoder.stride4", "encoder.stride8", "encoder.stride16")
+
+    def __init__(self, student: Network, teacher: Network) -> None:
+        super().__init__()
+        match_levels(student, teacher, self.LEVELS)
+
+    @classmethod
+    def build(cls, cfg: Any, student: Network, teacher: Network, *_: Any) -> nn.Module:
+        return cls(student, teacher)
+
+    def forward(self, step: Step) -> Tensor:
+        maps = [(F.relu(step.maps[n]), F.relu(step.teacher_maps[n])) for n in self.LEVELS]
+        return torch.stack([attention_loss(s, t) for s, t in maps]).sum()

@@ -2,75 +2,81 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ranks
 from ..edges import edge_at_stride
-from ..networks import Network, match_levels, stride_of
-from .feature_refinement import Connector, Once, anew, require_same_size
+from ..models import Network, channels_of, match_levels, stride_of
+from .feature_refinement import Connector
+from .terms import register, require_same_size
+
+if TYPE_CHECKING:
+    from .terms import Step
 
 
 def grid_cells(edge: Tensor, grid: int, frame: str = "image") -> Tensor:
-    """Which cell of a k x k grid every pixel lies in.
+    """Assign every pixel to a cell of a k x k grid.
 
     Parameters
     ----------
     edge : (N, 1, H, W)
     frame : 'image' or 'lesion'
-        The grid covers the image, or the bounding box of the edge, image by image; pixels outside
+        The grid covers the image, or the bounding box of each image's edge; pixels outside the box
         belong to the nearest cell.
 
     Returns
     -------
     (N, K, L)
-        One-hot over the K = k^2 cells, L = H W, row by row.
+        One-hot over the K = k^2 cells, row by row; L = H W pixels.
     """
     n, _, height, width = edge.shape
     axes = []
     for dim, size in ((-1, height), (-2, width)):
         place = torch.arange(size, device=edge.device).expand(n, size)
-        low, span = torch.zeros(n, 1, device=edge.device), torch.full((n, 1), float(size), device=edge.device)
+        low = torch.zeros(n, 1, device=edge.device)
+        span = torch.full((n, 1), float(size), device=edge.device)
         if frame == "lesion":
             has = edge[:, 0].amax(dim) > 0  # (N, size)
             low = torch.where(has, place, size).amin(1, keepdim=True).clamp_max(size - 1)
-            span = (torch.where(has, place, -1).amax(1, keepdim=True) - low + 1).clamp_min(1)
+            high = torch.where(has, place, -1).amax(1, keepdim=True)
+            span = (high - low + 1).clamp_min(1)
         axes.append(((place - low) * grid / span).floor().clamp(0, grid - 1).long())
     cell = axes[0][:, :, None] * grid + axes[1][:, None, :]
     return F.one_hot(cell.flatten(1), grid * grid).transpose(1, 2).to(edge.dtype)
 
 
-class Cells(NamedTuple):
-    """What a grid makes of an edge label: the same for every map of that resolution."""
-
-    edge: Tensor  # (N, 1, H, W)
-    average: Tensor  # (N, K, L), rows sum to 1, or 0 in a cell without an edge; unused by 'eagr'
-    live: Tensor  # (N, K) bool, cells that hold an edge pixel
-
-
 class EdgeGraph(nn.Module):
-    """Projection -> graph -> reasoning over edge pixels; K = grid^2 nodes of `states` channels.
+    """Projection, graph and reasoning over edge pixels, with K = grid^2 nodes of `states` channels.
 
     Parameters
     ----------
     channels : int
-        C of the feature map that comes in.
+        C of the feature map.
     anchors : 'masked_mean', 'masked_cosine' or 'eagr'
-        How a node's anchor is made; see METHOD, L_edge. Only 'eagr' keeps cells without an edge.
+        A node's anchor is the mean key of its cell's edge pixels; the same with normalized keys and
+        a temperature; or the original's average pooling of keys times edge.
     normalize : 'mass', 'none' or 'size'
-        Nodes divided by their mass sum_L P, not at all, or by L.
+        Divide nodes by their mass sum_L P, not at all, or by L. The original has the last two.
+    frame : 'image' or 'lesion'
+        See `grid_cells`.
 
-    Source: METHOD, L_edge; Te et al. 2020, edge-aware graph representation learning.
+    Source: Te et al. 2020, section 3; docs/method.md, L_edge.
     """
 
     TEMPERATURE = 0.1
 
     def __init__(
-        self, channels: int, states: int = 16, grid: int = 4, anchors: str = "masked_mean",
-        normalize: str = "mass", frame: str = "image",
+        self,
+        channels: int,
+        states: int = 16,
+        grid: int = 4,
+        anchors: str = "masked_mean",
+        normalize: str = "mass",
+        frame: str = "image",
     ) -> None:
         super().__init__()
         self.grid, self.anchors, self.normalize, self.frame = grid, anchors, normalize, frame
@@ -80,30 +86,32 @@ class EdgeGraph(nn.Module):
         self.state_mixing = nn.Linear(states, states, bias=False)
 
     def edge_at(self, edge: Tensor, stride: int) -> Tensor:
-        """The full-size edge (N, 1, H, W) at a map's stride: max pooled, or by nearest in 'eagr' as in the original."""
-        return edge[..., ::stride, ::stride] if self.anchors == "eagr" else edge_at_stride(edge, stride)
-
-    def cells(self, edge: Tensor) -> Cells:
-        """(N, 1, H, W) at the map's resolution -> which pixels make which anchor."""
+        """A full-size edge (N, 1, H, W) at a map's stride: max-pooled; nearest in 'eagr'."""
         if self.anchors == "eagr":
-            return Cells(edge, edge.new_zeros(0), edge.new_ones(len(edge), self.grid**2, dtype=torch.bool))
-        member = grid_cells(edge, self.grid, self.frame) * edge.flatten(2)
-        count = member.sum(-1, keepdim=True)
-        return Cells(edge, member / count.clamp_min(1e-6), count.squeeze(-1) > 0)
+            return edge[..., ::stride, ::stride]
+        return edge_at_stride(edge, stride)
+
+    def members(self, edge: Tensor) -> Tensor:
+        """The edge pixels of each cell: edge (N, 1, H, W) at the map's size -> (N, K, L)."""
+        return grid_cells(edge, self.grid, self.frame) * edge.flatten(2)
 
     def live_nodes(self, edge: Tensor) -> Tensor:
-        """(N, 1, H, W) -> (N, K) bool: cells that hold an edge pixel; in 'eagr' every cell."""
-        return self.cells(edge).live
-
-    def anchors_of(self, keys: Tensor, cells: Cells) -> Tensor:
-        """Keys (N, s, H, W) gathered at edge pixels, cell by cell -> (N, s, K)."""
+        """Cells that have an edge pixel, (N, 1, H, W) -> (N, K) bool; in 'eagr' all cells."""
         if self.anchors == "eagr":
-            pooled = F.adaptive_avg_pool2d(keys * cells.edge, self.grid + 2)
-            return pooled[:, :, 1:-1, 1:-1].flatten(2)
-        return keys.flatten(2) @ cells.average.transpose(1, 2)
+            return edge.new_ones(len(edge), self.grid**2, dtype=torch.bool)
+        return self.members(edge).amax(-1) > 0
 
-    def project(self, x: Tensor, edge: Tensor | Cells) -> tuple[Tensor, Tensor]:
-        """Soft assignment of every pixel to the nodes (METHOD, L_edge 1).
+    def anchors_of(self, keys: Tensor, edge: Tensor) -> Tensor:
+        """Anchors A of the nodes: keys (N, s, H, W) at edge pixels -> (N, s, K)."""
+        if self.anchors == "eagr":
+            pooled = F.adaptive_avg_pool2d(keys * edge, self.grid + 2)
+            return pooled[:, :, 1:-1, 1:-1].flatten(2)
+        members = self.members(edge)
+        mean = members / members.sum(-1, keepdim=True).clamp_min(1e-6)
+        return keys.flatten(2) @ mean.transpose(1, 2)
+
+    def project(self, x: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
+        """Projection: assign every pixel softly to the nodes.
 
         P = softmax over live nodes of A^T Q, with keys Q = theta(X) and anchors A.
 
@@ -111,165 +119,257 @@ class EdgeGraph(nn.Module):
         ----------
         x : (N, C, H, W)
         edge : (N, 1, H, W)
-            float in 0..1 at the map's own resolution; or the `cells` of it.
+            In 0..1, at the map's size.
 
         Returns
         -------
         states : (N, s, L)
             V0 = phi(X), L = H W.
         projection : (N, K, L)
-            Columns sum to 1; 0 in cells without an edge, all 0 in an image without one (but for
-            'eagr', which knows no empty cells).
+            Columns sum to 1. 0 for cells without an edge; all 0 in an image without one.
         """
-        cells = edge if isinstance(edge, Cells) else self.cells(edge)
         keys = self.theta(x)
-        anchors, flat = self.anchors_of(keys, cells), keys.flatten(2)
+        anchors, flat = self.anchors_of(keys, edge), keys.flatten(2)
         if self.anchors == "masked_cosine":
-            anchors, flat = F.normalize(anchors, dim=1) / self.TEMPERATURE, F.normalize(flat, dim=1)
+            anchors = F.normalize(anchors, dim=1) / self.TEMPERATURE
+            flat = F.normalize(flat, dim=1)
         scores = anchors.transpose(1, 2) @ flat  # (N, K, L)
-        live = cells.live.unsqueeze(-1)
-        lowest = torch.finfo(scores.dtype).min  # not -inf: without any live node that would give NaN
+        live = self.live_nodes(edge).unsqueeze(-1)
+        lowest = torch.finfo(scores.dtype).min  # -inf would give NaN where no node is live
         return self.phi(x).flatten(2), scores.masked_fill(~live, lowest).softmax(dim=1) * live
 
     def build_graph(self, states: Tensor, projection: Tensor) -> Tensor:
-        """V = V0 P^T, normalized: (N, s, L), (N, K, L) -> nodes (N, s, K); 0 in empty cells (2)."""
+        """Nodes V = V0 P^T, normalized: (N, s, L), (N, K, L) -> (N, s, K)."""
         nodes = states @ projection.transpose(1, 2)
         if self.normalize == "mass":
             return nodes / projection.sum(-1).clamp_min(1e-6).unsqueeze(1)
         return nodes / states.shape[-1] if self.normalize == "size" else nodes
 
     def reason(self, nodes: Tensor) -> Tensor:
-        """H = W_g (V A_g^T + b - V), before its ReLU: (N, s, K) -> (N, s, K) (3)."""
+        """Graph convolution H = W_g (V A_g^T + b - V), before its ReLU: (N, s, K) -> (N, s, K)."""
         mixed = self.node_mixing(nodes) - nodes
-        reasoned: Tensor = self.state_mixing(mixed.transpose(1, 2))
-        return reasoned.transpose(1, 2)
+        return self.state_mixing(mixed.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, edge: Tensor | Cells) -> Tensor:
-        """Steps 1 to 3: map (N, C, H, W) and edge at its resolution -> H (N, s, K), pre-ReLU."""
+    def forward(self, x: Tensor, edge: Tensor) -> Tensor:
+        """Map (N, C, H, W) and edge (N, 1, H, W) at its size -> H (N, s, K), before its ReLU."""
         return self.reason(self.build_graph(*self.project(x, edge)))
 
 
 class EdgeHead(nn.Module):
-    """Re-projection of the reasoned nodes and a 1x1 head: what the graph is fitted with, then dropped."""
+    """Re-projection and 1x1 head: predicts the edge from H; fits the graph, then is dropped."""
 
     def __init__(self, states: int) -> None:
         super().__init__()
         self.head = nn.Conv2d(states, 1, 1)
 
     def forward(self, graph: EdgeGraph, x: Tensor, edge: Tensor) -> Tensor:
-        """BCE of the re-projected edge against Label_edge over images that have one, ()."""
+        """BCE of the predicted edge against Label_edge, over images that have one -> ()."""
         has_edge = edge.flatten(1).amax(1) > 0
-        x, edge, share = x[has_edge], edge[has_edge], ranks.share_of(has_edge.sum())
+        x, edge = x[has_edge], edge[has_edge]
         if not len(x):
             return self.head.weight.sum() * 0.0
         states, projection = graph.project(x, edge)
         reasoned = graph.reason(graph.build_graph(states, projection)).relu()
         logits = self.head((reasoned @ projection).unflatten(2, x.shape[-2:]))
-        return share * F.binary_cross_entropy_with_logits(logits, edge)
+        return F.binary_cross_entropy_with_logits(logits, edge)
 
 
-class EdgeReasoning(nn.Module):
-    """Connector, graph and L_edge (step S4).
+@dataclass(frozen=True)
+class FittedGraph:
+    """A graph module fitted on the frozen teacher, and the standard deviation of its H, (s,)."""
 
-    Student and teacher pass through one module; gradients flow through it into connector and student.
-    L_edge = mean over states and live nodes of ((H_S - H_T) / std_T)^2, image by image, an image
-    without an edge adding 0, over N.
+    graph: EdgeGraph
+    std: Tensor
+
+
+def node_distance(student: Tensor, teacher: Tensor, std: Tensor, live: Tensor) -> Tensor:
+    """Mean squared difference of the live nodes of each image, then the mean over N.
 
     Parameters
     ----------
-    student, teacher : networks
+    student, teacher : (N, s, K)
+        H of both networks.
+    std : (s,)
+        The teacher's standard deviation of each state channel.
+    live : (N, K) bool
+
+    Returns
+    -------
+    ()
+        An image without a live node adds 0.
+    """
+    squared = ((student - teacher) / std.view(1, -1, 1)).square().mean(1)  # (N, K)
+    return ((squared * live).sum(1) / live.sum(1).clamp_min(1)).mean()
+
+
+GRAPH_OPTIONS = (
+    "edge_width",
+    "edge_level",
+    "grid",
+    "grid_frame",
+    "states",
+    "anchors",
+    "graph_epochs",
+    "graph_lr",
+    "connector_lr",
+)
+EDGE_SWEEP = (0.01, 0.03, 0.1, 0.3)
+
+
+@register("edge", label="+ L_edge", weight=0.1, sweep=EDGE_SWEEP, options=GRAPH_OPTIONS)
+class EdgeReasoning(nn.Module):
+    """L_edge: the node states H of student and teacher should agree (step S4).
+
+    Both networks pass through one frozen graph that was fitted on the teacher; gradients flow
+    through it into connector and student.
+
+    Parameters
+    ----------
+    student, teacher : Network
         Read for channels; neither is kept.
     graph : EdgeGraph
-        Fitted on the teacher and frozen here; or, with a `head`, learned along.
     std : (s,)
-        Standard deviation of the teacher's H per state channel over the training set; learned along, that
-        of the batch takes its place.
+        Standard deviation of the teacher's H over the training set.
     level : str
         Name of the map, or 'student:teacher' of equal stride.
-    head : EdgeHead, optional
-        Trains graph and head along with the student (`graph = 'joint'`): the BCE of the re-projected edge
-        is added on both sides, which keeps the graph from collapsing.
 
-    Source: METHOD, L_edge 4 and "Who learns what".
+    Source: patent, step S4; docs/method.md, L_edge.
     """
 
     std: Tensor
 
-    def __init__(self, student: Network, teacher: Network, graph: EdgeGraph, std: Tensor, level: str, head: EdgeHead | None = None) -> None:
+    def __init__(
+        self, student: Network, teacher: Network, graph: EdgeGraph, std: Tensor, level: str
+    ) -> None:
         super().__init__()
         [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
         self.stride = stride_of(self.teacher_map)
-        self.connector = Connector(
-            student.feature_norms()[self.student_map].num_features, teacher.feature_norms()[self.teacher_map].num_features
-        )
-        self.graph = graph.requires_grad_(head is not None)
-        self.head = head
-        self.register_buffer("std", std.clamp_min(1e-6).view(1, -1, 1))
+        channels = channels_of(student, self.student_map), channels_of(teacher, self.teacher_map)
+        self.connector = Connector(*channels)
+        self.graph = graph.requires_grad_(False)
+        self.register_buffer("std", std.clamp_min(1e-6))
 
-    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], edge: Tensor, once: Once = anew) -> Tensor:
-        """Maps by name and the full-size edge label (N, 1, H, W) -> L_edge, (); `once` is `Step.once`."""
-        x, target = self.connector(student_maps[self.student_map].float()), teacher_maps[self.teacher_map].detach()
+    @classmethod
+    def build(cls, cfg: Any, student: Network, teacher: Network, measured: Any) -> nn.Module:
+        return cls(student, teacher, measured.fitted.graph, measured.fitted.std, cfg.edge_level)
+
+    def edge_of(self, step: Step) -> Tensor:
+        """The full-size edge label that both networks are read at, (N, 1, H, W)."""
+        assert step.edge is not None, "L_edge needs the edge label"
+        return step.edge
+
+    def forward(self, step: Step) -> Tensor:
+        """Maps and edge label -> ()."""
+        edge = self.graph.edge_at(self.edge_of(step), self.stride).float()
+        target = step.teacher_maps[self.teacher_map].float()
+        x = self.connector(step.maps[self.student_map].float())
         require_same_size(x, target)
-        key = ("graph", id(self.graph), id(edge))  # arms share a frozen graph, and what the teacher becomes in it
-        cells: Cells = once((*key, "cells"), lambda: self.graph.cells(self.graph.edge_at(edge, self.stride).float()))
-        if self.head is not None:
-            return self._learned_along(self.head, x, target.float(), cells)
+        return self.compare(x, target, edge, live_in(self.graph, edge))
+
+    def compare(self, x: Tensor, target: Tensor, edge: Tensor, live: Tensor) -> Tensor:
+        """Connected student map and teacher map (N, C, H, W) -> ()."""
         with torch.no_grad():
-            reasoned = once(key, lambda: self.graph(target.float(), cells))
-        return _node_distance(self.graph(x, cells), reasoned, self.std, cells)
-
-    def _learned_along(self, head: EdgeHead, x: Tensor, target: Tensor, cells: Cells) -> Tensor:
-        reasoned = self.graph(target, cells)
-        live = ranks.gather(cells.live.float()) > 0
-        if not live.any():
-            return x.sum() * 0.0
-        std = ranks.gather(reasoned.detach()).transpose(1, 2)[live].std(0, correction=0).clamp_min(1e-6).view(1, -1, 1)
-        distance = _node_distance(self.graph(x, cells), reasoned, std, cells)
-        along: Tensor = distance + head(self.graph, x, cells.edge) + head(self.graph, target, cells.edge)
-        return along
+            reasoned = self.graph(target, edge)
+        return node_distance(self.graph(x, edge), reasoned, self.std, live)
 
 
-def _node_distance(student: Tensor, teacher: Tensor, std: Tensor, cells: Cells) -> Tensor:
-    """Nodes (N, s, K) of both sides -> mean over states and live nodes of an image with an edge, then over N."""
-    live = cells.live & (cells.edge.flatten(1).amax(1) > 0).unsqueeze(1)
-    squared = ((student - teacher) / std).square().mean(1)  # (N, K)
-    return ((squared * live).sum(1) / live.sum(1).clamp_min(1)).mean()
+def live_in(graph: EdgeGraph, edge: Tensor) -> Tensor:
+    """Live nodes (N, K) of images with an edge; none in an image without."""
+    return graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
 
 
-class EdgeRelation(nn.Module):
-    """L_edge without a learned graph: how alike the lesion's parts are to each other, in both networks.
+@register(
+    "edge_shuffled", label="+ L_edge, shuffled", weight=0.1, sweep=EDGE_SWEEP, options=GRAPH_OPTIONS
+)
+class ShuffledEdgeReasoning(EdgeReasoning):
+    """Control: L_edge with the edge label of another image, for both networks.
 
-    Nodes are the raw maps' means over each cell's edge pixels; L_edge = mean over pairs of live nodes of
-    (cos_S - cos_T)^2, image by image, over N. A pair of a node with itself counts nothing, so an image
-    needs two live nodes to add anything.
-
-    Source: METHOD, L_edge, `relation`.
+    If its gain is as large as that of L_edge, the gain is not due to the edges.
     """
 
-    def __init__(self, student: Network, teacher: Network, level: str, grid: int, frame: str) -> None:
-        super().__init__()
-        [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
-        self.stride = stride_of(self.teacher_map)
-        self.graph = EdgeGraph(1, 1, grid, frame=frame).requires_grad_(False)
-
-    def forward(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor], edge: Tensor, once: Once = anew) -> Tensor:
-        """Maps by name and the full-size edge label (N, 1, H, W) -> L_edge, (); `once` as in `EdgeReasoning`."""
-        x, target = student_maps[self.student_map].float(), teacher_maps[self.teacher_map].detach().float()
-        cells: Cells = once(("relation", id(self.graph), id(edge)), lambda: self.graph.cells(edge_at_stride(edge, self.stride).float()))
-        cosines = [F.normalize(self.graph.anchors_of(m, cells), dim=1, eps=1e-6) for m in (x, target)]  # (N, C, K)
-        apart = (cosines[0].mT @ cosines[0] - cosines[1].mT @ cosines[1]).square()  # (N, K, K)
-        pairs = cells.live.unsqueeze(1) & cells.live.unsqueeze(2) & ~torch.eye(cells.live.shape[1], dtype=torch.bool, device=x.device)
-        return ((apart * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()
+    def edge_of(self, step: Step) -> Tensor:
+        return derange(super().edge_of(step))
 
 
 def derange(edge: Tensor) -> Tensor:
-    """The control: each image with an edge gets the edge of another such image of the batch.
+    """Give each image with an edge the edge of the next such image in the batch.
 
-    A cyclic shift among them: no image keeps its own where there are two or more. A single one has
-    no partner and gets none, so it adds 0.
+    (N, 1, H, W) -> the same. The only image with an edge gets none and adds 0 to the loss.
     """
     has_edge = (edge.flatten(1).amax(1) > 0).nonzero().squeeze(1)
     shuffled = torch.zeros_like(edge)
     if len(has_edge) > 1:
         shuffled[has_edge] = edge[has_edge.roll(1)]
     return shuffled
+
+
+@register(
+    "edge_joint", label="+ L_edge, joint graph", weight=0.1, sweep=EDGE_SWEEP, options=GRAPH_OPTIONS
+)
+class JointEdgeReasoning(EdgeReasoning):
+    """L_edge with a graph that is trained with the student, as in EAGR.
+
+    The BCE of the predicted edge is added for both networks, since without it the graph collapses:
+    H shrinks until the distance is 0. The standard deviation is that of the batch.
+    """
+
+    def __init__(self, student: Network, teacher: Network, graph: EdgeGraph, level: str) -> None:
+        states = graph.phi.out_channels
+        super().__init__(student, teacher, graph, torch.ones(states), level)
+        self.graph.requires_grad_(True)
+        self.head = EdgeHead(states)
+
+    @classmethod
+    def build(cls, cfg: Any, student: Network, teacher: Network, measured: Any) -> nn.Module:
+        channels = channels_of(teacher, cfg.edge_level.rpartition(":")[2])
+        graph = EdgeGraph(channels, cfg.states, cfg.grid, cfg.anchors, frame=cfg.grid_frame)
+        return cls(student, teacher, graph, cfg.edge_level)
+
+    def compare(self, x: Tensor, target: Tensor, edge: Tensor, live: Tensor) -> Tensor:
+        if not live.any():
+            return x.sum() * 0.0
+        reasoned = self.graph(target, edge)
+        std = reasoned.detach().transpose(1, 2)[live].std(0, correction=0).clamp_min(1e-6)
+        distance = node_distance(self.graph(x, edge), reasoned, std, live)
+        along: Tensor = self.head(self.graph, x, edge) + self.head(self.graph, target, edge)
+        return distance + along
+
+
+@register(
+    "edge_relation",
+    label="+ edge relation",
+    weight=1.0,
+    sweep=(0.1, 0.3, 1.0, 3.0),
+    options=("edge_width", "edge_level", "grid", "grid_frame"),
+)
+class EdgeRelation(nn.Module):
+    """L_edge without a learned graph: cosine similarities between the cells of each network.
+
+    A cell's vector is the mean of the map over its edge pixels. The loss is the mean over pairs of
+    different live cells of (cos_S - cos_T)^2, image by image, then over N.
+    """
+
+    def __init__(
+        self, student: Network, teacher: Network, level: str, grid: int, frame: str
+    ) -> None:
+        super().__init__()
+        [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
+        self.stride = stride_of(self.teacher_map)
+        self.cells = EdgeGraph(1, 1, grid, frame=frame).requires_grad_(False)
+
+    @classmethod
+    def build(cls, cfg: Any, student: Network, teacher: Network, measured: Any) -> nn.Module:
+        return cls(student, teacher, cfg.edge_level, cfg.grid, cfg.grid_frame)
+
+    def forward(self, step: Step) -> Tensor:
+        """Maps and edge label -> ()."""
+        assert step.edge is not None, "the relation needs the edge label"
+        edge = edge_at_stride(step.edge, self.stride).float()
+        live = self.cells.live_nodes(edge)
+        maps = step.maps[self.student_map].float(), step.teacher_maps[self.teacher_map].float()
+        means = [F.normalize(self.cells.anchors_of(x, edge), dim=1, eps=1e-6) for x in maps]
+        ours, theirs = (mean.mT @ mean for mean in means)  # (N, K, K)
+        different = ~torch.eye(live.shape[1], dtype=torch.bool, device=live.device)
+        pairs = live.unsqueeze(1) & live.unsqueeze(2) & different
+        apart = (ours - theirs).square() * pairs
+        return (apart.sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()

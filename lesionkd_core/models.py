@@ -1,0 +1,399 @@
+"""Teacher and student networks, with their feature maps by name.
+
+A map is named by its part and stride, such as `encoder.stride4` or `decoder.stride8`, and is taken
+before the last ReLU of its block. `feature_norms()` gives the BatchNorm that produced each map.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ConfigError, LesionKDError, nearest
+
+M = TypeVar("M", bound=nn.Module)
+SMALLEST = 32
+"""Smallest side of an image, px: the teacher's deepest map has one pixel then."""
+
+
+class Network(nn.Module):
+    """A segmentation network that also returns its named feature maps."""
+
+    def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
+        """The BatchNorm that produces each map, by the map's name."""
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(N, in, H, W) -> logits (N, out, H, W) and maps {name: (N, C, H/stride, W/stride)}."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> logits (N, out, H, W), H and W at least 32 px."""
+        return self.forward_features(x)[0]
+
+
+class UNet(Network):
+    """Plain U-Net of width c: the student (c = 4) and the paper's teacher (c = 64).
+
+    Encoder blocks have c, 2c, 4c, 8c, 8c channels at strides 1 to 16; decoder blocks 4c, 2c, c, c
+    channels at strides 8 to 1. Transposed 2x2 convolutions upsample; a 1x1 convolution is the head.
+
+    With `stem` 2 or 4 (not in the paper) the levels of smaller stride are left out: the first
+    convolution reads blocks of stem x stem pixels, and the head writes such blocks.
+
+    Source: TinyUnet (2022) and its public network code; docs/method.md, Networks.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, out_channels: int = 1, width: int = 64, stem: int = 1
+    ) -> None:
+        super().__init__()
+        self.strides = [stride for stride in (1, 2, 4, 8, 16) if stride >= stem]
+        down = [width * min(stride, 8) for stride in self.strides]
+        up = [width * max(stride // 2, 1) for stride in self.strides[-2::-1]]
+        up[-1] = down[0]
+        below = [down[-1], *up]
+        self.encoder = nn.ModuleList(
+            _block(i, o, stem=stem if level == 0 else 1)
+            for level, (i, o) in enumerate(zip([in_channels, *down], down))
+        )
+        self.upsample = nn.ModuleList(nn.ConvTranspose2d(c, c, 2, stride=2) for c in below[:-1])
+        self.decoder = nn.ModuleList(
+            _block(b + s, o) for b, s, o in zip(below, down[-2::-1], up)
+        )
+        self.head: nn.Module = nn.Conv2d(up[-1], out_channels, 1)
+        if stem > 1:
+            self.head = nn.ConvTranspose2d(up[-1], out_channels, stem, stride=stem)
+
+    def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
+        """The BatchNorm that produces each map, by the map's name."""
+        names = [f"encoder.stride{s}" for s in self.strides]
+        names += [f"decoder.stride{s}" for s in self.strides[-2::-1]]
+        return dict(zip(names, [block[-1] for block in (*self.encoder, *self.decoder)]))
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(N, in, H, W) -> logits (N, out, H, W) and maps {name: (N, C, H/stride, W/stride)}."""
+        _check_size(x)
+        image, maps, skips = x, {}, []
+        for stride, block in zip(self.strides, self.encoder):
+            if skips:
+                x = F.max_pool2d(x, 2, 2)  # converters for phones need the stride spelled out
+            maps[f"encoder.stride{stride}"] = x = block(x)
+            skips.append(x := F.relu(x))
+        below = zip(self.strides[-2::-1], skips[-2::-1], self.upsample, self.decoder)
+        for stride, skip, up, block in below:
+            x = block(torch.cat([skip, _pad_to(up(x), skip)], dim=1))
+            maps[f"decoder.stride{stride}"] = x
+            x = F.relu(x)
+        return _pad_to(self.head(x), image), maps
+
+
+class ResNet34UNet(Network):
+    """U-Net with a ResNet-34 encoder: the patent's teacher, maps F1 to F9 (step S1).
+
+    Decoder blocks have 256, 128, 64, 32 channels at strides 16, 8, 4, 2, each after a bilinear 2x
+    upsample and the skip connection; the 1x1 head's logits are upsampled 2x to full size.
+
+    Source: patent step S1; He et al. 2016; docs/method.md, Networks.
+    """
+
+    STRIDES = (16, 8, 4, 2)
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 1) -> None:
+        super().__init__()
+        self.encoder = ResNet34Encoder(in_channels)
+        below, skips, outputs = (512, 256, 128, 64), (256, 128, 64, 64), (256, 128, 64, 32)
+        self.decoder = nn.ModuleList(
+            _block(b + s, o, bias=False) for b, s, o in zip(below, skips, outputs)
+        )
+        self.head = nn.Conv2d(32, out_channels, 1)
+
+    def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
+        """The BatchNorm that produces each map; of a residual stage the last block's second."""
+        norms = {"encoder.stride2": self.encoder.bn1}
+        for stage, stride in enumerate((4, 8, 16, 32), start=1):
+            norms[f"encoder.stride{stride}"] = getattr(self.encoder, f"layer{stage}")[-1].bn2
+        blocks: Any = self.decoder
+        return norms | {f"decoder.stride{s}": block[-1] for s, block in zip(self.STRIDES, blocks)}
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(N, in, H, W) -> logits (N, out, H, W) and maps {name: (N, C, H/stride, W/stride)}."""
+        _check_size(x)
+        size = x.shape[-2:]
+        maps = self.encoder(x)
+        x = F.relu(maps["encoder.stride32"])
+        for stride, block in zip(self.STRIDES, self.decoder):
+            skip = F.relu(maps[f"encoder.stride{stride}"])
+            x = block(torch.cat([_upsample_to(x, skip.shape[-2:]), skip], dim=1))
+            maps[f"decoder.stride{stride}"] = x
+            x = F.relu(x)
+        return _upsample_to(self.head(x), size), maps
+
+
+class ResNet34Encoder(nn.Module):
+    """ResNet-34 without its classifier, with torchvision's names: its weight file loads."""
+
+    def __init__(self, in_channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        channels = [64, 64, 128, 256, 512]
+        for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+            before, here = channels[stage - 1], channels[stage]
+            first = BasicBlock(before, here, stride=1 if stage == 1 else 2)
+            rest = [BasicBlock(here, here, stride=1) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Maps of the stem (stride 2) and the four stages (4 to 32) before their last ReLU."""
+        maps = {"encoder.stride2": self.bn1(self.conv1(x))}
+        x = F.max_pool2d(F.relu(maps["encoder.stride2"]), 3, 2, 1)
+        for stage, stride in enumerate((4, 8, 16, 32), start=1):
+            for i, block in enumerate(getattr(self, f"layer{stage}")):
+                x = block(F.relu(x) if i else x)
+            maps[f"encoder.stride{stride}"] = x
+            x = F.relu(x)
+        return maps
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a residual connection; returns the sum before its ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, H/stride, W/stride)."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out: Tensor = self.bn2(self.conv2(y)) + self.downsample(x)
+        return out
+
+
+def _block(inputs: int, outputs: int, bias: bool = True, stem: int = 1) -> nn.Sequential:
+    """3x3 convolution, BN, ReLU, 3x3 convolution, BN; the last ReLU is left to the caller."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3 * stem, stem, padding=stem, bias=bias),
+        batch_norm(outputs),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=bias),
+        batch_norm(outputs),
+    )
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """BatchNorm2d, or the faster one for at most four channels."""
+    return ThinBatchNorm(channels) if channels <= 4 else nn.BatchNorm2d(channels)
+
+
+class ThinBatchNorm(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` for at most four channels, faster when it trains on a CPU.
+
+    torch's kernel vectorizes over channels, so four channels leave most of the vector lanes empty:
+    with it a training step of the student takes 1.2 to 1.7 times as long (docs/speed.md). Here a
+    channels-last map is read as rows of 64 values, whose columns belong to one channel each.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
+        fits = 64 % self.num_features == 0 and x.numel() % 64 == 0 and x.device.type == "cpu"
+        if not (self.training and fits and x.is_contiguous(memory_format=torch.channels_last)):
+            return super().forward(x)
+        out, mean, variance = _ThinBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            with torch.no_grad():
+                count = x.numel() // self.num_features
+                self.num_batches_tracked += 1  # type: ignore[operator]
+                self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
+                unbiased = variance * count / (count - 1)
+                self.running_var.lerp_(unbiased, self.momentum)  # type: ignore[union-attr, arg-type]
+        return out  # type: ignore[no-any-return]
+
+
+class _ThinBatchNorm(torch.autograd.Function):
+    """gamma (x - mean) / sqrt(var + eps) + beta; also returns mean and biased variance, (C,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        channels, rows = len(weight), x.permute(0, 2, 3, 1).reshape(-1, 64).float()
+        repeats = 64 // channels
+        mean = rows.mean(0).view(-1, channels).mean(0)
+        centred = rows - mean.repeat(repeats)
+        variance = centred.square().mean(0).view(-1, channels).mean(0)
+        scale = (variance + eps).rsqrt()
+        out = torch.addcmul(bias.repeat(repeats), centred, (weight * scale).repeat(repeats))
+        ctx.save_for_backward(centred, weight, scale)
+        ctx.type = x.dtype
+        ctx.mark_non_differentiable(mean, variance)
+        return _like(out, x), mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        centred, weight, scale = ctx.saved_tensors
+        channels, rows = len(weight), grad.permute(0, 2, 3, 1).reshape(-1, 64)
+        repeats, count = 64 // channels, rows.numel() // channels
+        to_bias = rows.sum(0).view(-1, channels).sum(0)
+        to_weight = (rows * centred).sum(0).view(-1, channels).sum(0) * scale
+        slope = weight * scale
+        constant = (-slope * to_bias / count).repeat(repeats)
+        out = torch.addcmul(constant, rows, slope.repeat(repeats))
+        out.addcmul_(centred, (-slope * scale * to_weight / count).repeat(repeats))
+        return _like(out, grad).to(ctx.type), to_weight, to_bias, None
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows of 64 values -> a channels-last map of the shape of x."""
+    n, channels, height, width = x.shape
+    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _check_size(x: Tensor) -> None:
+    if x.ndim != 4 or min(x.shape[-2:]) < SMALLEST:
+        raise LesionKDError(
+            f"a network got images of shape {tuple(x.shape)}; expected (N, C, H, W) with H and W "
+            f"at least {SMALLEST} px"
+        )
+
+
+def _pad_to(x: Tensor, like: Tensor) -> Tensor:
+    """Add zeros around an upsampled map whose odd size was rounded down."""
+    rows, columns = like.shape[-2] - x.shape[-2], like.shape[-1] - x.shape[-1]
+    if not rows and not columns:
+        return x
+    return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def _upsample_to(x: Tensor, size: torch.Size) -> Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+# Your own networks --------------------------------------------------------------------------------
+
+NETWORKS: dict[str, Callable[..., Network]] = {
+    "resnet34_unet": ResNet34UNet,
+    "unet64": lambda **options: UNet(width=64, **options),
+    "unet": UNet,
+}
+"""Networks that the options `teacher` and `student` name."""
+
+
+def register(name: str) -> Callable[[Callable[..., Network]], Callable[..., Network]]:
+    """Decorator that makes a network available to the options `teacher` and `student`.
+
+    The decorated class or function takes keyword arguments (a student also `width` and `stem`) and
+    returns a `Network`.
+    """
+
+    def add(build: Callable[..., Network]) -> Callable[..., Network]:
+        NETWORKS[name] = build
+        return build
+
+    return add
+
+
+def build_network(name: str, **options: Any) -> Network:
+    """A new network by its registered name, or by 'package.module:function'."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        if name not in NETWORKS:
+            raise ConfigError(f"no network {name!r}: {nearest(name, NETWORKS)}")
+        return NETWORKS[name](**options)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a module beside the notebook
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"network {name!r} cannot be imported: {error}") from None
+    network = build(**options)
+    if not isinstance(network, Network):
+        raise ConfigError(
+            f"network {name!r} is a {type(network).__name__}; derive it from "
+            "lesionkd_core.models.Network"
+        )
+    return network
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Number of trained parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+# Feature maps -------------------------------------------------------------------------------------
+
+
+def stride_of(name: str) -> int:
+    """`decoder.stride8` -> 8."""
+    return int(name.rpartition("stride")[2])
+
+
+def match_levels(
+    student: Network, teacher: Network, levels: tuple[str, ...]
+) -> list[tuple[str, str]]:
+    """The student's and the teacher's map of every level: ('a', 'b:c') -> [('a', 'a'), ('b', 'c')].
+
+    >>> levels = ("decoder.stride4", "encoder.stride2:decoder.stride2")
+    >>> match_levels(UNet(width=4), UNet(width=8), levels)
+    [('decoder.stride4', 'decoder.stride4'), ('encoder.stride2', 'decoder.stride2')]
+
+    Raises
+    ------
+    LesionKDError
+        A map does not exist, or the strides of a pair differ; the error names both shapes.
+    """
+    pairs = []
+    norms = [student.feature_norms(), teacher.feature_norms()]
+    for level in levels:
+        ours, colon, theirs = level.partition(":")
+        names = ours, theirs if colon else ours
+        for who, name, known in zip(("student", "teacher"), names, norms):
+            if name not in known:
+                hint = nearest(name, known)
+                raise LesionKDError(f"feature level {level!r}: the {who} has no map {name!r}; {hint}")
+        strides = [stride_of(name) for name in names]
+        if strides[0] != strides[1]:
+            shapes = [
+                f"({norm[name].num_features}, H/{stride}, W/{stride})"
+                for norm, name, stride in zip(norms, names, strides)
+            ]
+            raise LesionKDError(
+                f"feature level {level!r}: the student's map is {shapes[0]}, the teacher's "
+                f"{shapes[1]}; choose maps of equal stride"
+            )
+        pairs.append(names)
+    return pairs
+
+
+def channels_of(network: Network, name: str) -> int:
+    """Channels of a feature map."""
+    return network.feature_norms()[name].num_features
+
+
+def freeze(network: M, batch_statistics: bool = False) -> M:
+    """Freeze a teacher; its BatchNorm uses running statistics, or those of the batch.
+
+    The running statistics never change.
+    """
+    network.eval().requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and batch_statistics:
+            module.train()
+            module.track_running_stats = False  # torch then ignores the running statistics
+    return network

@@ -1,0 +1,597 @@
+"""Result folders: found or made, locked, written atomically, checked when they are read.
+
+A result lies in ``runs/<stage>/<dataset>-<profile>-s<seed>-<hash>/`` under LESIONKD_RUNS, or under the
+checkout. The file DONE is written last and holds the SHA-256 of every file. A folder without DONE is
+unfinished: a training resumes from it, other stages start again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .config import ConfigError, LesionKDError, StageConfig, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+C = TypeVar("C", bound=StageConfig)
+R = TypeVar("R", bound="Result")
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+STAGES = ("prepare", "teacher", "graph", "distill", "ablation", "external", "export")
+CHANGING = ("DONE", "notebook.ipynb", "figures", "parts")
+"""Files and folders of a finished result that may change."""
+TEXT = (
+    "id case group split label volume file action reason arm other dataset test_dataset teacher "
+    "profile run hash commit seg_loss"
+).split()
+"""Columns of tables that are text, whatever their values look like."""
+
+log = logging.getLogger("lesionkd")
+
+
+class UnfinishedRun(LesionKDError):
+    """A folder is not a finished run."""
+
+
+class DamagedResult(LesionKDError):
+    """A file of a finished result has changed since it was written."""
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+
+def runs_root() -> Path:
+    """The folder of all results: LESIONKD_RUNS, or `runs` in the checkout."""
+    if named := os.environ.get("LESIONKD_RUNS"):
+        return Path(named).expanduser().resolve()
+    if not (CHECKOUT / "pyproject.toml").is_file():
+        raise LesionKDError(
+            "lesionkd_core is installed without its checkout, so there is no default folder for\n"
+            "results: set LESIONKD_RUNS to a folder."
+        )
+    return CHECKOUT / "runs"
+
+
+def short(path: Path) -> str:
+    """A path for display: `runs/...` under the folder of results, else as it is."""
+    root = runs_root()
+    return f"runs/{path.relative_to(root).as_posix()}" if path.is_relative_to(root) else str(path)
+
+
+def locate(run: Any) -> Path:
+    """The folder of a run, given as a result, a path, `runs/distill/...` or the folder's name."""
+    path = Path(getattr(run, "path", run)).expanduser()
+    if path.exists():
+        return path.resolve()
+    inside = runs_root().joinpath(*path.parts[1:] if path.parts[:1] == ("runs",) else path.parts)
+    if inside.exists():
+        return inside
+    known = {found.name: found for found in runs_root().glob("*/*") if found.is_dir()}
+    if path.name in known:
+        return known[path.name]
+    close = difflib.get_close_matches(path.name, known, n=1)
+    cure = f"did you mean {close[0]!r}?" if close else "`lesionkd list` shows what is there."
+    raise UnfinishedRun(f"{run} is not the folder or the name of a run; {cure}")
+
+
+def is_done(path: Path) -> bool:
+    """Whether the result in a folder is complete."""
+    return (path / "DONE").is_file()
+
+
+def folder(cfg: StageConfig, upstream: str) -> Path:
+    """The folder of the result of `cfg`; the full digest is compared, not the name's letters."""
+    dataset = re.sub(r"[^A-Za-z0-9._-]+", "_", getattr(cfg, "dataset_name", "")) or "data"
+    digest, stage = cfg.digest(upstream), runs_root() / cfg.stage
+    for length in (8, 16, 64):
+        same_hash = sorted(stage.glob(f"*-{digest[:length]}"))  # perhaps of another profile
+        for path in same_hash:
+            if is_done(path) and read_json(path / "config.json").get("digest") == digest:
+                return path
+        name = f"{dataset}-{cfg.profile}-s{getattr(cfg, cfg.seed_field, 0)}-{digest[:length]}"
+        config = stage / name / "config.json"
+        if not config.exists() or read_json(config).get("digest") == digest:
+            return stage / name
+    raise AssertionError("two results have one SHA-256")
+
+
+def find_or_make(
+    cfgs: Sequence[C],
+    upstreams: Sequence[str],
+    make: Callable[[dict[Path, C]], None],
+    kind: Callable[[Path], R],
+    *,
+    resume: bool = False,
+    leader: bool = True,
+    wait: Callable[[], Any] = lambda: None,
+) -> list[R]:
+    """Find the finished results of some configurations, or make those that are missing.
+
+    Every stage goes through this function. One process works on a folder; others wait for it.
+
+    Parameters
+    ----------
+    cfgs, upstreams
+        Configurations, and for each the digest of what the result is made from.
+    make : function of {folder: configuration}
+        Fills the folders of the missing results.
+    kind : function of a folder
+        Opens a finished result.
+    resume : bool
+        Keep an unfinished folder, so that `make` can continue it; otherwise it is emptied.
+    leader, wait
+        With several processes on one training: whether this one writes, and a barrier.
+    """
+    paths = [folder(cfg, upstream) for cfg, upstream in zip(cfgs, upstreams)]
+    if not all(map(is_done, paths)):
+        with ExitStack() as locks:
+            for path in sorted(set(paths)) if leader else ():  # one order, so no deadlock
+                locks.enter_context(lock(path))
+            wait()
+            missing = {path: i for i, path in enumerate(paths) if not is_done(path)}
+            if leader:
+                for path, i in missing.items():
+                    _begin(path, cfgs[i], upstreams[i], resume)
+            wait()
+            if missing:
+                make({path: cfgs[i] for path, i in missing.items()})
+            wait()
+            if leader:
+                for path in missing:
+                    write_json(path / "DONE", checksums(path))
+            wait()
+    return [kind(path) for path in paths]
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Let one process at a time work on a folder; the lock of a dead process is free."""
+    from filelock import FileLock, Timeout
+
+    make_folder(path.parent)
+    guard = FileLock(file := path.with_name(path.name + ".lock"))
+    try:
+        guard.acquire(timeout=0.2)
+    except Timeout:
+        holder = file.read_text() or "just starting"
+        log.info(f"another process ({holder}) works on {short(path)}; waiting for it")
+        guard.acquire()
+    file.write_text(f"{os.getpid()} on {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        guard.release()
+
+
+def _begin(path: Path, cfg: StageConfig, upstream: str, resume: bool) -> None:
+    if path.exists() and not resume:
+        shutil.rmtree(path)
+    make_folder(path)
+    identity = {"stage": cfg.stage, "version": cfg.version, "upstream": upstream}
+    identity["digest"] = cfg.digest(upstream)
+    env = path / "env.json"
+    before = [read_json(env)] if env.exists() else []
+    write_json(path / "config.json", identity | cfg.model_dump(mode="json"))
+    write_json(env, environment(cfg) | {"resumed_from": before})
+
+
+def environment(cfg: StageConfig) -> dict[str, Any]:
+    """Commit, versions, device and threads: what a reader needs to repeat the run."""
+    from importlib.metadata import version
+
+    import torch
+
+    cuda = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    packages = ("torch", "numpy", "scipy", "pandas", "monai", "lightning-fabric", "pillow")
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if cuda else cfg.device.replace("auto", "cpu"),
+        "threads": cfg.threads or torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "seeds": {name: value for name, value in cfg if name.endswith("seed")},
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout, with `+` if files differ from it; empty outside git."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(CHECKOUT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
+    except OSError:
+        return ""
+
+
+# Files --------------------------------------------------------------------------------------------
+
+_checked: dict[Path, tuple[str, int, int]] = {}
+
+
+def checksums(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder that must not change."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    names = {file.relative_to(path).as_posix(): file for file in files}
+    return {n: _sha256(file) for n, file in names.items() if n.partition("/")[0] not in CHANGING}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked(path: Path) -> Path:
+    """A file of a result, compared with its checksum in DONE, once in a process.
+
+    Raises
+    ------
+    DamagedResult
+        The file has changed or is missing.
+    """
+    done = path.parent / "DONE"
+    if not done.is_file():
+        return path
+    try:
+        wanted = json.loads(done.read_text(encoding="utf-8")).get(path.name)
+        if wanted is None:
+            return path
+        state = (wanted, path.stat().st_size, path.stat().st_mtime_ns)
+        if _checked.get(path) != state and _sha256(path) != wanted:
+            raise ValueError
+    except (ValueError, OSError):
+        raise DamagedResult(
+            f"{path} was damaged, edited or removed: its checksum in DONE differs. "
+            f"Remove the folder {path.parent} and run again, or restore the file."
+        ) from None
+    _checked[path] = state
+    return path
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder if there is none."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LesionKDError(
+            f"cannot create the folder {path}: {error.strerror}. Choose another; LESIONKD_RUNS "
+            "names the folder of all results."
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that replaces `path` when the block ends without an error."""
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise LesionKDError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or check the "
+            "permissions; finished results are not affected."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with sorted keys."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run."""
+    try:
+        return json.loads(checked(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnfinishedRun(
+            f"{path.parent} is not the folder of a run: it has no {path.name}. "
+            f"Finished runs are in {runs_root()}/<stage>/."
+        ) from None
+    except ValueError:
+        raise UnfinishedRun(
+            f"{path} is damaged: remove the folder {path.parent} and run again."
+        ) from None
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV with nine significant digits, so that float32 is read back exactly."""
+    how: dict[str, Any] = {"index": False, "float_format": "%.9g", "lineterminator": "\n"}
+    with replacing(path) as partial:
+        table.to_csv(partial, errors="surrogateescape", **how)  # file names may be any bytes
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV table of a run; the columns of `TEXT` stay text."""
+    import pandas as pd
+
+    text = dict.fromkeys(TEXT, str)
+    numbers = [n for n in pd.read_csv(checked(path), nrows=0).columns if n not in text]
+    missing = dict.fromkeys(numbers, [""])
+    how: dict[str, Any] = {"keep_default_na": False, "na_values": missing}
+    return pd.read_csv(path, encoding_errors="surrogateescape", dtype=text, **how)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file completely or not at all."""
+    import numpy as np
+
+    with replacing(path) as partial, open(partial, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_array(path: Path, mmap: bool = True) -> np.ndarray:
+    """Read a .npy file, by default memory-mapped."""
+    import numpy as np
+
+    array: np.ndarray = np.load(
+        checked(path), mmap_mode="r" if mmap else None, allow_pickle=False
+    )
+    return array
+
+
+@contextmanager
+def appending(
+    path: Path, shape: tuple[int, ...], dtype: str = "|u1"
+) -> Iterator[Callable[[np.ndarray], int]]:
+    """Write a .npy file of known shape block by block, completely or not at all."""
+    import numpy as np
+
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    with replacing(path) as partial, open(partial, "wb") as file:  # a full disk kills memory maps
+        np.lib.format.write_array_header_1_0(file, header)
+        yield lambda block: file.write(np.ascontiguousarray(block, dtype).data)
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values."""
+    import torch
+
+    buffer = io.BytesIO()  # torch's own writer reports a full disk as a C++ error
+    torch.save(content, buffer)
+    with replacing(path) as partial:
+        partial.write_bytes(buffer.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint on the CPU with `weights_only`: no code in it is executed."""
+    import torch
+
+    try:
+        if not is_intact(checked(path)):
+            raise ValueError("its bytes are damaged")
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return content
+    except DamagedResult:
+        raise
+    except FileNotFoundError:
+        raise UnfinishedRun(
+            f"{path.parent} has no {path.name}: no epoch is finished, or it is not a training run."
+        ) from None
+    except Exception as error:  # damaged bytes make torch's unpickler fail in many ways
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise LesionKDError(f"{path} is not a readable checkpoint: {why}") from None
+
+
+def is_intact(path: Path) -> bool:
+    """Whether the checksums inside a zip archive are right; torch does not test them."""
+    if not zipfile.is_zipfile(path):
+        return path.stat().st_size > 0
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
+
+
+# Results ------------------------------------------------------------------------------------------
+
+
+class Result:
+    """A finished result: its folder, whose files are read on demand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that identifies the result, for what is made from it."""
+        return str(self.config["digest"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All options of the run."""
+        content: dict[str, Any] = read_json(self.path / "config.json")
+        return content
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Scores and counts of the run."""
+        content: dict[str, Any] = read_json(self.path / "summary.json")
+        return content
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row for each epoch."""
+        return read_table(self.path / "history.csv")
+
+    @property
+    def per_case(self) -> pd.DataFrame:
+        """One row for each scored case: the source of every table."""
+        return read_table(self.path / "per_case.csv")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({short(self.path)})"
+
+
+def finished(stage: str = "") -> list[Path]:
+    """Folders of the finished runs of a stage, or of all stages."""
+    if stage and stage not in STAGES:
+        raise ConfigError(f"no stage {stage!r}: {nearest(stage, STAGES)}")
+    stages = [stage] if stage else STAGES
+    return [p for name in stages for p in sorted((runs_root() / name).glob("*")) if is_done(p)]
+
+
+def collect(stage: str = "", split: str = "test") -> pd.DataFrame:
+    """One row for each finished run: its options and its mean scores on one split.
+
+    Choose options on `split='val'` only.
+    """
+    import pandas as pd
+
+    rows = []
+    for path in finished(stage):
+        summary = _summary(path)
+        means = {
+            name: cell["mean"]
+            for name, cell in (summary.get(split) or {}).items()
+            if isinstance(cell, dict)
+        }
+        counts = {n: v for n, v in (summary.get(split) or {}).items() if isinstance(v, int)}
+        facts = {n: summary[n] for n in ("parameters", "seconds") if n in summary}
+        when = datetime.fromtimestamp((path / "DONE").stat().st_mtime)
+        about = {"run": short(path), "finished": f"{when:%Y-%m-%d %H:%M}"}
+        rows.append(about | _options(read_json(path / "config.json")) | means | counts | facts)
+    return pd.DataFrame(rows)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    file = path / "summary.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _options(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run as plain values: {'feat': 1.0} -> 'feat=1', ['a', 'b'] -> 'a, b'."""
+    plain: dict[str, Any] = {}
+    for name, value in made.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}={weight:g}" for key, weight in value.items())
+        plain[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return plain
+
+
+def report(path: Path) -> str:
+    """A run in a few lines: where it was made, options, scores, and whether its files are intact."""
+    from . import config
+
+    made, env = read_json(path / "config.json"), read_json(path / "env.json")
+    kinds = {c.stage: c for c in vars(config).values() if hasattr(c, "stage") and c.__doc__}
+    usual = kinds[made["stage"]](profile=made["profile"]).model_dump(mode="json")
+    changed = {n: v for n, v in made.items() if n in usual and v != usual[n]}
+    options = ", ".join(f"{n} = {v!r}" for n, v in _options(changed).items())
+    lines = [
+        short(path),
+        f"made on {env['device']}, {env['threads']} threads, torch {env['packages']['torch']}, "
+        f"commit {env['commit'] or 'unknown'}",
+        f"options that differ from the {made['profile']} profile: {options or 'none'}",
+    ]
+    if not is_done(path):
+        return "\n".join([*lines, "unfinished; the same options resume it"])
+    for split, scores in _summary(path).items():
+        if split not in ("val", "test") or not scores:
+            continue
+        shown = [
+            f"{n} {scores[n]['mean']:.3f} [{scores[n]['low']:.3f}, {scores[n]['high']:.3f}]"
+            for n in ("dice", "hd95")
+            if scores.get(n, {}).get("mean") is not None
+        ]
+        missed = f"{scores['missed']} of {scores['lesions']} lesions missed"
+        lines.append(f"{split}, {scores['cases']} cases: {', '.join(shown)}; {missed}")
+    files = [checked(f) for f in path.iterdir() if f.is_file() and f.name not in CHANGING]
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return "\n".join([*lines, f"{len(files)} files, {size / 2**20:.1f} MiB, all intact"])
+
+
+# Progress -----------------------------------------------------------------------------------------
+
+
+class _PlainLines(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes messages to what is standard output at that time, which notebooks replace."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
+if not log.handlers and os.environ.get("LOCAL_RANK", "0") == "0":
+    log.addHandler(_PlainLines())
+    log.setLevel(logging.INFO)
+
+
+class Progress(contextlib.AbstractContextManager["Progress"]):
+    """A bar in JupyterLab and in a terminal; one line for each step elsewhere."""
+
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
+        self.name, self.total, self.done = name, total, done
+        bar = live_bar()
+        how: dict[str, Any] = {"total": total, "initial": done, "desc": name, "file": sys.stdout}
+        self.bar = bar(**how) if bar else None
+        if done and not bar:
+            log.info(f"{name}: resumes after {done} of {total}")
+
+    def step(self, text: str) -> None:
+        """One more step is done."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        else:
+            log.info(f"{self.name} {self.done}/{self.total}: {text}")
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def live_bar() -> Any:
+    """tqdm's bar for JupyterLab or a terminal; None under papermill, nbval and in a log file."""
+    if "ipykernel" in sys.modules:
+        if "JPY_SESSION_NAME" in os.environ:
+            from tqdm.notebook import tqdm
+
+            return tqdm
+        return None
+    if sys.stdout.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+        from tqdm import tqdm
+
+        return tqdm
+    return None
