@@ -1,56 +1,51 @@
 """Distil a lesion segmentation teacher into a student small enough for a phone.
 
-The names that notebooks use; each is imported when it is first asked for, so this import is quick.
+The names that notebooks use. Each is imported on first use, so that the package imports quickly.
 """
 
 import importlib
 import os
 from typing import Any
 
-# A second process on the same cores makes torch's spinning threads ten times slower; waiting ones do not.
+# torch's waiting threads otherwise slow down a second process on the same cores tenfold
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_HOME = {
-    "config": (
-        "AblationConfig", "ConfigError", "DistillConfig", "EdgeConfig", "ExportConfig", "GraphConfig", "LesionKDError", "PrepareConfig", "TeacherConfig",
-    ),
-    "store": ("short",),
-    "datasets": ("CATALOGUE",),
-    "datasets.download": ("download",),
-    "edges": ("edge_label",),
-    "prepare": ("perceptual_hash", "prepare_data"),
-    "inference": ("load_network", "load_student", "predict", "probabilities"),
-    "statistics": (
-        "accuracy_ratio", "agreement", "by_tertile", "compare_arms", "compare_missed", "compare_with", "epochs_to_reach", "gradient_pulls", "learning_curves",
-    ),
-    "evaluation": ("fixed_mask_dice", "mask_dice", "score_masks", "score_otsu", "summarize"),
-    "external": ("score_external",),
-    "original": ("score_original",),
-    "stages": ("ablate", "distill", "distill_arms", "fit_graph", "sweep_options", "sweep_weights", "train_teacher"),
-    "study": ("add_to_study", "cost_points", "study_tables"),
-    "sweeps.cluster": ("sweep",),
-    "sweeps.results": ("collect", "summarize_results"),
-    "leak": ("measure_leak",),
-    "export": ("export_student", "segment_golden"),
-    "export.cost": ("measure_cost", "peak_memory"),
-    "views": (
-        "assignment_entropy", "cases_of_each_label", "collapse_check", "connected_student", "edge_pyramid", "edge_survival", "edge_views", "example_pairs",
-        "feature_maps", "feature_views", "graph_of", "mean_responses", "node_views", "refinement_view", "spread_of_cases",
-    ),
-    "figures": ("figures",),
-    "tables": ("tables",),
+_MODULES = {
+    "config": "AblationConfig ConfigError DistillConfig ExportConfig GraphConfig LesionKDError "
+    "PrepareConfig TeacherConfig",
+    "results": "collect short",
+    "edges": "edge_label edge_at_stride",
+    "data.prepare": "prepare",
+    "data.layouts": "CATALOGUE",
+    "data.download": "download",
+    "predict": "load_network load_student predict probabilities",
+    "evaluate": "fixed_mask_dice score_external score_masks score_original score_otsu summarize",
+    "pipeline": "ablate distill distill_arms fit_edge_graph sweep_weights train_teacher",
+    "sweep": "sweep",
+    "export": "export_student",
+    "analysis.inspect": "show",
+    "analysis.figures": "publish",
 }
-_ROOM = {name: room for room, names in _HOME.items() for name in names}
-__all__ = sorted(_ROOM)
+_SUBMODULES = {
+    "losses": "losses",
+    "models": "models",
+    "figures": "analysis.figures",
+    "inspect": "analysis.inspect",
+    "statistics": "analysis.statistics",
+    "tables": "analysis.tables",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = sorted([*_HOME, *_SUBMODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM:
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{_SUBMODULES[name]}", __name__)
+    if name not in _HOME:
         raise AttributeError(f"lesionkd_core has no {name!r}")
-    room = importlib.import_module(f".{_ROOM[name]}", __name__)
-    return room if name == _ROOM[name] and not hasattr(room, name) else getattr(room, name)
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

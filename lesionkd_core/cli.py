@@ -1,221 +1,303 @@
-"""`python -m lesionkd_core run NOTEBOOK -p NAME VALUE`, `... sweep FILE`, `... results`, `... predict RUN IMAGES --out MASKS`, `... download NAME`.
-
-`... list`, `... show RUN` and `... clean` look after what was made.
-"""
+"""The command `lesionkd`: run notebooks and stages, use students, look after results."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
+import ast
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
-from .config import ConfigError, LesionKDError
-from .store import runs_root
-from .sweeps.notebooks import literal, run_notebook
+import click
 
-TRAINING = {
-    "train-teacher": ("TeacherConfig", "train_teacher", "find or train the teacher"),
-    "distill": ("DistillConfig", "distill", "find or train a student, and what it stands on"),
-    "ablate": ("AblationConfig", "ablate", "find or train every arm and seed, and compare them"),
-}
-"""Commands that torchrun can start in many processes (docs/cluster.md): configuration, function, help."""
+from . import __version__, config, results
+from .config import LesionKDError, StageConfig
+
+Command = Callable[..., Any]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 when all went well, 1 when something must be mended, 2 for a wrong command line."""
-    parser = argparse.ArgumentParser(prog="python -m lesionkd_core", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute a notebook with papermill and keep it with its results")
-    run.add_argument("notebook", help="such as 04_distill")
-    _takes_parameters(run)
-    for name, (_, _, text) in TRAINING.items():
-        _takes_parameters(commands.add_parser(name, help=f"{text}, without a notebook"))
-    _looks_after_runs(commands)
-    predict = commands.add_parser("predict", help="segment a folder of images with a trained student (step S7)")
-    predict.add_argument("run", type=Path, help="folder of a finished run, such as runs/distill/...")
-    predict.add_argument("images", type=Path, help="folder of images, NIfTI volumes, folders of DICOM series")
-    predict.add_argument("--out", type=Path, required=True, help="folder for the masks; made if absent")
-    predict.add_argument("--threshold", type=float, help="write masks of 0 and 255 cut here (0..1) instead of probability x 255; volumes: 0 and 1")
-    predict.add_argument("--overlays", action="store_true", help="also write images with the contour drawn in")
-    fetch = commands.add_parser("download", help="fetch a release of the catalogue, check it and unpack it")
-    fetch.add_argument("name", nargs="?", help="such as kvasir-seg")
-    fetch.add_argument("--list", action="store_true", help="show the catalogue and what is there")
-    fetch.add_argument("--yes", action="store_true", help="accept the licence terms without being asked")
-    fetch.add_argument("--mirror", default="", metavar="URL", help="address of a folder with the same files")
-    fetch.add_argument("--archive", default="", metavar="FILE", help="an archive on this machine, or a folder of them, instead of a download")
-    fetch.add_argument("--to", metavar="FOLDER", help="where data sets lie, instead of LESIONKD_DATA")
-    _runs_many(commands)
-    args = parser.parse_args(argv)
+class _Group(click.Group):
+    """Shows the message of an expected error without a traceback; the exit code is 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LesionKDError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command resumes", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lesionkd")
+def main() -> None:
+    """Distil a lesion segmentation teacher into a student small enough for a phone."""
+
+
+# Parameters ---------------------------------------------------------------------------------------
+
+
+def parameters(command: Command) -> Command:
+    """papermill's options -p, -r, -f and -y; the command gets one dict `given`."""
+    pair = {"nargs": 2, "multiple": True, "metavar": "NAME VALUE"}
+    options: list[Any] = [
+        click.option("-p", "--parameters", "p", **pair, help="a parameter"),
+        click.option("-r", "--parameters_raw", "r", **pair, help="a parameter that stays text"),
+        click.option("-f", "--parameters_file", "f", multiple=True, help="YAML file of parameters"),
+        click.option("-y", "--parameters_yaml", "y", multiple=True, help="YAML text of parameters"),
+    ]
+
+    def wrapped(p: Any, r: Any, f: Any, y: Any, **others: Any) -> Any:
+        import yaml
+
+        given: dict[str, Any] = {}
+        try:
+            for text in [Path(file).read_text(encoding="utf-8") for file in f] + list(y):
+                given |= yaml.safe_load(text)
+        except (OSError, yaml.YAMLError, TypeError) as error:
+            raise config.ConfigError(f"the parameters cannot be read as YAML: {error}") from None
+        return command(given=given | dict(p), raw=dict(r), **others)
+
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
+    for option in options:
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def read(kind: type[StageConfig], given: dict[str, Any], raw: dict[str, str]) -> dict[str, Any]:
+    """Values as the options' types need them: text for text, numbers for numbers."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        field = kind.model_fields.get(name)
+        wants_text = field is not None and (
+            field.annotation is str
+            or (
+                get_origin(field.annotation) is not None
+                and isinstance(get_args(field.annotation)[0], str)
+            )
+        )
+        values[name] = value if wants_text or not isinstance(value, str) else _literal(value)
+    return values | raw
+
+
+def _literal(text: str) -> Any:
+    """'3' -> 3, '0.5' -> 0.5, 'true' -> True; other text stays text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
-        if args.command == "run":
-            return run_notebook(args.notebook, dict(args.parameter))
-        if args.command in TRAINING:
-            return train(args.command, dict(args.parameter))
-        if args.command in ("list", "show", "clean"):
-            return look_at_runs(args)
-        if args.command in ("sweep", "results"):
-            return run_sweep(args) if args.command == "sweep" else show_results(args)
-        return predict_images(args) if args.command == "predict" else download_release(args)
-    except LesionKDError as error:
-        _tell_once(f"{type(error).__name__}: {error}")
-        return 1
-    except KeyboardInterrupt:
-        _tell_once("\nstopped; the same command goes on from here")
-        return 130
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, int | float) or value is None else text
 
 
-def _looks_after_runs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    shown = commands.add_parser("list", help="finished runs as a table")
-    shown.add_argument("stage", nargs="?", default="", help="prepare, teacher, graph, distill, ablation, external or export; all by default")
-    show = commands.add_parser("show", help="a short report on one run")
-    show.add_argument("run", help="its folder, such as runs/distill/..., or its name")
-    clean = commands.add_parser("clean", help="free space after asking: what killed runs left behind, or the runs that are named")
-    clean.add_argument("run", nargs="*", help="folders or names of runs to remove; without one, only leftovers")
-    clean.add_argument("--unfinished", action="store_true", help="also runs that did not finish and that nobody works on")
-    clean.add_argument("--yes", action="store_true", help="do not ask")
+# Notebooks and stages -----------------------------------------------------------------------------
 
 
-def _runs_many(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    many = commands.add_parser("sweep", help="execute a notebook many times, as a YAML file says, on this machine or a cluster (docs/sweeps.md)")
-    many.add_argument("file", type=Path)
-    many.add_argument("--scheduler", default="", metavar="ADDRESS", help="a running Dask scheduler, such as tcp://127.0.0.1:8786")
-    many.add_argument("--workers", type=int, default=0, help="runs at a time on this machine's CPU; 0 is as many as fit")
-    many.add_argument("--gpus", type=int, help="runs at a time on this machine's GPUs; by default one each, 0 uses none")
-    table = commands.add_parser("results", help="collect the scores of all finished runs and show their means")
-    table.add_argument("--by", default="dataset, test_dataset, profile, teacher, arm", help="comma-separated parameters that make the rows")
-    table.add_argument("--where", default="", metavar="SQL", help="which rows count, such as \"width = 4 and arm <> 'teacher'\"")
-    table.add_argument("--split", default="test", choices=("test", "val"), help="choose parameters by val alone")
-    table.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
+@main.command(add_help_option=False)
+@click.argument("notebook", required=False)
+@click.option("-h", "--help", "show_help", is_flag=True, help="this text, and the parameters")
+@parameters
+def run(notebook: str | None, show_help: bool, given: dict[str, Any], raw: dict[str, str]) -> None:
+    """Execute NOTEBOOK, such as 04_distill, and keep it beside its results."""
+    from .sweep import configuration, execute, find_notebook
+
+    if show_help or not notebook:
+        click.echo(click.get_current_context().get_help())
+        if notebook:
+            click.echo(_options_text(configuration(find_notebook(notebook))))
+        sys.exit(0 if show_help else 2)
+    source = find_notebook(notebook)
+    kind = configuration(source)
+    values = read(kind, given, raw)
+    kind(**values)  # refuses wrong parameters before anything starts
+    target, place, error = execute(source, values, log_output=True, stdout_file=sys.stdout)
+    click.echo(f"executed notebook: {target}")
+    if error:
+        click.echo(error, err=True)
+        sys.exit(1)
+    if place:
+        click.echo(f"results: {place}")
 
 
-def _takes_parameters(parser: argparse.ArgumentParser) -> None:
-    parser._negative_number_matcher = re.compile(r"-\d")  # '-600, 1500' is a value, not an option
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+def _options_text(kind: type[StageConfig]) -> str:
+    rows = kind.parameters().itertuples()
+    return "\nParameters:\n" + "\n".join(f"  {r.parameter} = {r.default!r}  {r.help}" for r in rows)
 
 
-def _tell_once(message: str) -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's: one message for all processes
-        from .ranks import first_to_tell
+def _stage(name: str, kind: type[StageConfig], text: str, make: Callable[[Any], Any]) -> None:
+    """A command that makes the result of a stage without a notebook; torchrun can start it."""
 
-        if not first_to_tell():
-            return
-    print(message, file=sys.stderr, flush=True)
+    def command(given: dict[str, Any], raw: dict[str, str]) -> None:
+        result = make(kind(**read(kind, given, raw)))
+        if results.leads():
+            click.echo(f"{result}\nresults: {result.path}")
 
-
-def train(command: str, given: dict[str, str]) -> int:
-    """Make a result without a notebook, in one process or in all that torchrun started; a notebook with these parameters finds it."""
-    from . import config
-
-    cfg = getattr(config, TRAINING[command][0])(**{name: literal(value) for name, value in given.items()})
-    from . import ranks, stages  # torch is imported once the parameters are known to be right
-
-    ranks.join(cfg)
-    result = getattr(stages, TRAINING[command][1])(cfg)
-    print(f"{result}\nresults: {result.path}")
-    ranks.leave()
-    return 0
+    command.__doc__ = text
+    main.command(name)(parameters(command))
 
 
-def run_sweep(args: argparse.Namespace) -> int:
-    """Run what a sweep file asks for; what failed is listed at the end, and the exit code says that something did."""
-    from .sweeps.cluster import sweep
+def _prepare(cfg: Any) -> Any:
+    from .data.prepare import prepare
 
-    table = sweep(args.file, args.scheduler, args.workers, args.gpus, partial(print, flush=True))
+    return prepare(cfg)
+
+
+def _train_teacher(cfg: Any) -> Any:
+    from .pipeline import train_teacher
+
+    return train_teacher(_prepare(cfg), cfg)
+
+
+def _distill(cfg: Any) -> Any:
+    from .pipeline import distill, fit_edge_graph, needs_graph
+
+    data = _prepare(cfg)
+    teacher = _train_teacher(cfg) if cfg.terms else None
+    graph = fit_edge_graph(teacher, data, cfg) if teacher and needs_graph(cfg) else None
+    return distill(teacher, graph, data, cfg)
+
+
+def _ablate(cfg: Any) -> Any:
+    from .pipeline import ablate
+
+    return ablate(_prepare(cfg), cfg)
+
+
+def _export(cfg: Any) -> Any:
+    from .export import export_student
+    from .predict import load_student
+
+    student = load_student(cfg.run or _distill(config.DistillConfig(profile=cfg.profile)))
+    return export_student(cfg, student)
+
+
+_stage("prepare", config.PrepareConfig, "Read, check, split and resize a data set.", _prepare)
+_stage("train-teacher", config.TeacherConfig, "Find or train the teacher.", _train_teacher)
+_stage("distill", config.DistillConfig, "Find or train a student and what it needs.", _distill)
+_stage("ablate", config.AblationConfig, "Find or train every arm and seed.", _ablate)
+_stage("export", config.ExportConfig, "Write a student's files for phones.", _export)
+
+
+@main.command()
+@click.argument("run")
+@click.argument("datasets", nargs=-1, required=True)
+def score(run: str, datasets: tuple[str, ...]) -> None:
+    """Score a finished RUN on all cases of other DATASETS."""
+    from .evaluate import score_external
+
+    for name, scored in score_external(results.Result(results.locate(run)), datasets).items():
+        dice = scored.summary["test"]["dice"]
+        interval = f"[{dice['low']:.3f}, {dice['high']:.3f}]"
+        click.echo(f"{name}: Dice {dice['mean']:.3f} {interval}; results: {scored.path}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--scheduler", default="", metavar="ADDRESS", help="a running Dask scheduler")
+@click.option("--workers", default=0, help="runs at a time on this machine; 0: as many as fit")
+def sweep(file: Path, scheduler: str, workers: int) -> None:
+    """Execute a notebook for every run of a YAML FILE (docs/sweeps.md)."""
+    from .sweep import sweep
+
+    table = sweep(file, scheduler, workers)
     counts = table["status"].value_counts()
-    print(", ".join(f"{counts[status]} {status}" for status in ("made", "found", "failed", "not started") if status in counts))
-    lost = table[table["status"].isin(["failed", "not started"])]
-    for row in lost.itertuples():
-        kept = f"\n    executed notebook: {runs_root() / row.notebook.removeprefix('runs/')}" if row.status == "failed" else ""
-        print(f"  {row.run}: {row.error}{kept}", file=sys.stderr)
-    return 1 if len(lost) else 0
+    click.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+    failed = table[table["status"] == "failed"]
+    for row in failed.itertuples():
+        click.echo(f"  {row.run}: {row.error}\n    executed notebook: {row.notebook}", err=True)
+    sys.exit(1 if len(failed) else 0)
 
 
-def show_results(args: argparse.Namespace) -> int:
-    """Collect, summarize, print, and write where asked."""
-    from .sweeps.results import collect, summarize_results
-
-    collect()
-    table = summarize_results(args.by, args.where, args.split)
-    print(table.to_string(index=False, float_format="%.4g", na_rep=""))
-    if args.out:
-        table.to_csv(args.out, index=False)
-        print(f"written: {args.out}")
-    return 0
+# Students and data --------------------------------------------------------------------------------
 
 
-def look_at_runs(args: argparse.Namespace) -> int:
-    """List finished runs, report on one, or free space once that is agreed to."""
-    from . import runs, store
+@main.command()
+@click.argument("run")
+@click.argument("images", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="folder for the masks")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="write masks of 0 and 255 (volumes: 0 and 1) instead of probabilities",
+)
+@click.option("--overlays", is_flag=True, help="also write images with the contour")
+def predict(run: str, images: Path, out: Path, threshold: float | None, overlays: bool) -> None:
+    """Segment a folder of IMAGES with the student of a finished RUN (step S7)."""
+    from .predict import load_student, predict_folder
 
-    if args.command == "list":
+    if out.resolve() == images.resolve():
+        raise config.ConfigError("--out is the folder of the images; choose another folder")
+    student = load_student(run)
+
+    def progress(done: int, total: int) -> None:
+        if sys.stdout.isatty() or done == total:
+            click.echo(f"{done}/{total} images", nl=done == total)
+
+    unreadable = predict_folder(student, images, out, threshold, overlays, progress)
+    click.echo(f"masks: {out}")
+    for line in unreadable:
+        click.echo(f"not read: {line}", err=True)
+    sys.exit(1 if unreadable else 0)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--list", "listed", is_flag=True, help="show the catalogue and what is there")
+@click.option("--yes", is_flag=True, help="accept the licence terms without being asked")
+@click.option("--mirror", default="", metavar="URL", help="address of a folder with the same files")
+@click.option("--archive", default="", help="archive on this machine, or a folder of them")
+@click.option("--to", type=click.Path(path_type=Path), help="folder of data sets")
+def download(
+    name: str | None, listed: bool, yes: bool, mirror: str, archive: str, to: Path | None
+) -> None:
+    """Fetch a data set of the catalogue, such as kvasir-seg, check it and unpack it."""
+    from .data import download as module
+    from .data.layouts import CATALOGUE
+
+    if listed or not name:
         from tabulate import tabulate
 
-        table = runs.list_runs(args.stage)
-        print(tabulate(table, headers="keys", tablefmt="simple", showindex=False) if len(table) else f"no finished run in {runs_root()}")
-        return 0
-    if args.command == "show":
-        print(runs.report(store.locate(args.run)))
-        return 0
-    items = runs.clearable([store.locate(run) for run in args.run], args.unfinished)
-    for item in items:
-        print(f"{item.size / 2**20:9.1f} MiB  {store.short(item.path)}  ({item.what})")
-    total = f"{sum(item.size for item in items) / 2**20:.1f} MiB"
-    if not items:
-        print("nothing to clear away, or another process works on it")
-    elif _agreed(args.yes, f"remove these for good, {total}?"):
-        runs.clear(items)
-        print(f"freed {total}")
-    return 0
+        rows = [
+            (r.name, r.modality, r.count or "?", r.licence, "yes" if module.found(r, to) else "no")
+            for r in CATALOGUE.values()
+        ]
+        click.echo(tabulate(rows, ("name", "modality", "images", "licence", "found")))
+        sys.exit(0 if listed else 2)
+
+    def agree() -> bool:
+        if not yes and not sys.stdin.isatty():
+            raise config.ConfigError("no terminal to ask in: read the terms above and add --yes")
+        return yes or click.confirm("Go on?")
+
+    module.download(name, to, mirror, archive, agree)
 
 
-def _agreed(yes: bool, question: str) -> bool:
-    if not yes and not sys.stdin.isatty():
-        raise ConfigError("no terminal to ask in: read the lines above and add --yes if you agree")
-    if not yes:
-        print(f"{question} [y/N] ", end="", flush=True)
-    return yes or sys.stdin.readline().strip().lower() in ("y", "yes")
+# Results ------------------------------------------------------------------------------------------
 
 
-def predict_images(args: argparse.Namespace) -> int:
-    """Segment a folder; unreadable files are listed, and the exit code says that there were some."""
-    from .inference import load_student, predict_folder
+@main.command("list")
+@click.argument("stage", default="")
+def list_runs(stage: str) -> None:
+    """List finished runs, of one STAGE or of all."""
+    from tabulate import tabulate
 
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        raise ConfigError(f"--threshold = {args.threshold}: wants a number from 0 to 1")
-    if args.out.resolve() == args.images.resolve():
-        raise ConfigError("--out is the folder of the images; choose another, so that none is overwritten")
-    student = load_student(args.run)
-
-    def tell(done: int, total: int) -> None:
-        if sys.stdout.isatty() or done == total:
-            print(f"{done}/{total} images", end="\n" if done == total else "\r", flush=True)
-
-    unreadable = predict_folder(student, args.images, args.out, args.threshold, args.overlays, tell)
-    print(f"masks: {args.out}")
-    if unreadable:
-        print(f"{len(unreadable)} not read:\n" + "\n".join(f"  {line}" for line in unreadable), file=sys.stderr)
-    return 1 if unreadable else 0
+    table = results.collect(stage)
+    columns = ["run", "finished", "dice", "missed", "losses", "epochs"]
+    table = table[[name for name in columns if name in table]] if len(table) else table
+    nothing = f"no finished run in {results.runs_root()}"
+    click.echo(tabulate(table, headers="keys", showindex=False) if len(table) else nothing)
 
 
-def download_release(args: argparse.Namespace) -> int:
-    """Fetch a release once its terms are agreed to, or show the catalogue."""
-    from .datasets import CATALOGUE
-    from .datasets.download import download, found
-
-    root = Path(args.to).expanduser().resolve() if args.to else None
-    if args.list or not args.name:
-        rows = [(r.name, r.modality, f"{r.count or '?'}", r.licence or "none stated", "yes" if found(r, root) else "no") for r in CATALOGUE.values()]
-        rows = [("name", "modality", "images", "licence", "found"), *rows]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        print("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
-        return 0 if args.list else 2
-
-    download(args.name, root, args.mirror, args.archive, partial(print, flush=True), lambda: _agreed(args.yes, "Go on?"))
-    return 0
+@main.command()
+@click.argument("run")
+def show(run: str) -> None:
+    """Report on one RUN: options, scores, and whether its files are intact."""
+    click.echo(results.report(results.locate(run)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

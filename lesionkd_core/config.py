@@ -347,10 +347,10 @@ class PrepareConfig(StageConfig):
         """The name of the data set in tables; of a folder its own name without the path."""
         return Path(self.dataset).name
 
-    def for_testing(self, dataset: str) -> PrepareConfig:
+    def for_testing(self, dataset: str) -> ExternalConfig:
         """The options that prepare all cases of another data set for testing, in the same way."""
         only = {"split": "test", "split_file": "", "folds": 0, "fold": 0, "cases": 0}
-        return self.upstream(PrepareConfig).with_values(dataset=dataset, **only)
+        return self.upstream(ExternalConfig).with_values(dataset=dataset, **only)
 
     @model_validator(mode="after")
     def _fold_of_folds(self) -> Self:
@@ -372,6 +372,12 @@ class PrepareConfig(StageConfig):
         """The split file counts by its content."""
         content = {"split_file": content_of(self.split_file)} if self.split_file else {}
         return super().hashed() | content
+
+
+class ExternalConfig(PrepareConfig):
+    """Trained network and another data set -> its scores there (stage `external`)."""
+
+    stage = "external"
 
 
 class EdgeConfig(PrepareConfig):
@@ -633,9 +639,7 @@ class ExportConfig(StageConfig):
     )
     logits: bool = Field(False, description="also write student-logits.onnx (float32 logits)")
     calibration: int = Field(64, ge=1, description="training images that set the int8 ranges")
-    engines: Names = Field(
-        ("torch", "onnx"), description=f"engines to time: {', '.join(ENGINES)}"
-    )
+    engines: Names = Field(("torch", "onnx"), description=f"engines to time: {', '.join(ENGINES)}")
     cost_pixels: Sizes = Field((128,), description="image sides to time, px")
     repeats: int = Field(5, ge=1, description="rounds through all networks and engines")
 

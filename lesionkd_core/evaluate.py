@@ -1,45 +1,70 @@
-"""Per-case scores of masks and networks, and their means (DESIGN, Scores)."""
+"""Scores of masks and networks, case by case: own split, other data sets, original size, volumes."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
-from .config import LesionKDError
-from .prepare import Prepared
+from . import results
+from .config import LesionKDError, TeacherConfig
+from .data.images import Case, Reading
+from .data.layouts import fingerprint, read
+from .data.prepare import Prepared, prepare
+from .data.splits import near_pairs
+from .predict import TrainedNetwork, load_network, predict, probabilities, read_config
+from .results import Result, log
 
-if TYPE_CHECKING:
-    from torch import nn
-
-METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice")
+METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice", "soft_dice")
 HIGHER_IS_BETTER = {name: name != "hd95" for name in METRICS}
 THRESHOLD = 0.5
 SURFACE_TOLERANCE = 2.0
-"""Tolerance of the surface Dice, px at the prepared size."""
+"""Tolerance of the surface Dice: px at the prepared size, mm in volumes."""
+BATCH = 8
+"""Images of original size in memory at a time."""
 
-PUBLISHED = {"id": "case", "lesion_pixels": "lesion_px"}
-"""What the committed results call columns of a per-case table: for `rename` when they are written; `tables.study` renames back."""
+
+# Scores of masks ----------------------------------------------------------------------------------
 
 
 def mask_dice(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Dice (N,) of two stacks of masks, (N, H, W) bool, say of teacher and student; two empty masks agree: 1.
+    """Dice of each pair of two stacks of masks, (N, H, W) bool -> (N,); 1 if both are empty.
 
     >>> lesion = np.array([[1, 1, 0, 0]], bool)
-    >>> mask_dice([lesion, lesion, ~lesion & lesion], [lesion, lesion[:, ::-1], lesion & ~lesion])
+    >>> empty = ~lesion & lesion
+    >>> mask_dice([lesion, lesion, empty], [lesion, lesion[:, ::-1], empty])
     array([1., 0., 1.])
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 3:
-        raise LesionKDError(f"masks to compare have the shapes {first.shape} and {second.shape}; both want one shape (N, H, W)")
-    both, sizes = np.count_nonzero(first & second, (1, 2)), np.count_nonzero(first, (1, 2)) + np.count_nonzero(second, (1, 2))
+        raise LesionKDError(
+            f"masks to compare have the shapes {first.shape} and {second.shape}; expected one "
+            "shape (N, H, W)"
+        )
+    both = np.count_nonzero(first & second, (1, 2))
+    sizes = np.count_nonzero(first, (1, 2)) + np.count_nonzero(second, (1, 2))
     return np.where(sizes > 0, 2 * both / np.maximum(sizes, 1), 1.0)
 
 
+def soft_dice(probability: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Dice of probabilities without a threshold, (N, H, W) in 0..1 and bool -> (N,).
+
+    2 sum(p y) / (sum p + sum y), as the method's authors report it. In an image without a lesion it
+    is near 0 whatever is predicted.
+    """
+    both = (probability * truth).sum((1, 2), dtype=np.float64)
+    sizes = probability.sum((1, 2), dtype=np.float64) + truth.sum((1, 2))
+    return np.where(sizes > 0, 2 * both / np.maximum(sizes, 1e-12), 1.0)
+
+
 def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
-    """Score masks case by case; nothing is dropped in silence.
+    """Score masks case by case.
 
     Parameters
     ----------
@@ -48,91 +73,172 @@ def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        dice, iou, sensitivity, precision in 0..1; hd95 in px; surface_dice at 2 px in 0..1;
+        dice, iou, sensitivity, precision (0..1); hd95 (px); surface_dice at 2 px (0..1);
         lesion_pixels, predicted_pixels; missed (a lesion that no predicted pixel overlaps) and
-        false_alarm (a prediction where there is no lesion), 0 or 1.
-        Both empty: Dice 1, distance 0. One empty: Dice 0, distance = the diagonal. Sensitivity and
-        precision of 0/0 are NaN.
-
-    Source: DESIGN, Scores; distances from MONAI.
+        false_alarm (a prediction in an image without a lesion), 0 or 1.
+        Both masks empty: Dice 1, distance 0. One empty: Dice 0, distance = the image diagonal.
+        Sensitivity and precision of 0/0 are NaN.
     """
     dice = mask_dice(predicted, truth)
     predicted, truth = np.asarray(predicted, bool), np.asarray(truth, bool)
-    hit, lesion, marked = ((m.reshape(len(truth), -1).sum(1)) for m in (predicted & truth, truth, predicted))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        table = pd.DataFrame({
-            "dice": dice,
-            "iou": np.where(lesion + marked, hit / (lesion + marked - hit), 1.0),
-            "sensitivity": hit / lesion,
-            "precision": hit / marked,
-        })
-    table["hd95"], table["surface_dice"] = _surface_scores(predicted, truth)
-    return table.assign(
-        lesion_pixels=lesion, predicted_pixels=marked,
-        missed=((lesion > 0) & (hit == 0)).astype(int), false_alarm=((lesion == 0) & (marked > 0)).astype(int),
+    hit, lesion, marked = (
+        m.reshape(len(truth), -1).sum(1) for m in (predicted & truth, truth, predicted)
     )
+    hd95, surface = _surface_scores(predicted, truth)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return pd.DataFrame(
+            {
+                "dice": dice,
+                "iou": np.where(lesion + marked, hit / (lesion + marked - hit), 1.0),
+                "sensitivity": hit / lesion,
+                "precision": hit / marked,
+                "hd95": hd95,
+                "surface_dice": surface,
+                "lesion_pixels": lesion,
+                "predicted_pixels": marked,
+                "missed": ((lesion > 0) & (hit == 0)).astype(int),
+                "false_alarm": ((lesion == 0) & (marked > 0)).astype(int),
+            }
+        )
 
 
 def _surface_scores(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """hd95 (N,) px and surface Dice (N,); MONAI where both masks have a surface, the rule of DESIGN elsewhere."""
-    some_p, some_t = predicted.any((1, 2)), truth.any((1, 2))
-    hd95 = np.where(some_p | some_t, np.hypot(*truth.shape[1:]), 0.0)
-    surface = np.where(some_p | some_t, 0.0, 1.0)
-    both = np.flatnonzero(some_p & some_t)
+    """hd95 (N,) in px and surface Dice (N,), with the rules of `score_masks` for empty masks."""
+    some = predicted.any((1, 2)), truth.any((1, 2))
+    hd95 = np.where(some[0] | some[1], np.hypot(*truth.shape[1:]), 0.0)
+    surface = np.where(some[0] | some[1], 0.0, 1.0)
+    both = np.flatnonzero(some[0] & some[1])
     if len(both):
-        hd95[both], surface[both] = surface_scores(predicted[both], truth[both], SURFACE_TOLERANCE)
+        hd95[both], surface[both] = surface_distances(predicted[both], truth[both])
     return hd95, surface
 
 
-def surface_scores(predicted: np.ndarray, truth: np.ndarray, tolerance: float, spacing: tuple[float, ...] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """hd95 and surface Dice, each (N,), of masks (N, H, W) or (N, D, H, W) that are not empty; in px, or mm with a `spacing`."""
+def surface_distances(
+    predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """hd95 and surface Dice, (N,) each, of masks (N, H, W) or (N, D, H, W) that are not empty.
+
+    In px, or with a `spacing` in mm. By MONAI.
+    """
     import torch
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
     p, t = (torch.from_numpy(mask).unsqueeze(1).float() for mask in (predicted, truth))
+    how: dict[str, Any] = {"include_background": True, "spacing": spacing and list(spacing)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI warns of an argument of its own
-        hd95 = compute_hausdorff_distance(p, t, include_background=True, percentile=95, spacing=spacing and list(spacing))
-        surface = compute_surface_dice(p, t, [tolerance], include_background=True, spacing=spacing and list(spacing))
+        warnings.simplefilter("ignore", FutureWarning)  # about an argument inside MONAI
+        hd95 = compute_hausdorff_distance(p, t, percentile=95, **how)
+        surface = compute_surface_dice(p, t, [SURFACE_TOLERANCE], **how)
     return hd95[:, 0].numpy(), surface[:, 0].numpy()
 
 
-def score_network(network: nn.Module, prepared: Prepared, splits: tuple[str, ...] = ("val", "test")) -> pd.DataFrame:
-    """Per-case scores of a network on prepared cases: id, group, split, label, the columns of `score_masks`, contrast.
+def score_volume(
+    predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, float, float]
+) -> dict[str, float]:
+    """Score the mask of a volume in three dimensions.
 
-    contrast is |mean grey of the lesion - that of the ring around it| / 255 as prepared; NaN without a lesion.
+    Parameters
+    ----------
+    predicted, truth : (D, H, W) bool
+    spacing : (3,)
+        Between slices, rows and columns, mm.
+
+    Returns
+    -------
+    dict
+        dice, iou, sensitivity, precision; hd95_mm; surface_dice_mm at 2 mm; lesion_ml, predicted_ml;
+        lesion_pixels, predicted_pixels (voxels); missed and false_alarm, 0 or 1. Empty masks as in
+        `score_masks`, with the diagonal of the volume in mm.
     """
-    from .inference import probabilities
+    hit, lesion, marked = (np.count_nonzero(m) for m in (predicted & truth, truth, predicted))
+    either = lesion + marked - hit
+    ml = float(np.prod(spacing)) / 1000
+    hd95, surface = 0.0, 1.0
+    if lesion and marked:
+        occupied = predicted | truth
+        box = tuple(  # distances need only the box that holds both, with a margin of 1
+            slice(max(0, places[0] - 1), places[-1] + 2)
+            for axes in ((1, 2), (0, 2), (0, 1))
+            for places in [np.flatnonzero(occupied.any(axes))]
+        )
+        [hd95], [surface] = surface_distances(predicted[box][None], truth[box][None], spacing)
+    elif either:
+        hd95, surface = float(np.linalg.norm(np.multiply(truth.shape, spacing))), 0.0
+    return {
+        "dice": 2 * hit / (lesion + marked) if either else 1.0,
+        "iou": hit / either if either else 1.0,
+        "sensitivity": hit / lesion if lesion else np.nan,
+        "precision": hit / marked if marked else np.nan,
+        "lesion_pixels": lesion,
+        "predicted_pixels": marked,
+        "missed": int(lesion > 0 and not hit),
+        "false_alarm": int(marked > 0 and not lesion),
+        "hd95_mm": hd95,
+        "surface_dice_mm": surface,
+        "lesion_ml": lesion * ml,
+        "predicted_ml": marked * ml,
+    }
 
-    rows = np.concatenate([prepared.index(split) for split in splits])
-    blocks = [rows[i : i + 256] for i in range(0, len(rows), 256)]  # a large test set is never in memory as a whole
-    return pd.concat([_with_cases(prepared, block, probabilities(network, prepared.images[block]) > THRESHOLD) for block in blocks], ignore_index=True)
+
+# Scores of networks -------------------------------------------------------------------------------
 
 
-def _with_cases(prepared: Prepared, rows: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
-    scores = score_masks(predicted, prepared.masks[rows] > 0)
-    cases = prepared.cases.iloc[rows].reset_index(drop=True)
-    return pd.concat([cases[["id", "group", "split", "label"]], scores, cases["contrast"].abs()], axis=1)
+def score_network(
+    network: nn.Module, data: Prepared, splits: tuple[str, ...] = ("val", "test")
+) -> pd.DataFrame:
+    """Per-case scores of a network on prepared cases.
 
-
-def fixed_mask_dice(prepared: Prepared) -> float:
-    """Mean validation Dice of the best guess that never looks at the image: one mask, where training lesions mostly lie.
-
-    The mean of at most 1,000 training masks, cut at the tenth of its maximum that fits them best.
+    Returns
+    -------
+    DataFrame
+        id, group, split, label; columns of `score_masks`; soft_dice; brier (mean squared error of
+        the probabilities); contrast (|mean grey of the lesion - that of its ring| / 255; NaN without
+        a lesion).
     """
-    train, val = prepared.index("train"), prepared.index("val")
-    truth = prepared.masks[train[:: -(-len(train) // 1000)]] > 0
+    rows = np.concatenate([data.index(split) for split in splits])
+    blocks = [rows[i : i + 256] for i in range(0, len(rows), 256)]  # bounds the memory
+    parts = [_scored(data, block, probabilities(network, data.images[block])) for block in blocks]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _scored(data: Prepared, rows: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
+    truth = data.masks[rows] > 0
+    cases = data.cases.iloc[rows].reset_index(drop=True)
+    table = score_masks(probability > THRESHOLD, truth)
+    table["soft_dice"] = soft_dice(probability, truth)
+    table["brier"] = np.square(probability - truth).mean((1, 2))
+    table["contrast"] = cases["contrast"].abs()
+    return pd.concat([cases[["id", "group", "split", "label"]], table], axis=1)
+
+
+def validation_dice(network: nn.Module, data: Prepared) -> float:
+    """Mean Dice over validation cases."""
+    rows = data.index("val")
+    predicted = probabilities(network, data.images[rows]) > THRESHOLD
+    return float(mask_dice(predicted, data.masks[rows] > 0).mean())
+
+
+def fixed_mask_dice(data: Prepared) -> float:
+    """Mean validation Dice of one mask for all images: the mean training mask, thresholded.
+
+    The threshold is the tenth of its maximum that fits (at most 1,000) training masks best.
+    """
+    train, val = data.index("train"), data.index("val")
+    truth = data.masks[train[:: -(-len(train) // 1000)]] > 0
     mean = truth.mean(0)
     guesses = [mean >= level * mean.max() for level in np.arange(1, 10) / 10]
-    best = max(guesses, key=lambda guess: mask_dice(np.broadcast_to(guess, truth.shape), truth).mean())
-    return float(mask_dice(np.broadcast_to(best, (len(val), *best.shape)), prepared.masks[val] > 0).mean())
+    repeated = [np.broadcast_to(guess, truth.shape) for guess in guesses]
+    best = guesses[int(np.argmax([mask_dice(guess, truth).mean() for guess in repeated]))]
+    guess = np.broadcast_to(best, (len(val), *best.shape))
+    return float(mask_dice(guess, data.masks[val] > 0).mean())
 
 
-def score_otsu(prepared: Prepared, split: str = "test") -> pd.DataFrame:
-    """The trivial rival: Otsu's threshold on the grey image, dark or bright as fits the training cases better."""
-    train, rows = prepared.index("train"), prepared.index(split)
-    dice = {bright: score_masks(_otsu(prepared.images[train], bright), prepared.masks[train] > 0)["dice"].mean() for bright in (False, True)}
-    return _with_cases(prepared, rows, _otsu(prepared.images[rows], bright=dice[True] > dice[False]))
+def score_otsu(data: Prepared, split: str = "test") -> pd.DataFrame:
+    """Per-case scores of Otsu's threshold, dark or bright, whichever fits the training cases."""
+    train, rows = data.index("train"), data.index(split)
+    truth = data.masks[train] > 0
+    dice = {b: mask_dice(_otsu(data.images[train], b), truth).mean() for b in (False, True)}
+    return _scored(data, rows, _otsu(data.images[rows], bright=dice[True] > dice[False]))
 
 
 def _otsu(images: np.ndarray, bright: bool) -> np.ndarray:
@@ -143,40 +249,191 @@ def _otsu(images: np.ndarray, bright: bool) -> np.ndarray:
     masks = []
     for image in images:
         grey = rgb2gray(image)
-        level = threshold_otsu(grey)  # a flat image is its own threshold: nothing is marked
+        level = threshold_otsu(grey)
         masks.append(grey > level if bright else grey < level)
     return np.stack(masks)
 
 
 def summarize(per_case: pd.DataFrame) -> dict[str, Any]:
-    """Means with 95 % bootstrap intervals over groups; missed lesions and false alarms beside them.
+    """Mean, median and 95 % bootstrap interval over groups of every metric, and counts.
 
-    NaN (0/0) is left out of a mean and counted in `undefined`.
+    NaN (0/0) is left out of a mean and counted as `undefined`.
     """
-    result: dict[str, Any] = {
-        "cases": len(per_case), "groups": int(per_case["group"].nunique()),
+    summary: dict[str, Any] = {
+        "cases": len(per_case),
+        "groups": int(per_case["group"].nunique()),
         "lesions": int((per_case["lesion_pixels"] > 0).sum()),
-        "missed": int(per_case["missed"].sum()), "false_alarms": int(per_case["false_alarm"].sum()),
+        "missed": int(per_case["missed"].sum()),
+        "false_alarms": int(per_case["false_alarm"].sum()),
     }
-    for name in METRICS:
+    for name in (metric for metric in METRICS if metric in per_case):
         values = per_case[name]
         low, high = bootstrap_mean(values.to_numpy(), per_case["group"].to_numpy())
         numbers = {"mean": values.mean(), "low": low, "high": high, "median": values.median()}
-        result[name] = {key: _number(value) for key, value in numbers.items()} | {"undefined": int(values.isna().sum())}
-    return result
+        summary[name] = {
+            key: None if np.isnan(value) else round(float(value), 6)  # JSON has no NaN
+            for key, value in numbers.items()
+        } | {"undefined": int(values.isna().sum())}
+    return summary
 
 
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 6)  # JSON knows no NaN
-
-
-def bootstrap_mean(values: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of (N,) values, whole groups resampled; NaN left out."""
+def bootstrap_mean(
+    values: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of (N,) values; groups are resampled, NaN left out."""
     kept = ~np.isnan(values)
     if not kept.any():
         return np.nan, np.nan
-    sums = pd.DataFrame({"sum": values[kept], "n": 1.0}).groupby(groups[kept]).sum().to_numpy()
-    drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
-    means = (drawn @ sums[:, 0]) / (drawn @ sums[:, 1])
-    low, high = np.percentile(means, [2.5, 97.5])
+    table = pd.DataFrame({"sum": values[kept], "n": 1.0}).groupby(groups[kept]).sum().to_numpy()
+    equal = np.full(len(table), 1 / len(table))
+    drawn = np.random.default_rng(seed).multinomial(len(table), equal, size=draws)
+    low, high = np.percentile((drawn @ table[:, 0]) / (drawn @ table[:, 1]), [2.5, 97.5])
     return float(low), float(high)
+
+
+# Other data sets ----------------------------------------------------------------------------------
+
+
+class External(Result):
+    """Scores of one network on another data set: `per_case` and `summary`."""
+
+
+def score_external(run: Result, datasets: tuple[str, ...]) -> dict[str, External]:
+    """Find or make the scores of a finished run on other data sets, by their names.
+
+    Their images are prepared as the run's own were. Images that are near-duplicates of a training
+    image are scored, counted (`near_training` in the summary) and reported.
+    """
+    if not datasets:
+        return {}
+    cfg = read_config(run.path)
+    own, found = prepare(cfg), {}
+    for dataset in datasets:
+        other_cfg = cfg.for_testing(dataset)
+        data = prepare(other_cfg)
+
+        def make(missing: dict[Path, Any], data: Prepared = data) -> None:
+            for path in missing:
+                _score_external(path, run, own, data, cfg.duplicate_bits)
+
+        upstream = f"{run.digest}|{data.digest}"
+        [scored] = results.find_or_make([other_cfg], [upstream], make, External)
+        found[other_cfg.dataset_name] = scored
+    return found
+
+
+def _score_external(path: Path, run: Result, own: Prepared, data: Prepared, bits: int) -> None:
+    per_case = score_network(load_network(run).network, data, splits=("test",))
+    near = near_training(own, data, bits)
+    if near:
+        log.warning(
+            f"warning: {near} of {len(per_case)} cases of {data.path.name} are near-duplicates of "
+            f"a training case of {own.path.name}"
+        )
+    results.write_table(path / "per_case.csv", per_case)
+    about = {"test": summarize(per_case), "near_training": near, "run": results.short(run.path)}
+    results.write_json(path / "summary.json", about)
+
+
+def near_training(own: Prepared, other: Prepared, bits: int) -> int:
+    """Number of images of another data set that are near-duplicates of a training image."""
+    train = own.hashes[own.index("train")]
+    pairs = np.concatenate(list(near_pairs(np.concatenate([train, other.hashes]), bits)))
+    across = (pairs[:, 0] < len(train)) & (pairs[:, 1] >= len(train))
+    return len(set(pairs[across, 1]))
+
+
+def held_out_scores(run: Result, cfg: TeacherConfig) -> pd.DataFrame:
+    """Test scores of a run on its own test cases and on every data set of `cfg.test_dataset`."""
+    own = run.per_case[run.per_case["split"] == "test"].assign(test_dataset=cfg.dataset_name)
+    elsewhere = score_external(run, cfg.test_dataset).items()
+    others = [scored.per_case.assign(test_dataset=name) for name, scored in elsewhere]
+    return pd.concat([own, *others], ignore_index=True)
+
+
+# Original size and volumes ------------------------------------------------------------------------
+
+
+def score_original(run: Any) -> pd.DataFrame:
+    """Score a finished run's validation and test cases at their original size.
+
+    The raw images are read again; the probability of each case is resized to the image's own size
+    and thresholded at 0.5. Volumes are also scored as a whole, with the slices that the preparation
+    dropped.
+
+    Returns
+    -------
+    DataFrame
+        `level` 'image': columns of `score_masks`, in px of the original. `level` 'volume': those of
+        `score_volume`, in mm. Kept as per_case_original.csv in the run's folder.
+
+    Raises
+    ------
+    DatasetNotFound, LesionKDError
+        The raw or prepared data are missing, or have changed since the run.
+    """
+    student = load_network(run)
+    path = student.path / "per_case_original.csv"
+    if not path.exists():
+        data, raw = _source_of(student)
+        results.write_table(path, _score_original(student, data, raw))
+    return results.read_table(path)
+
+
+def _source_of(student: TrainedNetwork) -> tuple[Prepared, list[Case]]:
+    """The prepared arrays that a run was made from, and the raw cases."""
+    _, raw = fingerprint(student.cfg)
+    where = results.short(student.path)
+    if not raw:
+        raise LesionKDError(
+            f"{student.cfg.dataset} is drawn at the prepared size: per_case.csv of {where} already "
+            "has the original size"
+        )
+    data = prepare(student.cfg)
+    if data.digest != results.read_json(student.path / "summary.json")["data"]:
+        raise LesionKDError(
+            f"{where} was made from another state of {student.cfg.dataset}: files, masks or groups "
+            "have changed since.\nRestore the data, or run the notebook again."
+        )
+    return data, raw
+
+
+def _score_original(student: TrainedNetwork, data: Prepared, raw: list[Case]) -> pd.DataFrame:
+    table = data.cases
+    splits = table[table["volume"] != ""].groupby("volume")["split"].nunique()
+    if len(torn := splits[splits > 1]):
+        raise LesionKDError(
+            f"slices of {len(torn)} volumes, such as {torn.index[0]!r}, are in several splits; "
+            "scores of volumes need split = 'groups'"
+        )
+    table = table[table["split"].isin(("val", "test"))]
+    about = table.set_index("id")[["group", "split", "label"]]
+    volumes = table.drop_duplicates("volume").set_index("volume")[["group", "split", "label"]]
+    wanted = {c.id: c for c in raw if c.id in about.index or c.id in volumes.index}
+    rows: list[dict[str, Any]] = []
+    predicted_cases = _predicted(student, list(wanted.values()))
+    for volume, slices in groupby(predicted_cases, key=lambda part: part[0].volume):
+        stack = []
+        for reading, predicted in slices:
+            if reading.id in about.index:  # not dropped by the preparation
+                scores = score_masks(predicted[None], reading.mask[None]).iloc[0]
+                identity = {"level": "image", "id": reading.id}
+                rows.append(identity | dict(about.loc[reading.id]) | dict(scores))
+            if volume:
+                stack.append((predicted, reading.mask))
+        if volume:
+            from .data.volumes import space_of
+
+            predicted, truth = map(np.stack, zip(*stack))
+            spacing = space_of(wanted[volume].image).spacing
+            identity = {"level": "volume", "id": volume} | dict(volumes.loc[volume])
+            rows.append(identity | score_volume(predicted, truth, spacing))
+    return pd.DataFrame(rows)
+
+
+def _predicted(student: TrainedNetwork, cases: list[Case]) -> Iterator[tuple[Reading, np.ndarray]]:
+    """Every image and slice with its predicted mask (H, W) bool, a few in memory at a time."""
+    readings = (reading for case in cases for reading in read(case, student.cfg.window))
+    while batch := list(islice(readings, BATCH)):
+        for reading, p in zip(batch, predict(student, [r.image for r in batch])):
+            yield reading, p > THRESHOLD

@@ -65,9 +65,7 @@ class UNet(Network):
             for level, (i, o) in enumerate(zip([in_channels, *down], down))
         )
         self.upsample = nn.ModuleList(nn.ConvTranspose2d(c, c, 2, stride=2) for c in below[:-1])
-        self.decoder = nn.ModuleList(
-            _block(b + s, o) for b, s, o in zip(below, down[-2::-1], up)
-        )
+        self.decoder = nn.ModuleList(_block(b + s, o) for b, s, o in zip(below, down[-2::-1], up))
         self.head: nn.Module = nn.Conv2d(up[-1], out_channels, 1)
         if stem > 1:
             self.head = nn.ConvTranspose2d(up[-1], out_channels, stem, stride=stem)
@@ -231,18 +229,22 @@ class _ThinBatchNorm(torch.autograd.Function):
     """gamma (x - mean) / sqrt(var + eps) + beta; also returns mean and biased variance, (C,)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
         channels, rows = len(weight), x.permute(0, 2, 3, 1).reshape(-1, 64).float()
         repeats = 64 // channels
         mean = rows.mean(0).view(-1, channels).mean(0)
         centred = rows - mean.repeat(repeats)
         variance = centred.square().mean(0).view(-1, channels).mean(0)
         scale = (variance + eps).rsqrt()
-        out = torch.addcmul(bias.repeat(repeats), centred, (weight * scale).repeat(repeats))
+        out = torch.empty_like(x, dtype=torch.float32)  # not a view of rows: ReLU works in place
+        to = out.permute(0, 2, 3, 1).reshape(-1, 64)
+        torch.addcmul(bias.repeat(repeats), centred, (weight * scale).repeat(repeats), out=to)
         ctx.save_for_backward(centred, weight, scale)
         ctx.type = x.dtype
         ctx.mark_non_differentiable(mean, variance)
-        return _like(out, x), mean, variance
+        return out, mean, variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -256,13 +258,8 @@ class _ThinBatchNorm(torch.autograd.Function):
         constant = (-slope * to_bias / count).repeat(repeats)
         out = torch.addcmul(constant, rows, slope.repeat(repeats))
         out.addcmul_(centred, (-slope * scale * to_weight / count).repeat(repeats))
-        return _like(out, grad).to(ctx.type), to_weight, to_bias, None
-
-
-def _like(rows: Tensor, x: Tensor) -> Tensor:
-    """Rows of 64 values -> a channels-last map of the shape of x."""
-    n, channels, height, width = x.shape
-    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+        shape = (grad.shape[0], *grad.shape[2:], channels)
+        return out.view(shape).permute(0, 3, 1, 2).to(ctx.type), to_weight, to_bias, None
 
 
 def _check_size(x: Tensor) -> None:
@@ -366,7 +363,9 @@ def match_levels(
         for who, name, known in zip(("student", "teacher"), names, norms):
             if name not in known:
                 hint = nearest(name, known)
-                raise LesionKDError(f"feature level {level!r}: the {who} has no map {name!r}; {hint}")
+                raise LesionKDError(
+                    f"feature level {level!r}: the {who} has no map {name!r}; {hint}"
+                )
         strides = [stride_of(name) for name in names]
         if strides[0] != strides[1]:
             shapes = [

@@ -1,107 +1,512 @@
-"""Frozen teacher and graph -> trained students, any number at one teacher pass (steps S1 to S6)."""
+"""The stages in order: teacher -> graph -> students -> ablation; each finds its result or makes it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from .. import ranks, store
-from ..config import TERM_FIELDS, DistillConfig, GraphConfig, LesionKDError, TeacherConfig
-from ..inference import build, load_network
-from ..losses import FittedGraph, Measured, build_terms, empirical_margins
-from ..networks import Network, settle, use_statistics
-from ..prepare import Prepared, prepare_data
-from ..progress import Tell
-from ..training import Learner, score_and_finish, start_fabric, train
-from .graph import check_levels, fit_graph, teacher_maps
-from .teacher import Run, check_teacher, train_teacher
+import numpy as np
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from . import results
+from .config import (
+    AblationConfig,
+    ConfigError,
+    DistillConfig,
+    GraphConfig,
+    LesionKDError,
+    TeacherConfig,
+    arm_options,
+    nearest,
+)
+from .data.batches import Batch, epoch_batches, normalize
+from .data.prepare import Prepared, prepare
+from .edges import edge_label_batch
+from .evaluate import fixed_mask_dice, held_out_scores
+from .losses import (
+    TERMS,
+    EdgeGraph,
+    EdgeHead,
+    FittedGraph,
+    Measured,
+    build_terms,
+    empirical_margins,
+)
+from .models import Network, build_network, channels_of, freeze, match_levels, stride_of
+from .predict import build, load_network
+from .results import Progress, Result, log, short
+from .train import Learner, TeacherPass, start_fabric, train
 
 
-def distill(cfg: DistillConfig, tell: Tell = print) -> Run:
-    """Find or train one student (steps S2 to S6); teacher and graph are made on the way."""
-    return distill_arms([cfg], tell)[0]
+class Run(Result):
+    """A finished training: config, history, per_case, summary and checkpoints."""
+
+    @property
+    def test_dice(self) -> float:
+        """Mean Dice over test cases."""
+        mean: float = self.summary["test"]["dice"]["mean"]
+        return mean
+
+    def __repr__(self) -> str:
+        test = self.summary["test"]
+        dice, missed = test["dice"], f"{test['missed']} of {test['lesions']} lesions missed"
+        interval = f"[{dice['low']:.3f}, {dice['high']:.3f}]"
+        return f"Run({short(self.path)}: test Dice {dice['mean']:.3f} {interval}, {missed})"
 
 
-def distill_arms(cfgs: Sequence[DistillConfig], tell: Tell = print) -> list[Run]:
-    """Train students of one seed and data set in lockstep: same batches, one teacher pass for all.
+# Teacher ------------------------------------------------------------------------------------------
 
-    Each has its own run folder; finished ones are found, unfinished ones go on where they were.
+
+def train_teacher(data: Prepared, cfg: TeacherConfig) -> Run:
+    """Find or train the teacher (before step S1)."""
+    cfg = cfg.upstream(TeacherConfig)
+
+    def make(missing: dict[Path, TeacherConfig]) -> None:
+        for path in missing:
+            network = _initial_teacher(cfg)
+            epochs = cfg.teacher_epochs
+            terms, weights = build_terms(cfg, network), {"seg": 1.0}
+            learner = Learner(
+                fabric, path, cfg, data, network, terms, weights, epochs, cfg.teacher_lr
+            )
+            if cfg.teacher_checkpoint:
+                log.info(f"using the teacher in {cfg.teacher_checkpoint} without training")
+                if not learner.history:
+                    learner.close_epoch(1, data)
+            else:
+                log.info(f"training the teacher {cfg.teacher} for {epochs} epochs")
+                train(fabric, data, [learner], None, "teacher")
+            learner.finish(data)
+
+    fabric = start_fabric(cfg)
+    return _find_or_train(fabric, [cfg], [data.digest], make, Run)[0]
+
+
+def _find_or_train(fabric: Fabric, *stage: Any) -> list[Any]:
+    """`find_or_make` for one or several processes."""
+    return results.find_or_make(
+        *stage, resume=True, leader=fabric.is_global_zero, wait=fabric.barrier
+    )
+
+
+def _initial_teacher(cfg: TeacherConfig) -> Network:
+    """The teacher before training: random, with an ImageNet encoder, or trained elsewhere."""
+    teacher = build(cfg)
+    if cfg.encoder_weights:
+        encoder = teacher.get_submodule("encoder")
+        _load(encoder, "encoder_weights", cfg.encoder_weights, "torchvision's resnet34", "fc.")
+    if cfg.teacher_checkpoint:
+        kind = f"lesionkd_core.models.{type(teacher).__name__}"
+        _load(teacher, "teacher_checkpoint", cfg.teacher_checkpoint, kind)
+    return teacher
+
+
+def _load(network: nn.Module, option: str, file: str, expected: str, ignored: str = "-") -> None:
+    saved = results.read_checkpoint(Path(file).expanduser())
+    saved = saved.get("network", saved) if isinstance(saved, dict) else {}
+    weights = {n: w for n, w in saved.items() if not n.startswith(ignored)}
+    own = network.state_dict()
+    wrong = [
+        name
+        for name in {**own, **weights}
+        if name not in own or name not in weights or weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise LesionKDError(
+            f"{option} = {file!r}: {len(wrong)} names or shapes do not fit, the first is "
+            f"{wrong[0]!r}; expected a state dict of {expected}"
+        )
+    network.load_state_dict(weights)
+
+
+def check_teacher(teacher: Run, data: Prepared, cfg: GraphConfig) -> None:
+    """Refuse a teacher of another split, or one that has learned nothing.
+
+    Raises
+    ------
+    LesionKDError
+        It was trained on another split, or (unless weak_teacher = 'allow') its validation Dice is
+        not above that of one fixed mask for all images.
+    """
+    summary = teacher.summary
+    if summary["split_hash"] != data.split_hash:
+        raise LesionKDError(
+            f"the teacher {short(teacher.path)} was trained on split {summary['split_hash']}, the "
+            f"student's is {data.split_hash}; train a teacher on this split (notebook 03)"
+        )
+    own, fixed = summary["val"]["dice"]["mean"], fixed_mask_dice(data)
+    if own <= fixed and cfg.weak_teacher == "refuse":
+        raise LesionKDError(
+            f"the teacher {short(teacher.path)} has validation Dice {own:.3f}, one fixed mask for "
+            f"all images {fixed:.3f}: it has nothing to teach. Train it longer (teacher_epochs), "
+            "see notebook 03, or set weak_teacher = 'allow'"
+        )
+
+
+def check_levels(cfg: GraphConfig) -> None:
+    """Refuse feature maps that do not exist or differ in stride, before anything is trained."""
+    with torch.device("meta"):
+        teacher = build_network(cfg.teacher)
+        if not isinstance(cfg, DistillConfig):
+            match_levels(teacher, teacher, (cfg.edge_level.rpartition(":")[2],))
+            return
+        student = build_network(cfg.student, width=cfg.width, stem=cfg.stem)
+        options = {option for term in cfg.terms for option in TERMS[term].options}
+        levels = cfg.levels * ("levels" in options)
+        match_levels(student, teacher, (*levels, *(cfg.edge_level,) * ("edge_level" in options)))
+
+
+# Graph --------------------------------------------------------------------------------------------
+
+
+class Graph(Result):
+    """A graph module fitted on a frozen teacher; `load()` gives it."""
+
+    def load(self) -> FittedGraph:
+        """The frozen module and the standard deviation of the teacher's H."""
+        cfg, saved = self.config, results.read_checkpoint(self.path / "checkpoint_best")
+        channels = saved["graph"]["phi.weight"].shape[1]
+        graph = EdgeGraph(
+            channels, cfg["states"], cfg["grid"], cfg["anchors"], frame=cfg["grid_frame"]
+        )
+        graph.load_state_dict(saved["graph"])
+        return FittedGraph(graph.eval().requires_grad_(False), saved["std"])
+
+
+def fit_edge_graph(teacher: Run, data: Prepared, cfg: GraphConfig) -> Graph:
+    """Find or fit the graph on the frozen teacher (step S4).
+
+    Its projection, graph and reasoning are trained to predict Label_edge from the teacher's map:
+    re-projection, 1x1 head, BCE. The head is dropped afterwards.
+    """
+    cfg = cfg.upstream(GraphConfig)
+    check_levels(cfg)
+
+    def make(missing: dict[Path, GraphConfig]) -> None:
+        check_teacher(teacher, data, cfg)
+        for path in missing:
+            log.info(f"fitting the graph for {cfg.graph_epochs} epochs")
+            if fabric.is_global_zero:  # takes seconds, so one process does it
+                _fit_graph(path, cfg, data, load_network(teacher).network, fabric)
+
+    fabric = start_fabric(cfg)
+    return _find_or_train(fabric, [cfg], [teacher.digest], make, Graph)[0]
+
+
+def _fit_graph(
+    path: Path, cfg: GraphConfig, data: Prepared, network: Network, fabric: Fabric
+) -> None:
+    device, name = fabric.device, cfg.edge_level.rpartition(":")[2]
+    teacher = freeze(network.to(device), cfg.teacher_bn == "batch")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.teacher_seed)
+        channels = channels_of(teacher, name)
+        graph = EdgeGraph(channels, cfg.states, cfg.grid, cfg.anchors, frame=cfg.grid_frame)
+        fitted = nn.ModuleDict({"graph": graph, "head": EdgeHead(cfg.states)}).to(device)
+    optimizer = torch.optim.Adam(fitted.parameters(), cfg.graph_lr)
+    history = []
+    with Progress("graph", cfg.graph_epochs) as progress:
+        for epoch in range(cfg.graph_epochs):
+            losses, rarity = [], []
+            for batch in epoch_batches(
+                data, cfg.batch_size, cfg.teacher_seed, epoch, cfg.augment, device
+            ):
+                full = edge_label_batch(batch.masks, cfg.edge_width)
+                edge = graph.edge_at(full, stride_of(name))
+                if not edge.any():
+                    continue
+                with torch.no_grad():
+                    x = teacher.forward_features(batch.images)[1][name]
+                loss = fitted["head"](graph, x.float(), edge)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+                rarity.append(edge[edge.flatten(1).amax(1) > 0].mean())
+            if not losses:
+                raise LesionKDError(
+                    "no training image has a lesion, so no graph can be fitted; use losses = 'feat'"
+                )
+            constant = _entropy(float(torch.stack(rarity).mean()))
+            loss_edge = float(torch.stack(losses).mean())
+            row = {"epoch": epoch + 1, "loss_edge_bce": loss_edge, "constant_bce": constant}
+            history.append(row)
+            progress.step(f"edge BCE {loss_edge:.3f}, of a constant {constant:.3f}")
+    std, nodes = _spread(data, teacher, graph.eval(), name, cfg.edge_width)
+    results.write_checkpoint(path / "checkpoint_best", {"graph": graph.state_dict(), "std": std})
+    results.write_table(path / "history.csv", pd.DataFrame(history))
+    results.write_json(path / "summary.json", history[-1] | nodes)
+
+
+def _entropy(fraction: float) -> float:
+    """BCE of predicting every pixel with the fraction of edge pixels."""
+    p = np.clip([fraction, 1 - fraction], 1e-9, None)
+    return float(-(p * np.log(p)).sum())
+
+
+@torch.no_grad()
+def teacher_maps(data: Prepared, teacher: Network) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """The teacher's maps of the training images without augmentation, and masks (N, 1, H, W)."""
+    device, rows = next(teacher.parameters()).device, data.index("train")
+    for i in range(0, len(rows), 16):
+        masks = torch.from_numpy(data.masks[rows[i : i + 16]]).to(device).float().unsqueeze(1)
+        images = normalize(data.images[rows[i : i + 16]], device)
+        yield teacher.forward_features(images)[1], masks
+
+
+@torch.no_grad()
+def _spread(
+    data: Prepared, teacher: Network, graph: EdgeGraph, name: str, width: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Standard deviation (s,) of the teacher's H over live nodes, and live nodes of an image."""
+    reasoned, counts = [], []
+    for maps, masks in teacher_maps(data, teacher):
+        edge = graph.edge_at(edge_label_batch(masks, width), stride_of(name))
+        live = graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
+        reasoned.append(graph(maps[name].float(), edge).transpose(1, 2)[live].cpu())
+        counts.append(live.sum(1).cpu())
+    of_image = torch.cat(counts).float()
+    with_edge = of_image[of_image > 0]
+    single = float((with_edge == 1).float().mean())
+    nodes = {"live_nodes": float(with_edge.mean()), "single_node_fraction": single}
+    return torch.cat(reasoned).std(0, correction=0), nodes
+
+
+# Students -----------------------------------------------------------------------------------------
+
+
+def distill(teacher: Run | None, graph: Graph | None, data: Prepared, cfg: DistillConfig) -> Run:
+    """Find or train one student (steps S2 to S6).
+
+    Parameters
+    ----------
+    teacher, graph
+        May be None if no loss term needs them.
+    """
+    return distill_arms(teacher, graph, data, [cfg])[0]
+
+
+def distill_arms(
+    teacher: Run | None, graph: Graph | None, data: Prepared, cfgs: Sequence[DistillConfig]
+) -> list[Run]:
+    """Find or train several students on the same batches, with one pass of the teacher for all.
+
+    The result of each is that of training it alone, to the bit. Each has its own run folder.
     """
     cfgs = [cfg.upstream(DistillConfig) for cfg in cfgs]
-    shared = {(cfg.upstream(TeacherConfig), cfg.seed, cfg.epochs) for cfg in cfgs}
-    if len(shared) != 1 or len({cfg.teacher_bn for cfg in cfgs if cfg.terms}) > 1:
-        raise LesionKDError("arms in lockstep share data, teacher and its statistics, seed, batches and epochs; start what differs there as runs of their own")
+    for name in ("seed", "epochs", "batch_size", "augment", "precision", "device", "edge_width"):
+        values = list(dict.fromkeys(getattr(cfg, name) for cfg in cfgs))
+        if len(values) > 1:
+            found = ", ".join(map(str, values))
+            raise LesionKDError(
+                f"students trained together need equal {name}; got {found}. Run them separately."
+            )
     for cfg in cfgs:
-        levels = [level for term in cfg.terms for name in TERM_FIELDS[term] if name.endswith("levels") for level in getattr(cfg, name)]
-        check_levels(cfg, (*levels, *(cfg.edge_level,) * ("edge" in cfg.terms)))
-    prepared = ranks.after_first(lambda: prepare_data(cfgs[0], tell))
-    upstreams = [_upstream(cfg, prepared, tell) for cfg in cfgs]
-    paths = ranks.agree([store.folder(cfg, upstream) for cfg, upstream in zip(cfgs, upstreams)])
-    if all(ranks.agree([store.is_done(path) for path in paths])):
-        return [Run(path) for path in paths]
-    with ExitStack() as stack:
-        for path in sorted(set(paths)):  # one order for everybody, so that nobody waits in a circle
-            stack.enter_context(ranks.lock(path, tell))
-        done = ranks.agree([store.is_done(path) for path in paths])
-        pending = {path: (cfg, upstream) for path, cfg, upstream, found in zip(paths, cfgs, upstreams, done) if not found}
-        if pending:
-            _train_pending(pending, prepared, tell)
-    return [Run(path) for path in paths]
+        check_levels(cfg)
+    upstreams = [_upstream(cfg, teacher, graph, data) for cfg in cfgs]
+
+    def make(missing: dict[Path, DistillConfig]) -> None:
+        network = None
+        if teacher and any(cfg.terms for cfg in missing.values()):
+            check_teacher(teacher, data, cfgs[0])
+            network = load_network(teacher).network.to(fabric.device)
+            network = freeze(network, cfgs[0].teacher_bn == "batch")
+        together: dict[int, list[Learner]] = {}
+        measured = _measure(list(missing.values()), graph, data, network)
+        for path, cfg in missing.items():
+            student = build(cfg)
+            terms = build_terms(cfg, student, network, measured)
+            learner = Learner(
+                fabric,
+                path,
+                cfg,
+                data,
+                student,
+                terms,
+                cfg.losses,
+                cfg.epochs,
+                cfg.lr,
+                cfg.connector_lr,
+            )
+            together.setdefault(len(learner.history), []).append(learner)
+        for learners in together.values():  # one group, unless a run was interrupted
+            name = "student" if len(learners) == 1 else f"{len(learners)} students"
+            log.info(f"training {name} for {learners[0].epochs} epochs")
+            needed = network is not None and any(missing[one.path].terms for one in learners)
+            seen = teacher_pass(network, fabric) if network is not None and needed else None
+            train(fabric, data, learners, seen, name, cfgs[0].edge_width)
+            for learner in learners:
+                learner.finish(data)
+
+    fabric = start_fabric(cfgs[0])
+    return _find_or_train(fabric, cfgs, upstreams, make, Run)
 
 
-def _upstream(cfg: DistillConfig, prepared: Prepared, tell: Tell) -> str:
-    """Digest of what a student is made from: the graph, the teacher, or without a term the data alone."""
-    if "edge" in cfg.terms and cfg.graph == "frozen":
-        return fit_graph(cfg, tell).digest
-    return train_teacher(cfg, tell).digest if cfg.terms else prepared.digest
+def teacher_pass(teacher: Network, fabric: Fabric) -> TeacherPass:
+    """Let the frozen teacher see each batch (step S1)."""
+
+    def see(batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad(), fabric.autocast():
+            return teacher.forward_features(batch.images)
+
+    return see
 
 
-def _train_pending(pending: dict[Path, tuple[DistillConfig, str]], prepared: Prepared, tell: Tell) -> None:
-    cfgs = {path: cfg for path, (cfg, _) in pending.items()}
-    any_cfg = next(iter(cfgs.values()))
-    fabric = start_fabric(any_cfg)
-    teacher = None
-    if any(cfg.terms for cfg in cfgs.values()):
-        teacher = settle(_teacher_of(train_teacher(any_cfg, tell), any_cfg, prepared), fabric.device)
-        use_statistics(teacher, next(cfg.teacher_bn for cfg in cfgs.values() if cfg.terms))
-    measured = _measure(list(cfgs.values()), prepared, teacher, tell)
-    by_epoch: dict[int, list[Learner]] = {}
-    for (path, (cfg, upstream)), known in zip(pending.items(), measured):
-        if ranks.first():
-            store.begin(path, cfg, upstream, keep=True)
-        student = build(cfg)
-        learner = Learner.start(fabric, path, cfg, student, build_terms(cfg, student, teacher, known), prepared)
-        by_epoch.setdefault(len(learner.history), []).append(learner)
-    for learners in by_epoch.values():  # one group, unless a run was interrupted between two saves
-        tell(f"training {len(learners)} student{'s' * (len(learners) > 1)} of width {cfgs[learners[0].path].width} for {learners[0].epochs} epochs")
-        needs_teacher = any(cfgs[learner.path].terms for learner in learners)
-        train(fabric, prepared, learners, teacher if needs_teacher else None, "student" if len(learners) == 1 else f"{len(learners)} arms")
-        for learner in learners:
-            score_and_finish(learner, prepared, tell)
+def needs_graph(cfg: DistillConfig) -> bool:
+    """Whether a loss term of the student needs the fitted graph."""
+    return any(getattr(TERMS[term].module, "needs_graph", False) for term in cfg.terms)
 
 
-def _measure(cfgs: list[DistillConfig], prepared: Prepared, teacher: Network | None, tell: Tell) -> list[Measured]:
-    """Fitted graph and margins for every arm; arms of one graph share it, so that its teacher side is computed once a batch."""
-    graphs: dict[GraphConfig, FittedGraph] = {}
-    names = sorted({pair[1] for cfg in cfgs if "feat" in cfg.terms and cfg.margin == "empirical" for pair in check_levels(cfg, cfg.feature_levels)})
-    margins = empirical_margins((maps for maps, _ in teacher_maps(prepared, teacher)), names) if names and teacher else None
-    known = []
-    for cfg in cfgs:
-        fitted = None
-        if "edge" in cfg.terms and cfg.graph == "frozen":
-            key = cfg.upstream(GraphConfig)
-            fitted = graphs[key] = graphs.get(key) or fit_graph(cfg, tell).load()
-        known.append(Measured(fitted, margins))
-    return known
-
-
-def _teacher_of(run: Run, cfg: DistillConfig, prepared: Prepared) -> Network:
-    """The frozen teacher, refused where it was trained on another split, since it may have seen our test cases, or has nothing to teach."""
-    if run.summary["split_hash"] != prepared.split_hash:
+def _upstream(cfg: DistillConfig, teacher: Run | None, graph: Graph | None, data: Prepared) -> str:
+    """Digest of what a student is made from: the graph, the teacher, or the data alone."""
+    if not cfg.terms:
+        return data.digest
+    losses = ", ".join(cfg.terms)
+    if teacher is None:
+        raise LesionKDError(f"losses = {losses!r} needs a teacher; got None")
+    if not needs_graph(cfg):
+        return teacher.digest
+    if graph is None:
+        raise LesionKDError(f"losses = {losses!r} needs a graph from fit_edge_graph; got None")
+    if graph.config["upstream"] != teacher.digest:
         raise LesionKDError(
-            f"the teacher {store.short(run.path)} was trained on split {run.summary['split_hash']}, the student's is {prepared.split_hash}; "
-            "train a teacher on this split (notebook 03)"
+            f"the graph {short(graph.path)} was fitted on another teacher than "
+            f"{short(teacher.path)}; call fit_edge_graph with this teacher"
         )
-    check_teacher(run, cfg, prepared)
-    return load_network(run).network
+    return graph.digest
+
+
+def _measure(
+    cfgs: list[DistillConfig], graph: Graph | None, data: Prepared, teacher: Network | None
+) -> Measured:
+    """The fitted graph, and margins where an arm wants the empirical ones."""
+    fitted = graph.load() if graph and any(map(needs_graph, cfgs)) else None
+    margins = None
+    if teacher and any("feat" in cfg.losses and cfg.margin == "empirical" for cfg in cfgs):
+        levels = {level.rpartition(":")[2] for cfg in cfgs for level in cfg.levels}
+        margins = empirical_margins((maps for maps, _ in teacher_maps(data, teacher)), levels)
+    return Measured(fitted, margins)
+
+
+# Ablation -----------------------------------------------------------------------------------------
+
+
+class Ablation(Result):
+    """All arms and seeds on the same cases: `per_case` has the columns arm and seed."""
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """Mean test scores of each arm over seeds, the Dice of every seed, missed lesions."""
+        return results.read_table(self.path / "table.csv")
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """Epochs of all runs, with the columns arm and seed."""
+        parts = [run.history.assign(arm=a, seed=s) for (a, s), run in self.runs.items()]
+        return pd.concat(parts, ignore_index=True)
+
+    @cached_property
+    def runs(self) -> dict[tuple[str, int], Run]:
+        """The run of each arm and seed."""
+        root = results.runs_root()
+        return {(row["arm"], row["seed"]): Run(root / row["path"]) for row in self.summary["runs"]}
+
+
+def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
+    """Find or train the teacher, the graph and every arm and seed, and collect their scores.
+
+    Arms of equal length are trained together. An arm that is added later leaves the others as they
+    are. The teacher's own scores are included as arm `teacher`.
+    """
+    teacher, graph, runs = None, None, {}
+    for seed in cfg.seeds:
+        arms = {arm: cfg.arm(arm, seed) for arm in cfg.arms}
+        if teacher is None and any(arm.terms for arm in arms.values()):
+            teacher = train_teacher(data, cfg)
+        if graph is None and teacher and any(map(needs_graph, arms.values())):
+            graph = fit_edge_graph(teacher, data, cfg)
+        for epochs in dict.fromkeys(arm.epochs for arm in arms.values()):
+            equal = {name: arm for name, arm in arms.items() if arm.epochs == epochs}
+            found = distill_arms(teacher, graph, data, list(equal.values()))
+            runs |= {(name, seed): run for name, run in zip(equal, found)}
+    scored = dict(runs)
+    if teacher is not None:
+        scored["teacher", cfg.teacher_seed] = teacher
+    tables = {key: held_out_scores(run, cfg) for key, run in scored.items()}
+    upstream = "|".join([run.digest for run in scored.values()] + list(cfg.test_dataset))
+
+    def make(missing: dict[Path, AblationConfig]) -> None:
+        for path in missing:
+            test = pd.concat([t.assign(arm=a, seed=s) for (a, s), t in tables.items()])
+            results.write_table(path / "per_case.csv", test)
+            results.write_table(path / "table.csv", _arm_table(test))
+            root = results.runs_root()
+            listed = [
+                {"arm": a, "seed": s, "path": run.path.relative_to(root).as_posix()}
+                for (a, s), run in runs.items()
+            ]
+            results.write_json(path / "summary.json", {"runs": listed})
+
+    return results.find_or_make([cfg], [upstream], make, Ablation)[0]
+
+
+def _arm_table(test: pd.DataFrame) -> pd.DataFrame:
+    by_arm = test.groupby(["test_dataset", "arm"], sort=False)
+    metrics = "dice iou sensitivity precision hd95 surface_dice soft_dice".split()
+    students = test[test["arm"] != "teacher"]
+    keys = ["test_dataset", "arm"]
+    seeds = students.pivot_table(index=keys, columns="seed", values="dice").add_prefix("dice_seed")
+    counts = by_arm[["missed", "false_alarm"]].sum().div(by_arm["seed"].nunique(), axis=0)
+    return by_arm[metrics].mean().join(seeds).join(counts).reset_index()
+
+
+def sweep_weights(
+    data: Prepared, cfg: AblationConfig, weights: dict[str, tuple[float, ...]] | None = None
+) -> pd.DataFrame:
+    """Train every arm with several weights and compare them on validation cases.
+
+    Parameters
+    ----------
+    cfg : AblationConfig
+        Its seeds are used; `losses` are the weights that are not swept.
+    weights : {loss term or 'method': weights}, optional
+        By default the sweep of each registered term. For 'method' the weight of L_edge is swept.
+
+    Returns
+    -------
+    DataFrame
+        dataset, arm, weight (0: student alone), seed, epochs, val_dice (mean over the last quarter of
+        the epochs, which varies less than the best), best_val_dice, run.
+    """
+    if weights is None:
+        weights = {name: term.sweep for name, term in TERMS.items() if term.sweep}
+    for arm in weights:
+        if arm != "method" and arm not in TERMS:
+            raise ConfigError(f"weights names {arm!r}: {nearest(arm, [*TERMS, 'method'])}")
+    teacher = train_teacher(data, cfg)
+    rows, graph = [], None
+    for seed in cfg.seeds:
+        points = {("alone", 0.0): cfg.arm("alone", seed)}
+        for arm, values in weights.items():
+            losses = arm_options(arm)["losses"].split(", ")
+            for weight in values:
+                swept = {name: cfg.losses.get(name) for name in losses} | {losses[-1]: weight}
+                points[arm, weight] = cfg.arm("alone", seed).with_values(losses=swept)
+        if graph is None and any(map(needs_graph, points.values())):
+            graph = fit_edge_graph(teacher, data, cfg)
+        runs = distill_arms(teacher, graph, data, list(points.values()))
+        for (arm, weight), run in zip(points, runs):
+            dice = run.history["val_dice"]
+            scores = {
+                "epochs": len(dice),
+                "val_dice": dice.tail(max(len(dice) // 4, 1)).mean(),
+                "best_val_dice": dice.max(),
+            }
+            about = {"dataset": cfg.dataset_name, "arm": arm, "weight": weight, "seed": seed}
+            rows.append(about | scores | {"run": short(run.path)})
+    return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Using a trained network: probabilities, masks and whole folders of images (step S7)."""
+"""Use a trained network: probabilities, masks, and whole folders of images (step S7)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ import torch
 from PIL import Image
 from torch import nn
 
-from . import store
-from .batches import normalize
+from . import results
 from .config import DistillConfig, LesionKDError, TeacherConfig
-from .datasets import UnreadableFile, read_image
-from .datasets.files import is_volume, sources_in, stem_of
+from .data.batches import normalize
+from .data.images import UnreadableFile, is_volume, read_image, sources_in, stem_of
+from .data.pixels import prepare_image, restore
 from .edges import edge_label
-from .networks import TEACHERS, Network, UNet
-from .prepare.pixels import prepare_image, restore
+from .models import Network, build_network, parameter_count
 
-SETTINGS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
+KINDS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
 BATCH = 16
 """Slices of a volume in memory at a time."""
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A finished network and the configuration of its run, which says how images are prepared; `predict` takes it."""
+    """A trained network and its run's configuration, which says how images are prepared."""
 
     network: Network
     cfg: TeacherConfig
@@ -42,60 +41,72 @@ class TrainedNetwork:
         return self.cfg.pixels
 
     def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.network.parameters())
-        return f"{type(self.network).__name__}({store.short(self.path)}: {count:,} parameters, {self.pixels} px)"
+        count = f"{parameter_count(self.network):,} parameters, {self.pixels} px"
+        return f"{type(self.network).__name__}({results.short(self.path)}: {count})"
 
 
 def read_config(path: Path) -> TeacherConfig:
-    """The configuration that a run was made with."""
-    content = store.read_json(Path(path) / "config.json")
-    stage = SETTINGS.get(content.get("stage"))
-    if stage is None:
-        raise LesionKDError(f"{path} is a run of stage {content.get('stage')!r}, wants one of {', '.join(SETTINGS)}")
-    values: dict[str, Any] = {name: content[name] for name in stage.model_fields if name in content}
-    return stage(**values | {n: tuple(v) for n, v in values.items() if isinstance(v, list)})
+    """The configuration of a training run."""
+    content = results.read_json(Path(path) / "config.json")
+    kind = KINDS.get(content.get("stage"))
+    if kind is None:
+        raise LesionKDError(
+            f"{path} is a run of stage {content.get('stage')!r}; expected {' or '.join(KINDS)}"
+        )
+    return config_of(kind, content)
+
+
+def config_of(kind: type[TeacherConfig], content: dict[str, Any]) -> Any:
+    """A configuration from its JSON form; options that it does not know are ignored."""
+    values = {name: content[name] for name in kind.model_fields if name in content}
+    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
 def build(cfg: TeacherConfig) -> Network:
-    """The untrained network of a configuration; its initialization depends on its seed alone."""
+    """The untrained network of a configuration; its weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(getattr(cfg, cfg.seed_field))
-        return UNet(width=cfg.width, stem=cfg.stem) if isinstance(cfg, DistillConfig) else TEACHERS[cfg.teacher]()
+        if isinstance(cfg, DistillConfig):
+            return build_network(cfg.student, width=cfg.width, stem=cfg.stem)
+        return build_network(cfg.teacher)
 
 
-def load_network(run: str | Path | store.Result) -> TrainedNetwork:
+def load_network(run: Any) -> TrainedNetwork:
     """The best network of a finished teacher or student run, in evaluation mode on the CPU.
 
     Raises
     ------
     UnfinishedRun, LesionKDError
-        The folder is no finished training run, or its checkpoint is not of this network.
+        The folder is not a finished training run, or its checkpoint does not fit.
     """
-    path = store.locate(run)
+    path = results.locate(run)
     cfg = read_config(path)
-    if not store.is_done(path):
-        raise store.UnfinishedRun(f"{path} is not finished (no DONE in it); start its notebook again to go on with it.")
+    if not results.is_done(path):
+        raise results.UnfinishedRun(
+            f"{path} is not finished (it has no DONE); run its notebook again to resume it."
+        )
     network = build(cfg)
     try:
-        network.load_state_dict(store.read_checkpoint(path / "checkpoint_best")["network"])
+        network.load_state_dict(results.read_checkpoint(path / "checkpoint_best")["network"])
     except (RuntimeError, KeyError, TypeError):
-        raise LesionKDError(f"{path / 'checkpoint_best'} holds weights of another network than config.json beside it describes") from None
+        raise LesionKDError(
+            f"{path / 'checkpoint_best'} has the weights of another network than config.json says"
+        ) from None
     return TrainedNetwork(network.eval().requires_grad_(False), cfg, path)
 
 
-def load_student(run: str | Path | store.Result) -> TrainedNetwork:
-    """The trained student of a finished `distill` run (a `Run` or its folder): all that step S7 needs."""
+def load_student(run: Any) -> TrainedNetwork:
+    """The trained student of a finished `distill` run, given as a result, a path or a name."""
     student = load_network(run)
     if not isinstance(student.cfg, DistillConfig):
-        raise LesionKDError(f"{student.path} holds a teacher, not a student; wants a folder of runs/distill")
+        raise LesionKDError(f"{student.path} is a teacher; give the folder of a student")
     return student
 
 
 @torch.inference_mode()
 def probabilities(network: nn.Module, images: np.ndarray, batch_size: int = 32) -> np.ndarray:
     """Probability that a pixel is lesion: (N, S, S, 3) uint8 -> (N, S, S) float32 (step S2)."""
-    device = next(network.parameters()).device
-    training = network.training
+    device, training = next(network.parameters()).device, network.training
     network.eval()
     parts = [
         network(normalize(images[i : i + batch_size], device))[:, 0].sigmoid().float().cpu()
@@ -106,81 +117,96 @@ def probabilities(network: nn.Module, images: np.ndarray, batch_size: int = 32) 
 
 
 def predict(student: TrainedNetwork, images: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Segment images with a trained network, each at its own size (step S7).
+    """Segment images of any size (step S7).
 
     Parameters
     ----------
     student : TrainedNetwork
         From `load_student`.
     images : (N, H, W, 3) uint8, or a sequence of (H, W, 3) uint8
-        RGB of any size; prepared as for the training (size, padding, grey, equalization, gamma), and brought back.
+        RGB; resized as for the training.
 
     Returns
     -------
     list of (H, W) float32
-        Probability that a pixel is lesion. Times 255 it is the mask image of the method; over 0.5, a mask.
+        Probability that a pixel is lesion, at the image's own size.
     """
     for i, image in enumerate(images):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise LesionKDError(f"predict: image {i} has shape {image.shape} and type {image.dtype}; wants (H, W, 3) uint8")
+            raise LesionKDError(
+                f"predict: image {i} has shape {image.shape} and type {image.dtype}; "
+                "expected (H, W, 3) uint8"
+            )
     if not len(images):
         return []
     small = np.stack([prepare_image(image, student.cfg) for image in images])
-    return [restore(p, image.shape[0], image.shape[1], student.cfg) for p, image in zip(probabilities(student.network, small), images)]
+    found = probabilities(student.network, small)
+    return [restore(p, *image.shape[:2], student.cfg) for p, image in zip(found, images)]
 
 
 def predict_folder(
-    student: TrainedNetwork, images: Path, out: Path, threshold: float | None = None, overlays: bool = False,
-    tell: Callable[[int, int], None] = lambda *_: None,
+    student: TrainedNetwork,
+    images: Path,
+    out: Path,
+    threshold: float | None = None,
+    overlays: bool = False,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[str]:
     """Write a mask for every image and volume of a folder, at its own size (step S7).
 
-    Images give `NAME.png`. NIfTI and DICOM files and folders of DICOM series give `NAME.nii.gz` in the
-    space of the scan; they are shown to the network in the `window` of the run's configuration.
+    Pictures give `NAME.png`. Volumes give `NAME.nii.gz` in the space of the scan.
 
     Parameters
     ----------
     threshold : float, optional
-        In 0..1: masks are 0 and 255 (NIfTI: 0 and 1, uint8); without it they are probability x 255
-        (NIfTI: probability, float32).
+        In 0..1: masks are 0 and 255 (volumes: 0 and 1). Otherwise they are probability x 255
+        (volumes: probability, float32).
     overlays : bool
-        Also write `NAME_overlay.png` with the contour drawn in; of a volume, the slice with most lesion.
-    tell : callable(done, total)
-        Called after every image.
+        Also write `NAME_overlay.png` with the contour; of a volume, the slice with most lesion.
+    progress : function of (done, total)
 
     Returns
     -------
     list of str
-        One line for every file that could not be read; the others are written.
+        One line for each file that could not be read; the others are written.
     """
-    from .datasets.volumes import is_dicom
+    from .data.volumes import is_dicom
 
     if not images.is_dir():
-        raise LesionKDError(f"{images} is no folder of images")
+        raise LesionKDError(f"{images} is not a folder of images")
     paths = [path for path in sources_in(images) if not path.is_dir() or is_dicom(path)]
     if not paths:
-        raise LesionKDError(f"{images} holds no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .dcm, or folders of DICOM series)")
-    store.make_folder(out)
-    stems = Counter(map(stem_of, paths))
-    unreadable = []
+        raise LesionKDError(
+            f"{images} has no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .dcm, or "
+            "folders of DICOM series)"
+        )
+    results.make_folder(out)
+    stems, unreadable = Counter(map(stem_of, paths)), []
     for done, path in enumerate(paths, start=1):
+        name = stem_of(path) if stems[stem_of(path)] == 1 else path.name
         try:
-            _predict_file(student, path, out, stem_of(path) if stems[stem_of(path)] == 1 else path.name, threshold, overlays)
+            _predict_file(student, path, out, name, threshold, overlays)
         except UnreadableFile as error:
             unreadable.append(str(error))
-        tell(done, len(paths))
+        progress(done, len(paths))
     return unreadable
 
 
-def _predict_file(student: TrainedNetwork, path: Path, out: Path, name: str, threshold: float | None, overlays: bool) -> None:
-    """Write the mask of an image, or of all slices of a volume."""
-    from .datasets.volumes import read_volume, write_mask
+def _predict_file(
+    student: TrainedNetwork,
+    path: Path,
+    out: Path,
+    name: str,
+    threshold: float | None,
+    overlays: bool,
+) -> None:
+    from .data.volumes import read_volume, write_mask
 
     volume = read_volume(path) if is_volume(path) else None
     images = [] if volume else [read_image(path)]
     shape = volume.space.shape if volume else (1, *images[0].shape[:2])
     if min(shape[1:]) < 2:
-        raise UnreadableFile(f"{path.name}: {shape[2]} x {shape[1]} px is no image to segment")
+        raise UnreadableFile(f"{path.name}: {shape[2]} x {shape[1]} px is too small to segment")
     slices = volume.images(student.cfg.window) if volume else iter(images)
     written = np.empty(shape, np.float32 if threshold is None else bool)
     z, most = 0, -1
@@ -200,12 +226,13 @@ def _predict_file(student: TrainedNetwork, path: Path, out: Path, name: str, thr
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:
-    with store.replacing(path) as partial:
+    with results.replacing(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG")
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int] = (238, 119, 51)) -> np.ndarray:
-    """Draw a mask's contour into a copy of an image, (H, W, 3) uint8; as wide as 0.4 % of the longer side."""
-    drawn = image.copy()
-    drawn[edge_label(mask, width=max(1, round(max(mask.shape) * 0.002)))] = colour
+def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Draw a mask's contour into a copy of an image, (H, W, 3) uint8: orange between black lines."""
+    drawn, width = image.copy(), max(1, round(max(mask.shape) * 0.002))
+    drawn[edge_label(mask, width + 1)] = (0, 0, 0)
+    drawn[edge_label(mask, width)] = (238, 119, 51)
     return drawn

@@ -359,9 +359,7 @@ def read_array(path: Path, mmap: bool = True) -> np.ndarray:
     """Read a .npy file, by default memory-mapped."""
     import numpy as np
 
-    array: np.ndarray = np.load(
-        checked(path), mmap_mode="r" if mmap else None, allow_pickle=False
-    )
+    array: np.ndarray = np.load(checked(path), mmap_mode="r" if mmap else None, allow_pickle=False)
     return array
 
 
@@ -552,7 +550,12 @@ class _PlainLines(logging.StreamHandler):  # type: ignore[type-arg]
         pass
 
 
-if not log.handlers and os.environ.get("LOCAL_RANK", "0") == "0":
+def leads() -> bool:
+    """Whether this is the first of the processes that torchrun started; it alone prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+if not log.handlers and leads():
     log.addHandler(_PlainLines())
     log.setLevel(logging.INFO)
 
@@ -590,7 +593,7 @@ def live_bar() -> Any:
 
             return tqdm
         return None
-    if sys.stdout.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+    if sys.stdout.isatty() and leads():
         from tqdm import tqdm
 
         return tqdm

@@ -1,25 +1,35 @@
-"""Training batches: everything random is a function of seed, epoch and case, so a run resumes without a trace."""
+"""Training batches: everything random is a function of seed, epoch and case, so a run can resume."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import ranks
 from .augment import augment, draw
 from .prepare import Prepared
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's channel statistics, so that an ImageNet encoder finds what it knows."""
+"""ImageNet's channel statistics, for encoders trained there."""
+
+Device = torch.device | str
 
 
-def normalize(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, channels last in memory, mean 0 and deviation 1 on ImageNet."""
+class Batch(NamedTuple):
+    """Rows of the cases, images (N, 3, S, S) float32 and masks (N, 1, S, S) float32 0/1."""
+
+    rows: np.ndarray
+    images: Tensor
+    masks: Tensor
+
+
+def normalize(images: np.ndarray, device: Device = "cpu") -> Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, channels last, standardized with MEAN and STD."""
     x = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2)
     return _standardize(x.contiguous().float().div_(255))
 
@@ -30,36 +40,53 @@ def _standardize(grey: Tensor) -> Tensor:
 
 
 def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Shuffled positions 0..count-1 in batches; a last batch of one is left out (BatchNorm needs two)."""
+    """Shuffled positions 0..count-1 in batches; a last batch of one is dropped, for BatchNorm."""
     order = np.random.default_rng([seed, epoch]).permutation(count)
     batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
     return batches if len(batches) == 1 or len(batches[-1]) > 1 else batches[:-1]
 
 
-def _send(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """To a device; to a GPU from pinned memory, so that this thread need not wait for the steps before."""
-    x = torch.from_numpy(array)
-    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
-
-
 def load_batch(
-    prepared: Prepared, rows: np.ndarray, seed: int, epoch: int, augmentation: str, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Cases of an epoch as the networks see them: images (N, 3, S, S) normalized, masks (N, 1, S, S) float 0/1."""
-    images, masks = _send(prepared.images[rows], device).permute(0, 3, 1, 2), _send(prepared.masks[rows], device).unsqueeze(1)
-    grey, masks = augment(images, masks, [draw(seed, epoch, int(row), augmentation) for row in rows])
-    return _standardize(grey), masks
+    data: Prepared, rows: np.ndarray, seed: int, epoch: int, augmentation: str, device: Device
+) -> Batch:
+    """Augmented cases of one epoch, standardized, on a device."""
+    images = _send(data.images[rows], device).permute(0, 3, 1, 2)
+    masks = _send(data.masks[rows], device).unsqueeze(1)
+    grey, masks = augment(images, masks, [draw(seed, epoch, int(r), augmentation) for r in rows])
+    return Batch(rows, _standardize(grey), masks)
+
+
+def _send(array: np.ndarray, device: Device) -> Tensor:
+    """To a device; to a GPU from pinned memory, so that this thread does not wait."""
+    x = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def epoch_batches(
-    prepared: Prepared, batch_size: int, seed: int, epoch: int, augmentation: str, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of training batches from `load_batch`, each made while the network learns from the one before; of many ranks, this one's part."""
-    rows = prepared.index("train")
+    data: Prepared,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augmentation: str,
+    device: Device = "cpu",
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[Batch]:
+    """One epoch of training batches, each loaded while the network trains on the one before.
+
+    With several processes, each gets its part of every batch.
+    """
+    rows = data.index("train")
+    order = [b for b in epoch_order(len(rows), batch_size, seed, epoch) if len(b) >= ranks]
     with ThreadPoolExecutor(1) as loader:
-        order = epoch_order(len(rows), batch_size, seed, epoch)
-        coming = (loader.submit(load_batch, prepared, rows[batch[ranks.part(len(batch))]], seed, epoch, augmentation, device) for batch in order)
-        for batch, (ready, _) in zip(order, pairwise(chain(coming, [None]))):
-            assert ready  # the None stands after the last batch
-            with ranks.batch(len(batch)):
-                yield ready.result()
+        coming = (
+            loader.submit(
+                load_batch, data, rows[batch[rank::ranks]], seed, epoch, augmentation, device
+            )
+            for batch in order
+        )
+        for ready, _ in pairwise(chain(coming, [None])):
+            assert ready  # None follows the last batch
+            yield ready.result()

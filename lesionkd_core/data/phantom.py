@@ -1,256 +1,254 @@
-"""Phantom cases: synthetic lesion images with an exact mask, drawn in place of downloaded.
+"""Phantom: drawn dermoscopy images with an exact mask, so that everything runs without a download.
 
-A case is a function of (look, seed, index) alone; pixel size and difficulty change how it
-is rendered, never where the lesion lies. In each look a rule tells lesions from distractors:
+A lesion is brown and has a pigment network. The distractors have not both: stains have no network,
+freckles are tiny, shade has no colour, ink is blue, hairs are thin. A case is a function of its seed
+and index; the number of pixels changes how it is rendered, not where the lesion is.
 
-- dermoscopy: a lesion is brown *and* carries a pigment network; freckles are tiny, stains
-  have no network, shade has no colour and no border, ink is blue.
-- ultrasound: a lesion is darker than the tissue around it *and* still echoes; vessels and
-  cysts are black, shadows follow the beam down, fat lobules have a bright capsule.
-- ct: a lesion is a haze that vessels shine through; nodules, consolidations, vessels and
-  fissures are solid, the haze of the dependent lung has no border.
+Coordinates are in image widths from the centre. A shape is a signed distance to its border, negative
+inside.
 """
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
 
-from .phantom_ct import ct
-from .phantom_texture import (
-    border_of,
-    capsules,
-    cover,
-    field,
-    from_to,
-    grid,
-    lesion_border,
-    lesion_outlines,
-    profile,
-    random_outline,
-    rayleigh,
-    ridges,
-    scattered_discs,
-    shown_of,
-    strokes,
+NAME = "phantom"
+VERSION = 2  # increase when a case is drawn differently
+CASES = 1000
+
+# absorption in red, green and blue
+PIGMENTS = np.array(
+    [
+        [0.50, 0.95, 1.35],  # melanin
+        [0.08, 0.75, 0.60],  # blood
+        [1.00, 1.00, 1.00],  # shade
+        [1.20, 0.85, 0.25],  # ink
+    ],
+    np.float32,
 )
-
-LOOKS = ("phantom-dermoscopy", "phantom-ultrasound", "phantom-ct")
-VERSION = 1  # raise when a case comes out differently
-
-# absorption in red, green, blue
-SPECTRA = np.array([
-    [0.50, 0.95, 1.35],  # melanin
-    [0.08, 0.75, 0.60],  # blood
-    [1.00, 1.00, 1.00],  # shade
-    [1.20, 0.85, 0.25],  # ink
-], np.float32)
+ANGLES = 1024  # points of an outline
+HARMONICS = np.arange(2, 17)  # order 1 would only move the centre
 
 
-def draw(look: str, seed: int, index: int, pixels: int = 128, difficulty: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one phantom case.
+def draw(seed: int, index: int, pixels: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one case.
 
     Parameters
     ----------
-    look : str
-        One of `LOOKS`.
     seed, index : int
-        Name the case within the look; at least 0.
+        Identify the case; at least 0.
     pixels : int
-        Side of the image, at least 16. The scene is the same at every size.
-    difficulty : float
-        0 (easy) to 1 (very hard): less contrast, softer borders, more distractors and noise.
+        Side of the image, at least 16.
 
     Returns
     -------
     image : (pixels, pixels, 3) uint8
     mask : (pixels, pixels) bool
-        Where the border function of the lesions is negative; all False in about 8 % of cases.
-
-    Raises
-    ------
-    ValueError
-        If an argument is outside its range.
+        Empty in about 8 % of the cases.
     """
-    _check(look, seed, index, pixels, difficulty)
-    case = np.random.default_rng([seed, LOOKS.index(look), index])
-    outlines, scene, noise = case.spawn(3)
-    image, border = PAINTERS[look](outlines, scene, noise, pixels, difficulty)
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
+    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("pixels", pixels, 16)):
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} is {value!r}; give an integer of at least {least}")
+    shapes, scene, noise = np.random.default_rng([seed, index]).spawn(3)
+    x, y = grid(pixels)
+    outlines = lesion_outlines(shapes)
+    border = np.minimum.reduce([border_of(o, x, y) for o in outlines] or [np.ones_like(x)])
+    amounts = np.stack(
+        [
+            _melanin(border, scene, pixels),
+            _blood(border, scene, pixels),
+            _shade(scene, pixels),
+            _ink(scene, pixels),
+        ]
+    )
+    _add_stain(amounts, scene, pixels)
+    _add_hairs(amounts, scene, pixels)
+    absorbed = np.tensordot(amounts, PIGMENTS, axes=(0, 0))  # Beer-Lambert law
+    grain = noise.standard_normal((pixels, pixels, 3), dtype=np.float32)
+    image = np.exp(-absorbed) + np.float32(0.025) * grain
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), border < 0
 
 
-def _check(look: str, seed: int, index: int, pixels: int, difficulty: float) -> None:
-    if look not in LOOKS:
-        raise ValueError(f"look is {look!r}; choose one of {', '.join(LOOKS)}.")
-    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("pixels", pixels, 16)):
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}.")
-    if not 0 <= difficulty <= 1:
-        raise ValueError(f"difficulty is {difficulty!r}; give a number from 0 (easy) to 1 (hard).")
+# What a scene consists of, each as an amount of pigment ------------------------------------------
 
 
-# --- dermoscopy ---------------------------------------------------------------------------
-
-
-def dermoscopy(outlines: Generator, scene: Generator, noise: Generator, pixels: int, difficulty: float) -> tuple[np.ndarray, np.ndarray]:
-    """Skin by Beer-Lambert: image = exp(-sum over pigments of amount x spectrum).
-
-    Returns the image (pixels, pixels, 3) in [0, 1] and the border function (pixels, pixels).
-    """
-    x, y = grid(pixels)
-    border = lesion_border(lesion_outlines(outlines, spread=0.8, decay=(1.0, 2.4)), x, y)
-    amounts = np.empty((len(SPECTRA), pixels, pixels), np.float32)
-    amounts[0] = _melanin(border, scene, pixels, difficulty)
-    amounts[1] = _blood(border, scene, pixels)
-    amounts[2] = _shade(scene, pixels, difficulty)
-    amounts[3] = _ink(scene, pixels, difficulty)
-    _add_stain(amounts, scene, pixels, difficulty)
-    _add_hairs(amounts, scene, pixels, difficulty)
-    absorbed = np.tensordot(amounts, SPECTRA, axes=(0, 0))
-    grain = noise.standard_normal((pixels, pixels, 3), dtype=np.float32)
-    return np.exp(-absorbed) + np.float32(from_to(0.01, 0.04, difficulty)) * grain, border
-
-
-def _melanin(border: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
+def _melanin(border: np.ndarray, rng: Generator, pixels: int) -> np.ndarray:
     skin = rng.uniform(0.08, 0.5) * (1 + 0.15 * field(rng, pixels, 5))
     lines = 0.05 * ridges(rng, pixels, 32) + 0.03 * field(rng, pixels, 64)
-    depth = from_to(1.1, 0.4, difficulty) * rng.uniform(0.7, 1.4)
-    width = from_to(0.006, 0.022, difficulty) * rng.uniform(0.5, 1.5)
-    blotch = np.clip(1 + 0.4 * field(rng, pixels, 6), 0.45, 2)
+    depth, width = 0.75 * rng.uniform(0.7, 1.4), 0.014 * rng.uniform(0.5, 1.5)
+    blotches = np.clip(1 + 0.4 * field(rng, pixels, 6), 0.45, 2)
     network = ridges(rng, pixels, int(rng.choice([24, 30, 36])))
-    lesion = depth * cover(border, width) * blotch * (0.65 + 0.9 * network)
-    ends, radii = scattered_discs(rng, 14, 0.006, 0.02)
-    shown = shown_of(rng, 14, difficulty)
-    freckles = capsules(ends[:shown], radii[:shown], pixels)
-    return skin + lines + lesion + 0.35 * freckles
+    lesion = depth * coverage(border, width) * blotches * (0.65 + 0.9 * network)
+    freckles = discs(rng.uniform(-0.48, 0.48, (5, 2)), rng.uniform(0.006, 0.02, 5), pixels)
+    amount: np.ndarray = skin + lines + lesion + 0.35 * freckles
+    return amount
 
 
 def _blood(border: np.ndarray, rng: Generator, pixels: int) -> np.ndarray:
     skin = rng.uniform(0.2, 0.45) * (1 + 0.2 * field(rng, pixels, 4))
-    return skin + rng.uniform(0, 0.25) * cover(border - 0.02, 0.03)
+    amount: np.ndarray = skin + rng.uniform(0, 0.25) * coverage(border - 0.02, 0.03)
+    return amount
 
 
-def _add_stain(amounts: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> None:
-    """A red to brown patch as large as a lesion, told from it by its lack of a network."""
-    middle = rng.uniform(-0.42, 0.42, 2)
-    stain = random_outline(rng, rng.uniform(0.02, 0.1), middle, decay=(1.5, 3))
-    patch = cover(border_of(stain, *grid(pixels)), rng.uniform(0.01, 0.03))
-    brown, depth = rng.uniform(0, 1) ** 2, rng.uniform(0.15, 0.6) * from_to(0.3, 1.2, difficulty)
+def _shade(rng: Generator, pixels: int) -> np.ndarray:
+    """Uneven light, dark corners and a soft shadow."""
+    x, y = grid(pixels)
+    tilt = 0.3 * rng.standard_normal(2).astype(np.float32)
+    light = 0.12 + tilt[0] * x + tilt[1] * y + 0.1 * field(rng, pixels, 3)
+    radius, soft = rng.uniform(0.5, 0.75), rng.uniform(0.01, 0.07)
+    dark = rng.uniform(0.3, 2.2) * (rng.uniform() < 0.45)
+    corners = coverage(radius - np.hypot(x, y), soft)
+    at = rng.uniform(-0.5, 0.5, 2).astype(np.float32)
+    shadow = np.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / 0.05)
+    amount: np.ndarray = light + dark * corners + rng.uniform(0, 0.3) * shadow
+    return amount
+
+
+def _ink(rng: Generator, pixels: int) -> np.ndarray:
+    """A pen mark near the left or right side, in a quarter of the cases."""
+    x, y = grid(pixels)
+    across, down, length = (
+        rng.choice([-0.42, 0.42]),
+        rng.uniform(-0.4, 0.4),
+        rng.uniform(0.04, 0.12),
+    )
+    half_width, shown = rng.uniform(0.01, 0.025), rng.uniform() < 0.25
+    past_the_end = np.clip(np.abs(y - np.float32(down)) - length, 0, None)
+    distance = np.hypot(x - np.float32(across), past_the_end) - half_width
+    return 1.1 * shown * coverage(distance, 0.006)
+
+
+def _add_stain(amounts: np.ndarray, rng: Generator, pixels: int) -> None:
+    """A red to brown patch as large as a lesion, without a pigment network."""
+    outline = random_outline(rng, rng.uniform(0.02, 0.1), rng.uniform(-0.42, 0.42, 2))
+    patch = coverage(border_of(outline, *grid(pixels)), rng.uniform(0.01, 0.03))
+    brown, depth = rng.uniform(0, 1) ** 2, rng.uniform(0.1, 0.45)
     amounts[0] += brown * depth * patch
     amounts[1] += (1 - brown) * depth * patch
 
 
-def _shade(rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
-    """Uneven light, dark corners, diffuse shadow and, as negative shade, bubbles."""
+def _add_hairs(amounts: np.ndarray, rng: Generator, pixels: int) -> None:
+    """Thin curved lines in about one direction."""
     x, y = grid(pixels)
-    uneven = from_to(0.04, 0.16, difficulty)
-    tilt = uneven * 3 * rng.standard_normal(2)
-    light = 0.12 + np.float32(tilt[0]) * x + np.float32(tilt[1]) * y
-    light = light + uneven * field(rng, pixels, 3)
-    radius, edge = rng.uniform(0.5, 0.75), rng.uniform(0.01, 0.07)
-    center = rng.uniform(-0.06, 0.06, 2).astype(np.float32)
-    corners = cover(radius - np.hypot(x - center[0], y - center[1]), edge)
-    dark = rng.uniform(0.3, 2.2) * (rng.uniform() < from_to(0.1, 0.8, difficulty))
-    shadow = rng.uniform(-0.5, 0.5, 2).astype(np.float32)
-    diffuse = np.exp(-((x - shadow[0]) ** 2 + (y - shadow[1]) ** 2) / 0.05)
-    ends, radii = scattered_discs(rng, 5, 0.008, 0.035)
-    shown = shown_of(rng, 5, difficulty)
-    bubbles = capsules(ends[:shown], radii[:shown], pixels, rim=True)
-    strength = rng.uniform(0, 0.5) * from_to(0.3, 1, difficulty)
-    shade: np.ndarray = light + dark * corners + strength * diffuse - 0.15 * bubbles
-    return shade
+    direction, darkness = rng.uniform(0, np.pi), rng.uniform(0.3, 1.2)
+    for _ in range(int(rng.integers(1, 9))):
+        foot_x, foot_y, turn, bend, half, width = rng.uniform(
+            [-0.5, -0.5, -0.6, -1.2, 0.1, 0.002], [0.5, 0.5, 0.6, 1.2, 0.6, 0.0045]
+        ).astype(np.float32)
+        cos, sin = np.float32(np.cos(direction + turn)), np.float32(np.sin(direction + turn))
+        along = cos * (x - foot_x) + sin * (y - foot_y)
+        aside = cos * (y - foot_y) - sin * (x - foot_x) - bend * along**2
+        wide = max(width, np.float32(0.6 / pixels))  # thinner than a pixel: fainter, not broken
+        line = np.exp(-((aside / wide) ** 2) - (along / half) ** 8) * (width / wide)
+        amounts[0] += darkness * line
+        amounts[2] += 0.5 * darkness * line
 
 
-def _ink(rng: Generator, pixels: int, difficulty: float) -> np.ndarray | float:
-    """A pen mark near a side of the image, in a share of the cases that difficulty sets."""
-    side, height, angle = rng.choice([-1, 1]) * 0.42, *rng.uniform(-0.4, 0.4, 2)
-    run = rng.uniform(0.04, 0.12) * np.array([np.sin(angle), np.cos(angle)])
-    mark = np.array([side, height, *(np.array([side, height]) + run)])
-    mark = mark if rng.uniform() < 0.5 else mark[[1, 0, 3, 2]]
-    radius, chance = rng.uniform(0.01, 0.025), rng.uniform()
-    if chance > from_to(0.1, 0.4, difficulty):
-        return 0
-    return 1.1 * capsules(mark[None], np.array([radius]), pixels, soft=0.006)
+# Shapes and textures ------------------------------------------------------------------------------
 
 
-def _add_hairs(amounts: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> None:
-    hairs = rng.uniform([-0.5, -0.5, -0.6, -1.2, 0.1, 0.002], [0.5, 0.5, 0.6, 1.2, 0.6, 0.0045], (14, 6))
-    hairs[:, 2] += rng.uniform(0, np.pi)  # hairs lie in about one direction
-    lines = strokes(hairs[: shown_of(rng, 14, difficulty)], *grid(pixels))
-    darkness = rng.uniform(0.3, 1.2)
-    amounts[0] += darkness * lines
-    amounts[2] += 0.5 * darkness * lines
+class Outline(NamedTuple):
+    """Star-shaped outline: a Fourier series of the log-radius, stretched and rotated."""
+
+    center: np.ndarray  # (2,) x, y
+    stretch: float  # square root of long axis / short axis
+    tilt: float  # angle of the long axis, rad
+    radius: np.ndarray  # (ANGLES,) before the stretch
 
 
-# --- ultrasound ---------------------------------------------------------------------------
+def lesion_outlines(rng: Generator) -> list[Outline]:
+    """The lesions of a case: 8 % have none, 15 % two or three, the others one; 1 to 25 % of the image."""
+    chance = rng.uniform()
+    count = 0 if chance < 0.08 else int(rng.integers(2, 4)) if chance < 0.23 else 1
+    total = 0.013 * 19 ** rng.uniform(0.25 * (count > 1), 1)
+    outlines: list[Outline] = []
+    for _ in range(count):
+        limit = max(0.8 * (0.5 - np.sqrt(total / count / np.pi)), 0.06)
+        candidates = rng.uniform(-limit, limit, (24 if count > 1 else 1, 2))
+        others = np.array([o.center for o in outlines]).reshape(-1, 2)
+        gaps = np.linalg.norm(candidates[:, None] - others, axis=-1).min(axis=1, initial=9)
+        area = total / count * rng.uniform(0.7, 1)
+        outlines.append(random_outline(rng, area, candidates[gaps.argmax()]))
+    return outlines
 
 
-def ultrasound(outlines: Generator, scene: Generator, noise: Generator, pixels: int, difficulty: float) -> tuple[np.ndarray, np.ndarray]:
-    """B-mode: log-compressed grey = gain + echogenicity + log of Rayleigh speckle.
+def random_outline(rng: Generator, area: float, center: np.ndarray) -> Outline:
+    """An outline that encloses a fraction `area` of the image.
 
-    Returns the image (pixels, pixels) in [0, 1] and the border function (pixels, pixels).
+    log r(t) = sum_k k^-p (a_k cos kt + b_k sin kt); small p is spiculated, large p is lobed.
     """
+    power, scale = rng.uniform(1.0, 2.4), rng.uniform(0.06, 0.22)
+    a, b = rng.standard_normal((2, len(HARMONICS))) * scale * (HARMONICS / 2.0) ** -power
+    turns = HARMONICS * (np.arange(ANGLES)[:, None] * (2 * np.pi / ANGLES))
+    radius = np.exp(np.cos(turns) @ a + np.sin(turns) @ b)
+    radius *= np.sqrt(area / (np.pi * np.mean(radius**2)))
+    stretch, tilt = np.sqrt(rng.uniform(1, 2)), rng.uniform(0, np.pi)
+    return Outline(np.asarray(center), stretch, tilt, radius.astype(np.float32))
+
+
+def border_of(outline: Outline, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance from the outline's centre minus its radius in that direction, at x, y."""
+    dx, dy = x - np.float32(outline.center[0]), y - np.float32(outline.center[1])
+    cos, sin = np.float32(np.cos(outline.tilt)), np.float32(np.sin(outline.tilt))
+    along = (cos * dx + sin * dy) / np.float32(outline.stretch)
+    aside = (cos * dy - sin * dx) * np.float32(outline.stretch)
+    step = (np.arctan2(aside, along) * (ANGLES / (2 * np.pi))).astype(np.int32)  # < 0: from the end
+    border: np.ndarray = np.hypot(along, aside) - outline.radius[step]
+    return border
+
+
+def coverage(border: np.ndarray, width: float) -> np.ndarray:
+    """Fraction of each pixel that a shape covers: 1 inside, 0 outside, 1/2 on the border."""
+    from scipy.special import expit
+
+    fraction: np.ndarray = expit(border * np.float32(-1 / width))
+    return fraction
+
+
+def discs(centers: np.ndarray, radii: np.ndarray, pixels: int) -> np.ndarray:
+    """Opacity (pixels, pixels) of discs at centers (M, 2)."""
     x, y = grid(pixels)
-    border = lesion_border(lesion_outlines(outlines, spread=0.9), x, y)
-    echo = _tissue(scene, pixels)
-    echo = _with_lesion(echo, border, scene, pixels, difficulty)
-    echo = _with_decoys(echo, scene, pixels, difficulty)
-    slope = scene.uniform(-0.5, 0.15) * from_to(0.4, 1, difficulty)
-    gain = scene.uniform(0.5, 0.62) + np.float32(slope) * y + 0.04 * field(scene, pixels, 3)
-    speckle = from_to(0.09, 0.2, difficulty) * np.log(rayleigh(noise, pixels) + 0.2)
-    return gain + echo + speckle, border
+    borders = [
+        np.hypot(x - np.float32(cx), y - np.float32(cy)) - np.float32(r)
+        for (cx, cy), r in zip(centers, radii)
+    ]
+    return coverage(np.minimum.reduce(borders), max(0.004, 0.5 / pixels))
 
 
-def _tissue(rng: Generator, pixels: int) -> np.ndarray:
-    """Skin, fat with septa, gland and muscle, one below the other with wavy interfaces."""
-    _, y = grid(pixels)
-    depths = np.array([-0.45, rng.uniform(-0.34, -0.2), rng.uniform(0.2, 0.36)])
-    skin, fat, gland = (
-        y - np.float32(depth) - wave * profile(rng, pixels, 4) for depth, wave in zip(depths, (0.006, 0.025, 0.025), strict=True)
-    )
-    lobes = 0.05 * field(rng, pixels, 14, 8)
-    septa = 0.14 * ridges(rng, pixels, 6) * cover(fat, 0.01)
-    fibres = 0.07 * field(rng, pixels, 44, 4) * cover(-gland, 0.02)
-    fascia = 0.15 * np.exp(-((gland / 0.012) ** 2))
-    steps = 0.22 * cover(skin, 0.006) - 0.13 * cover(fat, 0.015) - 0.1 * cover(-gland, 0.015)
-    tissue: np.ndarray = steps + lobes + septa + fibres + fascia
-    return tissue
+@lru_cache(maxsize=8)
+def grid(pixels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel centres x, y, each (pixels, pixels)."""
+    ticks = (np.arange(pixels, dtype=np.float32) + 0.5) / pixels - 0.5
+    x, y = np.meshgrid(ticks, ticks)
+    x.setflags(write=False)
+    y.setflags(write=False)
+    return x, y
 
 
-def _with_lesion(echo: np.ndarray, border: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
-    """Hypoechoic lesion with a bright rim, and a shadow or enhancement behind it."""
-    width = from_to(0.006, 0.02, difficulty) * rng.uniform(0.6, 1.4)
-    inside = cover(border, width)
-    drop = from_to(0.42, 0.18, difficulty) * rng.uniform(0.85, 1.25)
-    within = -drop * (1 + 0.2 * field(rng, pixels, 8))
-    halo = rng.uniform(0, 0.14) * np.exp(-(((border - 0.02) / 0.02) ** 2))
-    path = np.cumsum(inside, axis=0) / pixels  # lesion crossed by the beam so far
-    behind = rng.uniform(-0.7, 0.7) * path * (1 - inside)
-    flattened = echo * (1 - 0.8 * inside)  # layers end at the lesion
-    changed: np.ndarray = flattened + inside * within + halo + behind
-    return changed
+def field(rng: Generator, pixels: int, knots: int) -> np.ndarray:
+    """Smooth Gaussian random field (pixels, pixels) of mean 0 and variance 1, `knots` waves across."""
+    values = rng.standard_normal((knots + 3, knots + 3), dtype=np.float32)
+    weights = _spline_weights(pixels, knots)
+    smooth: np.ndarray = weights @ (values / np.float32(0.4794)) @ weights.T  # its mean power
+    return smooth
 
 
-def _with_decoys(echo: np.ndarray, rng: Generator, pixels: int, difficulty: float) -> np.ndarray:
-    x, y = grid(pixels)
-    ends, radii = scattered_discs(rng, 4, 0.012, 0.035)
-    ends[:, 2:] += rng.uniform([-0.08, -0.02], [0.08, 0.02], (4, 2))  # vessels run across
-    shown = shown_of(rng, 4, difficulty)
-    vessels = capsules(ends[:shown], radii[:shown], pixels, soft=0.007)
-    bright = 0.9 * np.cumsum(vessels, axis=0) / pixels * (1 - vessels)  # fluid hardly absorbs
-    lobule = random_outline(rng, rng.uniform(0.01, 0.06), rng.uniform(-0.4, 0.4, 2), (0.03, 0.08))
-    capsule = border_of(lobule, x, y)
-    fat = -0.05 * cover(capsule, 0.008) + 0.2 * np.exp(-((capsule / 0.012) ** 2))
-    fat = fat * (rng.uniform() < from_to(0.3, 0.8, difficulty))
-    starts, places = rng.uniform(-0.4, 0.3, 3), rng.uniform(-0.5, 0.5, 3)
-    depths, widths = rng.uniform(0.08, 0.28, 3), rng.uniform(0.03, 0.1, 3)
-    ray = x / (1 + np.float32(0.3) * y)  # beams of a curved probe fan out
-    shadows = np.zeros_like(x)
-    for k in range(shown_of(rng, 3, difficulty)):
-        across = np.exp(-(((ray - np.float32(places[k])) / np.float32(widths[k])) ** 2))
-        shadows += np.float32(depths[k]) * across * cover(np.float32(starts[k]) - y, 0.03)
-    changed: np.ndarray = echo - 0.5 * vessels + bright + fat - shadows
-    return changed
+def ridges(rng: Generator, pixels: int, knots: int) -> np.ndarray:
+    """Net of bright lines (pixels, pixels) in [0, 1]: the zero crossings of a random field."""
+    net: np.ndarray = np.exp(-3 * np.abs(field(rng, pixels, knots)))
+    return net
 
 
-PAINTERS = dict(zip(LOOKS, (dermoscopy, ultrasound, ct), strict=True))
+@lru_cache(maxsize=64)
+def _spline_weights(pixels: int, knots: int) -> np.ndarray:
+    """Cubic B-spline weights (pixels, knots + 3) of each pixel centre."""
+    position = (np.arange(pixels) + 0.5) / pixels * knots
+    away = np.abs(position[:, None] + 1 - np.arange(knots + 3))
+    near, far = 2 / 3 - away**2 + away**3 / 2, np.clip(2 - away, 0, None) ** 3 / 6
+    weights = np.where(away < 1, near, far).astype(np.float32)
+    weights.setflags(write=False)
+    return weights

@@ -1,4 +1,4 @@
-"""Raw release or phantom -> checked, grouped, split, resized arrays, and a report on what was wrong."""
+"""Raw images -> checked, grouped, split and resized arrays, and a report on problems."""
 
 from __future__ import annotations
 
@@ -18,65 +18,63 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .. import store
+from .. import results
 from ..config import LesionKDError, PrepareConfig
-from ..datasets import CATALOGUE, Case, Reading, UnreadableFile, fingerprint, phantom, read
-from ..datasets.files import is_volume
 from ..edges import edge_label
-from ..integrity import checked, is_whole
-from ..progress import Progress, Tell
-from .groups import group_cases, near_pairs
-from .pixels import lesion_contrast, perceptual_hash, prepare_image, prepare_mask, restore
-from .splits import SPLITS, SplitError, crossing, split_cases
+from ..results import Progress, log
+from . import phantom
+from .images import Case, Reading, UnreadableFile, is_volume
+from .layouts import CATALOGUE, fingerprint, read
+from .pixels import lesion_contrast, perceptual_hash, prepare_image, prepare_mask
+from .splits import SPLITS, crossing, group_cases, split_cases
 
-__all__ = [
-    "SPLITS", "Prepared", "SplitError", "group_cases", "near_pairs", "perceptual_hash", "prepare_data", "prepare_image", "prepare_mask", "restore",
-    "split_cases",
-]
-
-PHANTOM_CASES = 1000
-PART, VOLUMES = 64, 2  # images or volumes read between two saves: what a killed preparation loses, and what lies in memory
+PART, VOLUMES = 64, 2  # images or volumes between two saves; they are in memory together
 Row = tuple[dict[str, Any], np.ndarray, np.ndarray]
-"""What is known of a case; its image (1, S, S, 3) and mask (1, S, S) as prepared, none of them where it is dropped."""
+"""Facts of a case; its prepared image (1, S, S, 3) and mask (1, S, S), empty if it is dropped."""
 
 
-class Prepared(store.Result):
-    """Prepared arrays of one data set: memory-mapped, read-only, in the order of `cases`."""
+class Prepared(results.Result):
+    """Prepared arrays of one data set, memory-mapped, in the order of `cases`."""
 
     @cached_property
     def cases(self) -> pd.DataFrame:
-        """One row a case: id, group, label, split, volume, lesion_share, contrast (as prepared), height, width (of the original, px)."""
-        return store.read_table(self.path / "cases.csv")
+        """One row for each case.
+
+        Columns id, group, label, split, volume, lesion_share, contrast (as prepared), height, width
+        (of the original, px).
+        """
+        return results.read_table(self.path / "cases.csv")
 
     @cached_property
     def report(self) -> pd.DataFrame:
-        """What was dropped or repaired (`action`), and why."""
-        return store.read_table(self.path / "report.csv")
+        """Cases that were dropped or repaired (`action`), and why."""
+        return results.read_table(self.path / "report.csv")
 
     @cached_property
     def images(self) -> np.ndarray:
         """(N, S, S, 3) uint8."""
-        return store.read_array(self.path / "images.npy")
+        return results.read_array(self.path / "images.npy")
 
     @cached_property
     def masks(self) -> np.ndarray:
         """(N, S, S) uint8, 0 or 1."""
-        return store.read_array(self.path / "masks.npy")
+        return results.read_array(self.path / "masks.npy")
 
     @cached_property
     def edges(self) -> np.ndarray:
-        """(N, S, S) uint8, 0 or 1: Label_edge of the prepared masks, for viewing."""
-        return store.read_array(self.path / "edges.npy")
+        """(N, S, S) uint8, 0 or 1: Label_edge of the prepared masks, for display."""
+        return results.read_array(self.path / "edges.npy")
 
     @cached_property
     def hashes(self) -> np.ndarray:
         """(N, 63) bool: perceptual hashes."""
-        return store.read_array(self.path / "hashes.npy", mmap=False)
+        return results.read_array(self.path / "hashes.npy", mmap=False)
 
     @cached_property
     def split_hash(self) -> str:
-        """Eight digits that change when any case changes its split or group."""
-        return hashlib.sha256(checked(self.path / "split.csv").read_bytes()).hexdigest()[:8]
+        """Eight hexadecimal digits that identify the split and the groups."""
+        content = results.checked(self.path / "split.csv").read_bytes()
+        return hashlib.sha256(content).hexdigest()[:8]
 
     def index(self, split: str) -> np.ndarray:
         """Rows of a split, ascending."""
@@ -84,95 +82,113 @@ class Prepared(store.Result):
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {len(self.index(name))}" for name in SPLITS)
-        return f"Prepared({store.short(self.path)}: {counts}, split {self.split_hash})"
+        return f"Prepared({results.short(self.path)}: {counts}, split {self.split_hash})"
 
 
-def prepare_data(cfg: PrepareConfig, tell: Tell = print) -> Prepared:
-    """Find or make the prepared arrays of `cfg`; what a killed preparation had read is kept.
+def prepare(cfg: PrepareConfig) -> Prepared:
+    """Find or make the prepared arrays; an interrupted preparation resumes.
 
     Raises
     ------
     DatasetNotFound, SplitError, LesionKDError
-        No such release, or too few usable cases to split; nothing half-written is taken for whole.
+        There is no such data set, or too few of its cases can be used.
     """
     cfg = cfg.upstream(PrepareConfig)
     upstream, raw = fingerprint(cfg)
-    path = store.folder(cfg, upstream)
-    if store.is_done(path):
-        return Prepared(path)
-    with store.lock(path, tell):
-        if not store.is_done(path):
-            tell(f"preparing {cfg.dataset} at {cfg.pixels} px")
-            if cfg.dataset in CATALOGUE and len(raw) != (count := CATALOGUE[cfg.dataset].count):
-                tell(f"note: {len(raw)} of the {count} images of the official release are here")
-            store.begin(path, cfg, upstream, keep=True)
+
+    def make(missing: dict[Path, PrepareConfig]) -> None:
+        for path in missing:
+            log.info(f"preparing {cfg.dataset} at {cfg.pixels} px")
+            official = CATALOGUE[cfg.dataset].count if cfg.dataset in CATALOGUE else len(raw)
+            if len(raw) != official:
+                log.info(f"note: {len(raw)} of the release's {official} images are here")
             parts = _read_all(path / "parts", cfg, raw)
-            _assemble(path, cfg, parts, grouped=bool(raw), tell=tell)
-            store.finish(path)
+            _assemble(path, cfg, parts, grouped=bool(raw))
             shutil.rmtree(path / "parts")
-    return Prepared(path)
+
+    return results.find_or_make([cfg], [upstream], make, Prepared, resume=True)[0]
 
 
 def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
-    """Decode and resize every case, in parallel, into one file a part; parts that are there are kept."""
+    """Read and resize all cases in parallel, one file for each part; existing parts are kept."""
     jobs = _jobs(cfg, raw)
     size = VOLUMES if any(is_volume(case.image) for case in raw) else PART
     paths = [folder / f"{start:07d}.npz" for start in range(0, len(jobs), size)]
-    every = max(1, len(paths) // 10)  # ten lines are enough
-    progress = Progress(f"reading {Path(cfg.dataset).name}", len(paths) // every) if len(paths) > 10 else None
+    every = max(1, len(paths) // 10)  # ten lines of progress are enough
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(cores) as pool:  # decoding and resizing free the interpreter lock
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(cores))  # decoding releases the GIL
+        progress = None
+        if len(paths) > 10:
+            progress = Progress(f"reading {cfg.dataset_name}", len(paths) // every)
+            stack.enter_context(progress)
         for number, path in enumerate(paths):
-            if not _is_whole(path):
-                done = [row for rows in pool.map(lambda job: _prepare_case(job, cfg), jobs[number * size : (number + 1) * size]) for row in rows]
-                _write_part(path, done)
+            part = jobs[number * size : (number + 1) * size]
+            if not (zipfile.is_zipfile(path) and results.is_intact(path)):
+                rows = pool.map(lambda job: _prepare_case(job, cfg), part)
+                _write_part(path, [row for found in rows for row in found])
             if progress and (number + 1) % every == 0:
-                progress.epoch(f"{min((number + 1) * size, len(jobs))} of {len(jobs)} cases")
-    if progress:
-        progress.close()
+                progress.step(f"{min((number + 1) * size, len(jobs))} of {len(jobs)} cases")
     return paths
 
 
-def _is_whole(path: Path) -> bool:
-    return zipfile.is_zipfile(path) and is_whole(path)
-
-
 def _jobs(cfg: PrepareConfig, raw: list[Case]) -> list[tuple[Case | int, str]]:
-    """Cases of the release or numbers of the phantom, each with what rules it out from the start."""
+    """Cases of the data set or indices of the phantom, each with a reason to drop it or ''."""
     if not raw:
-        return [(index, "") for index in range(cfg.cases or PHANTOM_CASES)]
+        return [(index, "") for index in range(cfg.cases or phantom.CASES)]
     twice = pd.Series([case.id for case in raw]).duplicated(keep=False)
-    jobs: list[tuple[Case | int, str]] = [(case, f"two images are called {case.id!r}; rename one" if again else "") for case, again in zip(raw, twice)]
+    jobs: list[tuple[Case | int, str]] = [
+        (case, f"two images are called {case.id!r}; rename one" if again else "")
+        for case, again in zip(raw, twice)
+    ]
     if cfg.cases and cfg.cases < len(raw):
-        chosen = np.sort(np.random.default_rng(cfg.split_seed).permutation(len(raw))[: cfg.cases])
-        jobs = [jobs[i] for i in chosen]
+        order = np.random.default_rng(cfg.split_seed).permutation(len(raw))
+        jobs = [jobs[i] for i in np.sort(order[: cfg.cases])]
     return jobs
 
 
 def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[Row]:
-    """A case as prepared (several of a volume), or its row with the problem and no pixels."""
+    """A prepared case (several of a volume), or the row of a case that cannot be used."""
     case, problem = job
     if isinstance(case, int):
-        image, mask = phantom.draw(cfg.dataset, cfg.split_seed, case, cfg.pixels, cfg.difficulty)
-        return [_row(Reading(f"{case:05d}", image, mask), image, mask, Case("", Path(), ()), cfg)]
+        image, mask = phantom.draw(cfg.split_seed, case, cfg.pixels)
+        drawn = Case("", Path(), ())
+        return [_row(Reading(f"{case:05d}", image, mask), image, mask, drawn, cfg)]
     try:
         if problem:
             raise UnreadableFile(problem)
-        return [_row(r, prepare_image(r.image, cfg), prepare_mask(r.mask, cfg), case, cfg) for r in read(case, cfg.window)]
+        return [
+            _row(r, prepare_image(r.image, cfg), prepare_mask(r.mask, cfg), case, cfg)
+            for r in read(case, cfg.window)
+        ]
     except UnreadableFile as error:
         nothing = np.empty((0, cfg.pixels, cfg.pixels), np.uint8)
-        return [({"id": case.id, "file": case.image.name, "problem": str(error), "notes": []}, nothing, nothing)]
+        row = {"id": case.id, "file": case.image.name, "problem": str(error), "notes": []}
+        return [(row, nothing, nothing)]
 
 
-def _row(reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig) -> Row:
-    """What the split goes by, size and likeness, is taken of the original, so that it is the same at every prepared size and look."""
+def _row(
+    reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig
+) -> Row:
+    """Size and likeness come from the original, so that every prepared size has the same split."""
     empty = not mask.any()
-    alike = np.zeros(63, bool) if reading.volume else perceptual_hash(reading.image)  # slices of two bodies look the same
+    slice_of_volume = bool(reading.volume)  # slices of two patients look alike
+    alike = np.zeros(63, bool) if slice_of_volume else perceptual_hash(reading.image)
     row = {
-        "id": reading.id, "file": case.image.name, "notes": list(reading.notes), "group": case.group or reading.group or reading.volume, "label": case.label,
-        "official": case.split, "volume": reading.volume, "height": reading.image.shape[0], "width": reading.image.shape[1], "empty": bool(empty),
-        "lesion_share": np.count_nonzero(reading.mask) / reading.mask.size, "contrast": lesion_contrast(image, mask),
-        "hash": np.packbits(alike).tobytes().hex(), "moments": _moments(image),
+        "id": reading.id,
+        "file": case.image.name,
+        "notes": list(reading.notes),
+        "group": case.group or reading.group or reading.volume,
+        "label": case.label,
+        "official": case.split,
+        "volume": reading.volume,
+        "height": reading.image.shape[0],
+        "width": reading.image.shape[1],
+        "empty": bool(empty),
+        "lesion_share": np.count_nonzero(reading.mask) / reading.mask.size,
+        "contrast": lesion_contrast(image, mask),
+        "hash": np.packbits(alike).tobytes().hex(),
+        "moments": _moments(image),
         "problem": "no lesion (normals = drop)" if empty and cfg.normals == "drop" else "",
     }
     kept = slice(0, 0) if row["problem"] else slice(None)
@@ -180,26 +196,29 @@ def _row(reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg:
 
 
 def _write_part(path: Path, done: list[Row]) -> None:
+    none = [np.empty(0, np.uint8)]
     rows = [row for row, _, _ in done]
-    images = np.concatenate([image for row, image, _ in done if not row["problem"]] or [np.empty(0, np.uint8)])
-    masks = np.concatenate([mask for row, _, mask in done if not row["problem"]] or [np.empty(0, np.uint8)])
-    with store.replacing(path) as partial, open(partial, "wb") as file:
+    images = np.concatenate([image for row, image, _ in done if not row["problem"]] or none)
+    masks = np.concatenate([mask for row, _, mask in done if not row["problem"]] or none)
+    with results.replacing(path) as partial, open(partial, "wb") as file:
         np.savez(file, images=images, masks=masks, rows=np.array(json.dumps(rows)))
 
 
-def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool, tell: Tell) -> None:
-    """Groups and splits from the rows of all parts, then the arrays, part by part."""
-    rows = pd.DataFrame([row for part in parts for row in json.loads(str(np.load(part)["rows"]))])
+def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) -> None:
+    """Form groups and splits from the rows of all parts, then write the arrays part by part."""
+    rows = pd.DataFrame([r for part in parts for r in json.loads(str(np.load(part)["rows"]))])
     kept = rows["problem"] == ""
-    wanted, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
-    if kept.sum() < wanted:
-        store.write_table(path / "report.csv", _report(rows))
+    results.write_table(path / "report.csv", _report(rows))  # also if an error follows
+    needed, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
+    if kept.sum() < needed:
+        reasons = [f"  {r.file}: {r.problem}" for r in rows[~kept].head(5).itertuples()]
         raise LesionKDError(
-            f"{cfg.dataset}: {kept.sum()} usable cases, wants at least {wanted}{why}; {(~kept).sum()} dropped.\n"
-            + "\n".join(f"  {r.file}: {r.problem}" for r in rows[~kept].head(5).itertuples())
+            f"{cfg.dataset}: {kept.sum()} usable cases; at least {needed} are needed{why}. "
+            f"{(~kept).sum()} were dropped:\n" + "\n".join(reasons)
         )
     cases = rows[kept].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
-    hashes = np.unpackbits(np.array([list(bytes.fromhex(h)) for h in cases["hash"]], np.uint8), axis=1, count=63).astype(bool)
+    packed = np.array([list(bytes.fromhex(h)) for h in cases["hash"]], np.uint8)
+    hashes = np.unpackbits(packed, axis=1, count=63).astype(bool)
     cases["group"] = group_cases(cases["group"], hashes if grouped else None, cfg.duplicate_bits)
     cases["split"] = split_cases(cases, cfg)
     chosen = (cases["split"] != "").to_numpy()
@@ -207,43 +226,54 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool, 
     cases, hashes = cases[chosen].reset_index(drop=True), hashes[chosen]
     across = crossing(cases)
     if any(across.values()):
-        tell(f"warning: {across['test']} test and {across['val']} validation cases share a group (video, patient, near-duplicate) with a training case")
+        log.warning(
+            f"warning: {across['test']} test and {across['val']} validation cases share a group "
+            "(video, patient, near-duplicate) with a training case"
+        )
     _write_arrays(path, parts, chosen, cfg.pixels)
-    store.write_array(path / "hashes.npy", hashes)
+    results.write_array(path / "hashes.npy", hashes)
     report = _report(rows)
-    store.write_table(path / "report.csv", report)
-    store.write_table(path / "split.csv", cases[["id", "group", "split"]])
-    store.write_table(path / "cases.csv", cases[["id", "group", "label", "split", "volume", "lesion_share", "contrast", "height", "width"]])
-    counts = {action: int(report.loc[report["action"] == action, "id"].nunique()) for action in ("repaired", "dropped")}
-    store.write_json(path / "summary.json", {"kept": len(cases), **counts, "groups": int(cases["group"].nunique()), "crossing": across, **_statistics(cases)})
+    results.write_table(path / "report.csv", report)
+    results.write_table(path / "split.csv", cases[["id", "group", "split"]])
+    columns = "id group label split volume lesion_share contrast height width".split()
+    results.write_table(path / "cases.csv", cases[columns])
+    counts = {
+        action: int(report.loc[report["action"] == action, "id"].nunique())
+        for action in ("repaired", "dropped")
+    }
+    about = {"kept": len(cases), "groups": int(cases["group"].nunique()), "crossing": across}
+    results.write_json(path / "summary.json", about | counts | _statistics(cases))
 
 
 def _statistics(cases: pd.DataFrame) -> dict[str, list[float]]:
-    """Mean and deviation of the channels over the training images (over all where none trains), grey values 0..255."""
-    table = cases[cases["split"] == "train"] if (cases["split"] == "train").any() else cases
-    mean, square = np.mean(table["moments"].tolist(), axis=0)
-    return {"mean": mean.round(4).tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).round(4).tolist()}
+    """Channel means and standard deviations over the training images, 0..255."""
+    train = cases["split"] == "train"
+    mean, square = np.mean(cases[train if train.any() else ~train]["moments"].tolist(), axis=0)
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
 
 
 def _moments(image: np.ndarray) -> list[list[float]]:
-    """Means of the three channels and of their squares, counted from the histogram: quicker than from the pixels."""
+    """Means of the three channels and of their squares, from the histogram."""
     counts = np.reshape(Image.fromarray(image).histogram(), (3, 256))
-    return [(counts @ np.arange(256.0) ** power / counts[0].sum()).tolist() for power in (1, 2)]
+    return [(counts @ np.arange(256.0) ** p / counts[0].sum()).tolist() for p in (1, 2)]
 
 
 def _report(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a dropped case, and one a repair of a case that was kept."""
-    reasons = [[problem] if problem else notes for problem, notes in zip(rows["problem"], rows["notes"])]
-    table = rows.assign(reason=reasons, action=np.where(rows["problem"] != "", "dropped", "repaired"))
-    return table.explode("reason").dropna(subset="reason")[["id", "file", "action", "reason"]]
+    """One row for each dropped case, and for each repair of a case that was kept."""
+    reasons = [[p] if p else notes for p, notes in zip(rows["problem"], rows["notes"])]
+    action = np.where(rows["problem"] != "", "dropped", "repaired")
+    table = rows.assign(reason=reasons, action=action).explode("reason").dropna(subset="reason")
+    return table[["id", "file", "action", "reason"]]
 
 
 def _write_arrays(path: Path, parts: list[Path], chosen: np.ndarray, pixels: int) -> None:
-    """images, masks and edges of the chosen cases, one part in memory at a time."""
+    """Images, masks and edges of the chosen cases, one part in memory at a time."""
     shape = (int(chosen.sum()), pixels, pixels)
     with ExitStack() as stack:
         images, masks, edges = (
-            stack.enter_context(store.appending(path / f"{name}.npy", shape + tail)) for name, tail in (("images", (3,)), ("masks", ()), ("edges", ()))
+            stack.enter_context(results.appending(path / f"{name}.npy", shape + tail))
+            for name, tail in (("images", (3,)), ("masks", ()), ("edges", ()))
         )
         for images_of_part, masks_of_part in _chosen_of(parts, chosen):
             images(images_of_part)

@@ -197,7 +197,9 @@ def sobel_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _gradient(x: Tensor) -> Tensor:
     """Magnitude of the Sobel gradient, (N, 1, H, W) -> the same; borders replicated."""
-    kernel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=x.device) / 8
+    kernel = (
+        torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=x.device) / 8
+    )
     kernels = torch.stack([kernel, kernel.T]).unsqueeze(1).to(x.dtype)
     both = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernels)
     return (both.square().sum(1, keepdim=True) + 1e-12).sqrt()

@@ -236,6 +236,7 @@ class EdgeReasoning(nn.Module):
     Source: patent, step S4; docs/method.md, L_edge.
     """
 
+    needs_graph = True
     std: Tensor
 
     def __init__(
@@ -312,6 +313,8 @@ class JointEdgeReasoning(EdgeReasoning):
     The BCE of the predicted edge is added for both networks, since without it the graph collapses:
     H shrinks until the distance is 0. The standard deviation is that of the batch.
     """
+
+    needs_graph = False
 
     def __init__(self, student: Network, teacher: Network, graph: EdgeGraph, level: str) -> None:
         states = graph.phi.out_channels

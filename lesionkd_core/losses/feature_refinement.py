@@ -109,9 +109,7 @@ class Connector(nn.Sequential):
         nn.init.normal_(convolution.weight, 0.0, math.sqrt(2.0 / teacher_channels))
 
 
-def empirical_margins(
-    maps: Iterable[dict[str, Tensor]], names: Iterable[str]
-) -> dict[str, Tensor]:
+def empirical_margins(maps: Iterable[dict[str, Tensor]], names: Iterable[str]) -> dict[str, Tensor]:
     """Mean negative response of each channel over batches of teacher maps, {name: (C,)}.
 
     0 for a channel without any. On a residual sum this includes the identity branch, which
