@@ -521,6 +521,13 @@ class DistillConfig(GraphConfig):
     )
     epochs: int = Field(10, ge=1, description="epochs, student")
     lr: float = Field(5e-3, gt=0, description="peak learning rate, student and connectors")
+    teacher_views: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="augment each image in this many fixed ways and store the teacher's outputs on "
+        "disk; 0 augments anew in every epoch",
+    )
     connector_lr: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="connectors' learning rate, as multiple of lr"
     )
@@ -545,6 +552,15 @@ class DistillConfig(GraphConfig):
             raise ValueError(
                 f"connector_warmup = {self.connector_warmup}: L_feat would never reach the student "
                 f"in {self.epochs} epochs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_are_of_one_image(self) -> Self:
+        if self.teacher_views and self.teacher_bn == "batch":
+            raise ValueError(
+                "teacher_views: with teacher_bn = 'batch' the teacher's output depends on the other "
+                "images of the batch, so it cannot be stored; use one of the two"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The stages in order: teacher -> graph -> students -> ablation; each finds its result or makes it."""
+"""The stages in order: teacher -> graph -> students -> ablation; results are found or made."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .config import (
     arm_options,
     nearest,
 )
-from .data.batches import Batch, epoch_batches, normalize
-from .data.prepare import Prepared, prepare
+from .data.batches import epoch_batches, normalize
+from .data.prepare import Prepared
 from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, held_out_scores
 from .losses import (
@@ -40,7 +40,7 @@ from .losses import (
 from .models import Network, build_network, channels_of, freeze, match_levels, stride_of
 from .predict import build, load_network
 from .results import Progress, Result, log, short
-from .train import Learner, TeacherPass, start_fabric, train
+from .train import Learner, TeacherPass, start_fabric, stored_views, teacher_pass, train
 
 
 class Run(Result):
@@ -299,7 +299,16 @@ def distill_arms(
     The result of each is that of training it alone, to the bit. Each has its own run folder.
     """
     cfgs = [cfg.upstream(DistillConfig) for cfg in cfgs]
-    for name in ("seed", "epochs", "batch_size", "augment", "precision", "device", "edge_width"):
+    for name in (
+        "seed",
+        "epochs",
+        "batch_size",
+        "augment",
+        "precision",
+        "device",
+        "edge_width",
+        "teacher_views",
+    ):
         values = list(dict.fromkeys(getattr(cfg, name) for cfg in cfgs))
         if len(values) > 1:
             found = ", ".join(map(str, values))
@@ -337,8 +346,9 @@ def distill_arms(
         for learners in together.values():  # one group, unless a run was interrupted
             name = "student" if len(learners) == 1 else f"{len(learners)} students"
             log.info(f"training {name} for {learners[0].epochs} epochs")
-            needed = network is not None and any(missing[one.path].terms for one in learners)
-            seen = teacher_pass(network, fabric) if network is not None and needed else None
+            seen = None
+            if teacher and network and any(missing[one.path].terms for one in learners):
+                seen = _teacher_pass(network, teacher, data, learners, cfgs[0], fabric)
             train(fabric, data, learners, seen, name, cfgs[0].edge_width)
             for learner in learners:
                 learner.finish(data)
@@ -347,14 +357,21 @@ def distill_arms(
     return _find_or_train(fabric, cfgs, upstreams, make, Run)
 
 
-def teacher_pass(teacher: Network, fabric: Fabric) -> TeacherPass:
-    """Let the frozen teacher see each batch (step S1)."""
-
-    def see(batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad(), fabric.autocast():
-            return teacher.forward_features(batch.images)
-
-    return see
+def _teacher_pass(
+    network: Network,
+    teacher: Run,
+    data: Prepared,
+    learners: list[Learner],
+    cfg: DistillConfig,
+    fabric: Fabric,
+) -> TeacherPass:
+    """How the frozen teacher sees a batch: anew, or read from its stored views."""
+    if not cfg.teacher_views:
+        return teacher_pass(network, fabric)
+    terms = [term for learner in learners for term in learner.objective.terms.values()]
+    names = {name for term in terms for name in getattr(term, "teacher_maps", ())}
+    folder = teacher.path.with_name(f"{teacher.path.name}.views")
+    return stored_views(network, folder, data, tuple(sorted(names)), cfg.teacher_views, cfg, fabric)
 
 
 def needs_graph(cfg: DistillConfig) -> bool:

@@ -1,12 +1,14 @@
-"""The training loop: a teacher, or any number of students at one pass of the teacher (steps S1 to S6)."""
+"""The training loop: a teacher, or any number of students with one pass of the teacher."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from . import results
 from .config import LesionKDError, TeacherConfig
-from .data.batches import Batch, epoch_batches, epoch_order
+from .data.batches import VIEW_SEED, Batch, epoch_batches, epoch_order, load_batch
 from .data.prepare import Prepared
 from .edges import edge_label_batch
 from .evaluate import score_network, summarize, validation_dice
@@ -69,7 +71,7 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
     except Exception as error:  # Lightning raises many kinds for a missing device
         why = str(error).partition("\n")[0] or type(error).__name__
         raise LesionKDError(
-            f"device = {cfg.device!r} cannot be used here: {why}; device = 'auto' uses what there is"
+            f"device = {cfg.device!r} cannot be used here: {why}; use device = 'auto'"
         ) from error
     if cfg.precision == "bf16-mixed" and fabric.device.type == "cpu" and not _multiplies_bfloat16():
         raise LesionKDError(
@@ -297,6 +299,7 @@ def train(
                 fabric.device,
                 fabric.global_rank,
                 fabric.world_size,
+                getattr(first.cfg, "teacher_views", 0),
             )
             for batch in batches:
                 seen, edge = None, None
@@ -341,3 +344,112 @@ def _stop(learners: list[Learner], data: Prepared, epoch: int, step: int) -> Non
         "cases of the batch. Reduce the learning rate or a weight, or set clip_grad = 1; the last "
         "good epoch is kept."
     )
+
+
+# The frozen teacher -------------------------------------------------------------------------------
+
+
+def teacher_pass(teacher: Network, fabric: Fabric) -> TeacherPass:
+    """Let the frozen teacher see each batch (step S1)."""
+
+    def see(batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad(), fabric.autocast():
+            logits, maps = teacher.forward_features(batch.images)
+        return logits.float(), maps
+
+    return see
+
+
+def stored_views(
+    teacher: Network,
+    folder: Path,
+    data: Prepared,
+    names: tuple[str, ...],
+    views: int,
+    cfg: TeacherConfig,
+    fabric: Fabric,
+) -> TeacherPass:
+    """The frozen teacher's outputs on fixed augmented views, computed once and read from disk.
+
+    Logits and the named maps of every training image and view are stored in half precision, one
+    memory-mapped file for each. All students, seeds and later runs of this teacher read them.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds `<view>/<name>.npy`; files that exist are kept.
+
+    Raises
+    ------
+    LesionKDError
+        The disk has too little space.
+    """
+    names = ("logits", *names)
+    if fabric.is_global_zero:
+        with results.lock(folder):
+            for partial in folder.rglob(".*.partial"):  # of a process that was killed
+                partial.unlink()
+            _store_views(teacher, folder, data, names, views, cfg, fabric)
+    fabric.barrier()
+    position = {int(row): i for i, row in enumerate(data.index("train"))}
+    arrays = {(v, n): _view(folder, v, n) for v in range(views) for n in names}
+    arrays = {key: np.load(file, mmap_mode="r") for key, file in arrays.items()}  # type: ignore[misc]
+
+    def read(batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = [position[int(row)] for row in batch.rows]
+        stored = {name: torch.from_numpy(arrays[epoch % views, name][rows]) for name in names}  # type: ignore[call-overload]
+        found = {n: x.to(fabric.device).float().permute(0, 3, 1, 2) for n, x in stored.items()}
+        return found.pop("logits"), found
+
+    return read
+
+
+def _view(folder: Path, view: int, name: str) -> Path:
+    return folder / f"{view:03d}" / f"{name}.npy"
+
+
+def _store_views(
+    teacher: Network,
+    folder: Path,
+    data: Prepared,
+    names: tuple[str, ...],
+    views: int,
+    cfg: TeacherConfig,
+    fabric: Fabric,
+) -> None:
+    """Write what is missing, (N, H, W, C) float16 for each view and name."""
+    missing = {v: [n for n in names if not _view(folder, v, n).exists()] for v in range(views)}
+    missing = {view: absent for view, absent in missing.items() if absent}
+    rows, see = data.index("train"), teacher_pass(teacher, fabric)
+    blocks = [rows[i : i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]
+
+    def outputs(view: int, block: np.ndarray) -> dict[str, np.ndarray]:
+        logits, maps = see(load_batch(data, block, VIEW_SEED, view, cfg.augment, fabric.device), 0)
+        found = {name: (maps | {"logits": logits})[name] for name in names}
+        return {n: x.permute(0, 2, 3, 1).half().cpu().numpy() for n, x in found.items()}
+
+    if not missing:
+        return
+    shapes = {name: (len(rows), *x.shape[1:]) for name, x in outputs(0, blocks[0][:1]).items()}
+    needed = sum(2 * math.prod(shapes[n]) for absent in missing.values() for n in absent)
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise LesionKDError(
+            f"teacher_views = {views} needs {needed / 1e9:.1f} GB in {results.short(folder)}, "
+            f"{free / 1e9:.1f} GB are free. Free some space, use fewer views, or teacher_views = 0"
+        )
+    log.info(f"storing the teacher's outputs, {needed / 1e9:.1f} GB in {results.short(folder)}")
+    with Progress("teacher views", len(missing)) as progress:
+        for view, absent in missing.items():
+            with ExitStack() as stack:
+                write = {
+                    n: stack.enter_context(
+                        results.appending(_view(folder, view, n), shapes[n], "<f2")
+                    )
+                    for n in absent
+                }
+                for block in blocks:
+                    found = outputs(view, block)
+                    for name in absent:
+                        write[name](found[name])
+            progress.step(f"{len(rows)} images")

@@ -1,4 +1,4 @@
-"""Training batches: everything random is a function of seed, epoch and case, so a run can resume."""
+"""Training batches: everything random is a function of seed, epoch and case."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .prepare import Prepared
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's channel statistics, for encoders trained there."""
+VIEW_SEED = 2**31
+"""Seed of the augmentation with a fixed number of views; no option can have it."""
 
 Device = torch.device | str
 
@@ -73,18 +75,19 @@ def epoch_batches(
     device: Device = "cpu",
     rank: int = 0,
     ranks: int = 1,
+    views: int = 0,
 ) -> Iterator[Batch]:
     """One epoch of training batches, each loaded while the network trains on the one before.
 
-    With several processes, each gets its part of every batch.
+    With `views` each image is augmented in that many ways, one for each epoch in turn, the same for
+    all seeds. With several processes, each gets its part of every batch.
     """
+    drawn = (VIEW_SEED, epoch % views) if views else (seed, epoch)
     rows = data.index("train")
     order = [b for b in epoch_order(len(rows), batch_size, seed, epoch) if len(b) >= ranks]
     with ThreadPoolExecutor(1) as loader:
         coming = (
-            loader.submit(
-                load_batch, data, rows[batch[rank::ranks]], seed, epoch, augmentation, device
-            )
+            loader.submit(load_batch, data, rows[batch[rank::ranks]], *drawn, augmentation, device)
             for batch in order
         )
         for ready, _ in pairwise(chain(coming, [None])):

@@ -76,8 +76,8 @@ def boundary_kd_loss(
     -------
     ()
 
-    Source: boundary-weighted distillation as in Qin et al. 2021 ("Efficient medical image
-    segmentation based on knowledge distillation") and BPKD (Liu et al. 2024), reduced to one term.
+    Source: after BPKD (Liu et al. 2024), which distils edge and body separately; here they are one
+    weighted term.
     """
     weight = 1 + boundary * edge
     return (weight * _kd_map(student, teacher, temperature)).sum() / weight.sum()
@@ -189,7 +189,7 @@ def sobel_loss(student: Tensor, teacher: Tensor) -> Tensor:
     -------
     ()
 
-    Source: edge distillation by Sobel maps, as in Xu et al. 2021 and others.
+    A simple form of edge distillation, without a single source.
     """
     ours, theirs = (_gradient(x.sigmoid()) for x in _pair(student, teacher))
     return F.mse_loss(ours, theirs)
@@ -262,6 +262,7 @@ class Hint(nn.Module):
     """
 
     LEVEL = "encoder.stride16"
+    teacher_maps = (LEVEL,)
 
     def __init__(self, student: Network, teacher: Network) -> None:
         super().__init__()
@@ -281,7 +282,7 @@ class Hint(nn.Module):
 class AttentionTransfer(nn.Module):
     """`attention_loss`, summed over the encoder maps at strides 4, 8 and 16."""
 
-    LEVELS = ("encoder.stride4", "encoder.stride8", "encoder.stride16")
+    LEVELS = teacher_maps = ("encoder.stride4", "encoder.stride8", "encoder.stride16")
 
     def __init__(self, student: Network, teacher: Network) -> None:
         super().__init__()

@@ -244,6 +244,7 @@ class EdgeReasoning(nn.Module):
     ) -> None:
         super().__init__()
         [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
+        self.teacher_maps = (self.teacher_map,)
         self.stride = stride_of(self.teacher_map)
         channels = channels_of(student, self.student_map), channels_of(teacher, self.teacher_map)
         self.connector = Connector(*channels)
@@ -357,6 +358,7 @@ class EdgeRelation(nn.Module):
     ) -> None:
         super().__init__()
         [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
+        self.teacher_maps = (self.teacher_map,)
         self.stride = stride_of(self.teacher_map)
         self.cells = EdgeGraph(1, 1, grid, frame=frame).requires_grad_(False)
 

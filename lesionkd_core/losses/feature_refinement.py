@@ -163,6 +163,7 @@ class FeatureRefinement(nn.Module):
         super().__init__()
         pairs = match_levels(student, teacher, levels)
         self.pairs = sorted(pairs, key=lambda pair: stride_of(pair[0]))  # shallowest first
+        self.teacher_maps = tuple(t for _, t in self.pairs)
         self.level_weights, self.warmup = level_weights, warmup
         self.connectors = nn.ModuleList(
             Connector(channels_of(student, s), channels_of(teacher, t)) for s, t in self.pairs

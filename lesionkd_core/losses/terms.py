@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -75,7 +75,8 @@ def register(
     """Class decorator: make a loss term available as `-p losses "name=weight"` and as an arm.
 
     The class is an `nn.Module` with ``forward(step: Step) -> ()`` and a classmethod
-    ``build(cfg, student, teacher, measured)``.
+    ``build(cfg, student, teacher, measured)``. An attribute ``teacher_maps`` names the teacher's maps
+    that it reads, ``needs_graph = True`` asks for the fitted graph.
     """
 
     def add(module: N) -> N:
