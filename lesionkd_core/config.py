@@ -520,7 +520,7 @@ class DistillConfig(GraphConfig):
         1, description="stride of the student's first convolution; 1 is the paper's"
     )
     epochs: int = Field(10, ge=1, description="epochs, student")
-    lr: float = Field(5e-3, gt=0, description="peak learning rate, student and connectors")
+    lr: float = Field(1e-2, gt=0, description="peak learning rate, student and connectors")
     teacher_views: int = Field(
         0,
         ge=0,

@@ -7,6 +7,7 @@ before the last ReLU of its block. `feature_norms()` gives the BatchNorm that pr
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -331,6 +332,18 @@ def build_network(name: str, **options: Any) -> Network:
 def parameter_count(network: nn.Module) -> int:
     """Number of trained parameters."""
     return sum(p.numel() for p in network.parameters())
+
+
+def start_at_prior(network: Network, fraction: float) -> None:
+    """Set the head's bias so that an untrained network predicts the lesion fraction everywhere.
+
+    Without it the first epochs are spent on learning that most pixels are background, and a small
+    network can stay there. Source: Lin et al. 2017 (RetinaNet), section 4.1.
+    """
+    head = getattr(network, "head", None)
+    if isinstance(head, nn.Conv2d | nn.ConvTranspose2d) and head.bias is not None:
+        fraction = min(max(fraction, 0.001), 0.999)
+        nn.init.constant_(head.bias, math.log(fraction / (1 - fraction)))
 
 
 # Feature maps -------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def train_teacher(data: Prepared, cfg: TeacherConfig) -> Run:
 
     def make(missing: dict[Path, TeacherConfig]) -> None:
         for path in missing:
-            network = _initial_teacher(cfg)
+            network = _initial_teacher(cfg, data)
             epochs = cfg.teacher_epochs
             terms, weights = build_terms(cfg, network), {"seg": 1.0}
             learner = Learner(
@@ -94,9 +94,9 @@ def _find_or_train(fabric: Fabric, *stage: Any) -> list[Any]:
     )
 
 
-def _initial_teacher(cfg: TeacherConfig) -> Network:
+def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
     """The teacher before training: random, with an ImageNet encoder, or trained elsewhere."""
-    teacher = build(cfg)
+    teacher = build(cfg, data.lesion_fraction)
     if cfg.encoder_weights:
         encoder = teacher.get_submodule("encoder")
         _load(encoder, "encoder_weights", cfg.encoder_weights, "torchvision's resnet34", "fc.")
@@ -328,7 +328,7 @@ def distill_arms(
         together: dict[int, list[Learner]] = {}
         measured = _measure(list(missing.values()), graph, data, network)
         for path, cfg in missing.items():
-            student = build(cfg)
+            student = build(cfg, data.lesion_fraction)
             terms = build_terms(cfg, student, network, measured)
             learner = Learner(
                 fabric,

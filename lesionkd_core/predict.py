@@ -20,7 +20,7 @@ from .data.batches import normalize
 from .data.images import UnreadableFile, is_volume, read_image, sources_in, stem_of
 from .data.pixels import prepare_image, restore
 from .edges import edge_label
-from .models import Network, build_network, parameter_count
+from .models import Network, build_network, parameter_count, start_at_prior
 
 KINDS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
 BATCH = 16
@@ -39,6 +39,10 @@ class TrainedNetwork:
     def pixels(self) -> int:
         """Side of the square that it was trained on, px."""
         return self.cfg.pixels
+
+    def predict(self, images: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Segment images of any size: `predict` with this network."""
+        return predict(self, images)
 
     def __repr__(self) -> str:
         count = f"{parameter_count(self.network):,} parameters, {self.pixels} px"
@@ -62,13 +66,20 @@ def config_of(kind: type[TeacherConfig], content: dict[str, Any]) -> Any:
     return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
 
-def build(cfg: TeacherConfig) -> Network:
-    """The untrained network of a configuration; its weights depend on the seed alone."""
+def build(cfg: TeacherConfig, lesion_fraction: float | None = None) -> Network:
+    """The untrained network of a configuration; its weights depend on the seed alone.
+
+    With the fraction of lesion pixels its head predicts that fraction.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(getattr(cfg, cfg.seed_field))
         if isinstance(cfg, DistillConfig):
-            return build_network(cfg.student, width=cfg.width, stem=cfg.stem)
-        return build_network(cfg.teacher)
+            network = build_network(cfg.student, width=cfg.width, stem=cfg.stem)
+        else:
+            network = build_network(cfg.teacher)
+    if lesion_fraction:
+        start_at_prior(network, lesion_fraction)
+    return network
 
 
 def load_network(run: Any) -> TrainedNetwork:

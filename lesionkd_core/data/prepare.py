@@ -76,6 +76,12 @@ class Prepared(results.Result):
         content = results.checked(self.path / "split.csv").read_bytes()
         return hashlib.sha256(content).hexdigest()[:8]
 
+    @cached_property
+    def lesion_fraction(self) -> float:
+        """Mean fraction of lesion pixels in the training images."""
+        train = self.cases["split"] == "train"
+        return float(self.cases.loc[train, "lesion_share"].mean())
+
     def index(self, split: str) -> np.ndarray:
         """Rows of a split, ascending."""
         return np.flatnonzero(self.cases["split"] == split)
