@@ -1,4 +1,4 @@
-"""Results of tests go to a folder of their own, kernels of notebooks included; oracles are read by name."""
+"""Results of tests go to a folder of their own; one tiny teacher, graph and student serve all."""
 
 from __future__ import annotations
 
@@ -15,24 +15,73 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def oracle(name: str):
-    """Numbers of the original implementations: 'overhaul.margin_cases' of tests/oracles/overhaul.json."""
+    """Numbers of the original implementations: 'overhaul.margin_cases' of oracles/overhaul.json."""
     file, _, key = name.partition(".")
     return json.loads((ROOT / "tests" / "oracles" / f"{file}.json").read_text())[key]
 
 
 def pytest_configure(config):
-    """LESIONKD_RUNS for the whole session: set before a kernel or a worker of -n starts, removed at the end."""
+    """Set LESIONKD_RUNS for the session, before a kernel or a worker of -n starts."""
     kept = os.environ.get("LESIONKD_TEST_RUNS")  # keeps results between sessions while developing
-    worker = hasattr(config, "workerinput")  # shares the folder of the process that started it: locks are there for that
-    config.lesionkd_runs = None if kept or worker else tempfile.mkdtemp(prefix="lesionkd-tests-")
-    os.environ["LESIONKD_RUNS"] = os.environ["LESIONKD_RUNS"] if worker else kept or config.lesionkd_runs
-    if getattr(config.option, "numprocesses", None) and not worker:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core a worker
+    worker = hasattr(config, "workerinput")  # shares the folder of the process that started it
+    config.own_runs = None if kept or worker else tempfile.mkdtemp(prefix="lesionkd-tests-")
+    if not worker:
+        os.environ["LESIONKD_RUNS"] = kept or config.own_runs
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core for each worker
 
 
 def pytest_unconfigure(config):
-    if config.lesionkd_runs:
-        shutil.rmtree(config.lesionkd_runs, ignore_errors=True)
+    if config.own_runs:
+        shutil.rmtree(config.own_runs, ignore_errors=True)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """An empty folder of results for one test."""
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The prepared arrays of `tiny.CFG`."""
+    from lesionkd_core.data.prepare import prepare
+    from tests.tiny import CFG
+
+    return prepare(CFG)
+
+
+@pytest.fixture(scope="session")
+def teacher(data):
+    from lesionkd_core.pipeline import train_teacher
+    from tests.tiny import CFG
+
+    return train_teacher(data, CFG)
+
+
+@pytest.fixture(scope="session")
+def graph(data, teacher):
+    from lesionkd_core.pipeline import fit_edge_graph
+    from tests.tiny import CFG
+
+    return fit_edge_graph(teacher, data, CFG)
+
+
+@pytest.fixture(scope="session")
+def student(data, teacher, graph):
+    """A student of the method: L_seg, L_feat and L_edge."""
+    from lesionkd_core.pipeline import distill
+    from tests.tiny import CFG
+
+    return distill(teacher, graph, data, CFG)
+
+
+@pytest.fixture
+def messages(caplog):
+    """What the package said so far: a function that returns the lines."""
+    caplog.set_level("INFO", logger="lesionkd")
+    return lambda: [record.getMessage() for record in caplog.records]
 
 
 SOAKED: list[tuple[str, bool, float]] = []
@@ -55,19 +104,13 @@ def soaked():
 
 def pytest_terminal_summary(terminalreporter):
     """The fault table of docs/trust.md."""
-    if SOAKED:
-        import pandas as pd
+    if not SOAKED:
+        return
+    import pandas as pd
 
-        table = pd.DataFrame(SOAKED, columns=["fault", "well", "seconds"]).groupby("fault", sort=False)
-        table = table.agg(times=("well", "size"), well=("well", "sum"), median_seconds=("seconds", "median"), most_seconds=("seconds", "max"))
-        lost = (table["times"] - table.pop("well")).rename("lost or wrong")
-        terminalreporter.write_line(pd.concat([table["times"], lost, table.iloc[:, 1:].round(1)], axis=1).reset_index().to_markdown(index=False))
-
-
-@pytest.fixture(scope="session")
-def trained():
-    """A student that was really trained, on the phantom with the smoke profile: some test cases are segmented well, some badly."""
-    from lesionkd_core.config import DistillConfig
-    from lesionkd_core.stages import distill
-
-    return distill(DistillConfig(terms=""), tell=lambda *_: None)
+    by_fault = pd.DataFrame(SOAKED, columns=["fault", "well", "s"]).groupby("fault", sort=False)
+    table = by_fault.agg(
+        times=("well", "size"), well=("well", "sum"), median_s=("s", "median"), max_s=("s", "max")
+    )
+    table.insert(1, "lost or wrong", table["times"] - table.pop("well"))
+    terminalreporter.write_line(table.round(1).reset_index().to_markdown(index=False))

@@ -1,251 +1,347 @@
-"""The losses by hand: what no oracle covers."""
+"""L_seg, L_feat and the registry of loss terms, by hand; numbers of the originals: test_oracles."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm as gaussian
 from torch import nn
 
-from lesionkd_core.config import LesionKDError
-from lesionkd_core.losses.baselines import OnMaps, hint_loss
-from lesionkd_core.losses.edge_reasoning import EdgeGraph, EdgeHead, EdgeReasoning, EdgeRelation, derange, grid_cells
-from lesionkd_core.losses.feature_refinement import FeatureRefinement, partial_l2, segmentation_loss
-from lesionkd_core.networks import ResNet34UNet, UNet
-
-EDGE = torch.zeros(1, 1, 4, 4)
-EDGE[0, 0, 0, 0] = EDGE[0, 0, 0, 1] = EDGE[0, 0, 3, 3] = 1  # cells 0 and 3 of a 2 x 2 grid
+from lesionkd_core.config import (
+    AblationConfig,
+    ConfigError,
+    DistillConfig,
+    LesionKDError,
+    TeacherConfig,
+)
+from lesionkd_core.losses import (
+    TERMS,
+    Connector,
+    EdgeGraph,
+    FeatureRefinement,
+    FittedGraph,
+    Measured,
+    Step,
+    bce,
+    bce_dice,
+    build_terms,
+    register,
+)
+from lesionkd_core.losses.feature_refinement import bn_margin, empirical_margins, partial_l2
+from lesionkd_core.models import ResNet34UNet, UNet
+from tests.tiny import drawn, step_of
 
 
 @pytest.fixture(scope="module")
 def pair():
     torch.manual_seed(0)
-    return UNet(width=4), ResNet34UNet().eval().requires_grad_(False)
+    return UNet(width=2), UNet(width=3).eval().requires_grad_(False)
 
 
-def features(pair, n=2, size=64):
-    images = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))
-    student, teacher = pair
-    return student.train().forward_features(images)[1], teacher.forward_features(images)[1]
+# L_seg --------------------------------------------------------------------------------------------
 
 
-def test_partial_l2_leaves_the_student_alone_below_both():
+def test_bce_by_hand():
+    logits, masks = torch.tensor([[[[0.3, -1.2]]]]), torch.tensor([[[[1.0, 0.0]]]])
+    p = [1 / (1 + math.exp(-0.3)), 1 / (1 + math.exp(1.2))]
+    assert bce(logits, masks).item() == pytest.approx(-(math.log(p[0]) + math.log(1 - p[1])) / 2)
+
+
+def test_bce_dice_is_half_of_each_and_dice_is_a_mean_over_images():
+    logits, masks = drawn(2, 1, 4, 5), (drawn(2, 1, 4, 5, seed=1) > 0).float()
+    p, y = logits.sigmoid().flatten(1).double().numpy(), masks.flatten(1).double().numpy()
+    dice = 2 * (p * y).sum(1) / (p.sum(1) + y.sum(1))
+    expected = 0.5 * bce(logits, masks).item() + 0.5 * (1 - dice).mean()
+    assert bce_dice(logits, masks).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_option_seg_loss_chooses_it_for_teacher_and_student(pair):
+    step = Step(drawn(2, 1, 4, 5), torch.ones(2, 1, 4, 5))
+    for make in (TeacherConfig, DistillConfig):
+        for name, loss in (("bce", bce), ("bce_dice", bce_dice)):
+            cfg = make(seg_loss=name, **{"losses": ""} if make is DistillConfig else {})
+            term = build_terms(cfg, pair[0])["seg"]
+            assert torch.equal(term(step), loss(step.logits, step.masks))
+
+
+# Margins ------------------------------------------------------------------------------------------
+
+
+def batch_norm(weight: float, bias: float) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(1)
+    nn.init.constant_(norm.weight, weight)
+    nn.init.constant_(norm.bias, bias)
+    return norm
+
+
+@pytest.mark.parametrize("z", [0.5, 3.0, 3.08, 3.1, 5.0, 50.0])
+def test_margin_is_the_truncated_mean_down_to_a_fraction_of_one_in_a_thousand(z):
+    norm = batch_norm(-2.0, 2.0 * z)
+    fraction = gaussian.cdf(-z)
+    expected = 2 * (z - gaussian.pdf(z) / fraction) if fraction > 0.001 else -6.0
+    assert bn_margin(norm).item() == pytest.approx(expected, rel=2e-7)
+    assert not bn_margin(norm).requires_grad
+
+
+@pytest.mark.parametrize(("bias", "margin"), [(0.1, 0.0), (0.0, 0.0), (-0.4, -0.4)])
+def test_margin_of_a_constant_channel_is_its_negative_part(bias, margin):
+    assert bn_margin(batch_norm(0.0, bias)).item() == pytest.approx(margin)
+
+
+def test_margin_agrees_with_sampling():
+    x = drawn(2_000_000) * 0.7 + 0.2
+    assert bn_margin(batch_norm(-0.7, 0.2)).item() == pytest.approx(
+        x[x < 0].mean().item(), abs=2e-3
+    )
+
+
+def test_empirical_margin_is_the_mean_of_what_is_below_zero():
+    batches = [drawn(3, 2, 4, 4, seed=seed) for seed in range(4)]
+    for batch in batches:
+        batch[:, 1].abs_()  # a channel without negatives
+    margins = empirical_margins(({"a": batch} for batch in batches), ["a"])["a"]
+    values = np.concatenate(batches)[:, 0]
+    assert margins[0].item() == pytest.approx(values[values < 0].mean(), rel=1e-6)
+    assert margins[1] == 0
+
+
+def test_empirical_margin_keeps_its_digits_over_many_batches_and_in_half_precision():
+    batches = [{"a": torch.full((1, 1, 1, 1), value)} for value in (-(2.0**24), *[-1.0] * 999)]
+    margin = empirical_margins(batches, ["a"])["a"]
+    assert margin.item() == pytest.approx(-(2.0**24 + 999) / 1000, rel=1e-7)
+    assert margin.dtype == torch.float32
+    assert empirical_margins(batches[-1:], ["a"])["a"].item() == -1
+    half = drawn(2, 1, 32, 32).bfloat16()
+    values = half.double().numpy()
+    expected = values[values < 0].mean()
+    assert empirical_margins([{"a": half}], ["a"])["a"].item() == pytest.approx(expected, rel=1e-5)
+
+
+# L_feat -------------------------------------------------------------------------------------------
+
+
+def test_partial_l2_leaves_the_student_alone_where_both_are_negative():
     student = torch.tensor([-3.0, -0.5, 1.0]).view(1, 1, 1, 3).requires_grad_()
-    teacher = torch.tensor([-1.0, -1.0, -1.0]).view(1, 1, 1, 3)
+    teacher = torch.full((1, 1, 1, 3), -1.0).requires_grad_()
     loss = partial_l2(student, teacher, torch.tensor([-0.8]))
     loss.backward()
     assert loss.item() == pytest.approx(0.3**2 + 1.8**2)
     assert student.grad.flatten().tolist() == pytest.approx([0.0, 0.6, 3.6])
+    assert teacher.grad is None
 
 
-def test_level_weights_by_hand(pair):
-    """One level each: the sums over levels differ only in their factors."""
-    maps_s, maps_t = features(pair)
-    names, totals = ("decoder.stride8", "decoder.stride4"), {}
-    loss = FeatureRefinement(*pair, names)
-    sums = [partial_l2(loss.connectors[i](maps_s[s]), maps_t[t], getattr(loss, f"margin{i}")).item() for i, (s, t) in enumerate(loss.pairs)]
-    for mode in ("mean", "area", "halving"):
-        loss.level_weights = mode
-        totals[mode] = loss(maps_s, maps_t).item()
-    n, shallow, deep = 2, sums[0], sums[1]  # pairs are shallowest first: stride 4 (64 ch, 16 px), stride 8 (128 ch, 8 px)
-    assert [s for s, _ in loss.pairs] == ["decoder.stride4", "decoder.stride8"]
-    assert totals["mean"] == pytest.approx(shallow / (n * 64 * 256) + deep / (n * 128 * 64), rel=1e-4)
-    assert totals["area"] == pytest.approx((shallow / 4 + deep) / n, rel=1e-4)
-    assert totals["halving"] == pytest.approx((shallow / 2 + deep) / (1000 * n), rel=1e-4)
+def test_partial_l2_counts_a_target_of_zero_as_negative():
+    student = torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2)
+    assert partial_l2(student, torch.full((1, 1, 1, 2), -1.0), torch.zeros(1)).item() == 1
+
+
+def test_levels_are_weighted_by_hand(pair):
+    """One sum for each level: the totals differ in their factors only."""
+    step = step_of(*pair)
+    loss = FeatureRefinement(*pair, ("decoder.stride8", "decoder.stride4"))
+    assert [s for s, _ in loss.pairs] == ["decoder.stride4", "decoder.stride8"]  # shallowest first
+    shallow, deep = (
+        partial_l2(
+            loss.connectors[i](step.maps[s]), step.teacher_maps[t], loss.get_buffer(f"margin{i}")
+        )
+        for i, (s, t) in enumerate(loss.pairs)
+    )
+    totals = {}
+    for loss.level_weights in ("mean", "halving"):
+        totals[loss.level_weights] = loss(step).item()
+    n = 2  # 6 channels of 16 x 16 px, 12 channels of 8 x 8 px
+    expected = shallow / (n * 6 * 256) + deep / (n * 12 * 64)
+    assert totals["mean"] == pytest.approx(expected.item(), rel=1e-4)
+    assert totals["halving"] == pytest.approx(((shallow / 2 + deep) / (1000 * n)).item(), rel=1e-4)
 
 
 def test_refinement_reaches_student_and_connectors_and_not_the_teacher(pair):
-    maps_s, maps_t = features(pair)
     loss = FeatureRefinement(*pair, ("decoder.stride8", "decoder.stride2"))
-    loss(maps_s, maps_t).backward()
-    assert all(p.grad is not None for p in loss.parameters())
+    pair[0].zero_grad()
+    loss(step_of(*pair)).backward()
+    assert all(p.grad.abs().sum() > 0 for p in loss.parameters())
     assert pair[0].encoder[0][0].weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in pair[1].parameters())
 
 
-def test_a_batch_of_one_works(pair):
-    maps_s, maps_t = features(pair, n=1)
-    assert torch.isfinite(FeatureRefinement(*pair, ("decoder.stride4",))(maps_s, maps_t))
-    edge = torch.zeros(1, 1, 64, 64)
-    edge[..., 20:30, 20] = 1
-    assert torch.isfinite(EdgeReasoning(*pair, EdgeGraph(64), torch.ones(16), "encoder.stride4")(maps_s, maps_t, edge))
+def test_in_the_warm_up_only_connectors_learn(pair):
+    loss = FeatureRefinement(*pair, ("decoder.stride8",), warmup=2)
+    step = step_of(*pair)
+    for epoch, reached in ((0, False), (1, False), (2, True)):
+        pair[0].zero_grad()
+        now = Step(step.logits, step.masks, step.maps, None, None, step.teacher_maps, epoch)
+        loss(now).backward(retain_graph=True)
+        grad = pair[0].encoder[0][0].weight.grad
+        assert (grad is not None and bool(grad.abs().sum() > 0)) == reached
+        assert loss.connectors[0][0].weight.grad.abs().sum() > 0
 
 
-def test_cells_cover_the_image_row_by_row():
-    cells = grid_cells(torch.zeros(1, 1, 4, 6), 2).argmax(1).view(4, 6)
-    assert cells.tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
+def test_given_margins_replace_those_of_the_batchnorm(pair):
+    given = {"decoder.stride4": torch.linspace(-2, 0, 6)}
+    loss = FeatureRefinement(*pair, ("decoder.stride4",), margins=given)
+    assert torch.equal(loss.margin0, given["decoder.stride4"])
+    norm = pair[1].feature_norms()["decoder.stride4"]
+    assert torch.equal(FeatureRefinement(*pair, ("decoder.stride4",)).margin0, bn_margin(norm))
 
 
-def test_cells_of_an_odd_size_lose_no_pixel():
-    assert (grid_cells(torch.zeros(2, 1, 7, 5), 4).sum(1) == 1).all()
-
-
-def test_lesion_frame_spans_the_edges_bounding_box():
-    edge = torch.zeros(1, 1, 6, 6)
-    edge[0, 0, 2, 1] = edge[0, 0, 3, 4] = 1  # rows 2..3, columns 1..4
-    cells = grid_cells(edge, 2, "lesion").argmax(1).view(6, 6)
-    assert cells[2].tolist() == [0, 0, 0, 1, 1, 1]
-    assert cells[:, 0].tolist() == [0, 0, 0, 2, 2, 2]
-
-
-def test_anchor_is_the_mean_key_of_the_cells_edge_pixels():
-    graph = EdgeGraph(1, states=1, grid=2)
-    x = torch.arange(16.0).view(1, 1, 4, 4)
-    keys = graph.theta(x)[0, 0]
-    anchors = graph.anchors_of(graph.theta(x), graph.cells(EDGE))[0, 0]
-    torch.testing.assert_close(anchors[0], (keys[0, 0] + keys[0, 1]) / 2)
-    torch.testing.assert_close(anchors[3], keys[3, 3])
-
-
-@pytest.mark.parametrize("anchors", ["masked_mean", "masked_cosine"])
-def test_empty_cells_drop_out_of_the_softmax(anchors):
-    graph = EdgeGraph(3, states=4, grid=2, anchors=anchors)
-    states, projection = graph.project(torch.rand(1, 3, 4, 4), EDGE)
-    nodes = graph.build_graph(states, projection)
-    torch.testing.assert_close(projection.sum(1), torch.ones(1, 16))
-    assert graph.live_nodes(EDGE).tolist() == [[True, False, False, True]]
-    assert (projection[:, [1, 2]] == 0).all()
-    assert (nodes[:, :, [1, 2]] == 0).all()
-
-
-def test_projection_is_a_softmax_of_anchor_times_key():
-    graph = EdgeGraph(2, states=2, grid=2)
-    x = torch.rand(1, 2, 4, 4)
-    keys = graph.theta(x).detach()
-    anchors, keys = graph.anchors_of(keys, graph.cells(EDGE))[0], keys[0].flatten(1)
-    scores = [math.exp(float(anchors[:, k] @ keys[:, 5])) for k in (0, 3)]
-    projection = graph.project(x, EDGE)[1][0, :, 5]
-    assert projection[0].item() == pytest.approx(scores[0] / sum(scores), rel=1e-5)
-
-
-def test_nodes_divided_by_mass_are_weighted_means_of_states():
-    graph = EdgeGraph(1, states=1, grid=2)
-    states, projection = torch.tensor([[[2.0, 4.0, 6.0]]]), torch.tensor([[[1.0, 0.5, 0.0], [0.0, 0.5, 1.0], [0, 0, 0], [0, 0, 0]]])
-    assert graph.build_graph(states, projection).flatten().tolist() == pytest.approx([4 / 1.5, 8 / 1.5, 0, 0])
-    graph.normalize = "none"
-    assert graph.build_graph(states, projection).flatten().tolist() == pytest.approx([4, 8, 0, 0])
-    graph.normalize = "size"
-    assert graph.build_graph(states, projection).flatten().tolist() == pytest.approx([4 / 3, 8 / 3, 0, 0])
-
-
-def test_an_image_without_an_edge_gives_finite_nothing():
-    graph = EdgeGraph(3, grid=2)
-    states, projection = graph.project(torch.rand(2, 3, 4, 4), torch.zeros(2, 1, 4, 4))
-    assert (projection == 0).all()
-    assert torch.isfinite(graph.reason(graph.build_graph(states, projection))).all()
-
-
-def edge_of(n: int, at: list[int]) -> torch.Tensor:
-    edge = torch.zeros(n, 1, 64, 64)
-    for i in at:
-        edge[i, 0, 16:48, 16 + 4 * i] = 1
-    return edge
-
-
-def test_images_without_an_edge_add_nothing_but_count_in_the_mean(pair):
-    maps_s, maps_t = features(pair)
-    loss = EdgeReasoning(*pair, EdgeGraph(64), torch.full((16,), 2.0), "encoder.stride4").eval()
-    both, first = loss(maps_s, maps_t, edge_of(2, [0, 1])), loss(maps_s, maps_t, edge_of(2, [0]))
-    second = loss(maps_s, maps_t, edge_of(2, [1]))
-    assert loss(maps_s, maps_t, edge_of(2, [])).item() == 0
-    torch.testing.assert_close(first + second, both)
-
-
-def test_edge_loss_is_the_mean_square_over_states_and_live_nodes(pair):
-    maps_s, maps_t = features(pair)
-    std = torch.linspace(0.5, 2, 16)
-    loss = EdgeReasoning(*pair, EdgeGraph(64), std, "encoder.stride4").eval()
-    edge = edge_of(2, [0, 1])
-    small = torch.nn.functional.max_pool2d(edge, 4)
-    h_s, h_t = loss.graph(loss.connector(maps_s["encoder.stride4"]), small), loss.graph(maps_t["encoder.stride4"], small)
-    expected = 0.0
-    for i in range(2):
-        live = [k for k in range(16) if small[i, 0, k // 4 * 4 : k // 4 * 4 + 4, k % 4 * 4 : k % 4 * 4 + 4].any()]
-        expected += sum(((h_s[i, c, k] - h_t[i, c, k]).item() / std[c].item()) ** 2 for c in range(16) for k in live) / (16 * len(live)) / 2
-    assert loss(maps_s, maps_t, edge).item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_graph_stays_frozen_and_passes_gradients_on(pair):
-    maps_s, maps_t = features(pair)
-    loss = EdgeReasoning(*pair, EdgeGraph(64), torch.ones(16), "encoder.stride4")
-    pair[0].zero_grad()
-    loss(maps_s, maps_t, edge_of(2, [0, 1])).backward()
-    assert all(p.grad is None for p in loss.graph.parameters())
-    assert loss.connector[0].weight.grad.abs().sum() > 0
-    assert pair[0].encoder[0][0].weight.grad.abs().sum() > 0
-
-
-def test_derangement_gives_every_lesion_another_ones_edge():
-    edge = edge_of(5, [0, 2, 3])
-    shuffled = derange(edge)
-    assert [i for i in range(5) if shuffled[i].any()] == [0, 2, 3]
-    assert not any(torch.equal(shuffled[i], edge[i]) for i in (0, 2, 3))
-    assert {tuple(e.flatten().tolist()) for e in shuffled} == {tuple(e.flatten().tolist()) for e in edge}
-
-
-def test_a_lesion_without_a_partner_gets_no_edge():
-    assert not derange(edge_of(3, [1])).any()
-
-
-def test_the_head_fits_an_edge_that_the_features_show():
+def test_connectors_start_around_zero_with_overhauls_standard_deviation():
     torch.manual_seed(0)
-    edge = torch.zeros(4, 1, 16, 16)
-    edge[:, :, 4:12, 6] = 1
-    x = torch.cat([edge * 2 - 1, torch.randn(4, 2, 16, 16)], 1)
-    graph, head = EdgeGraph(3, grid=2), EdgeHead(16)
-    optimizer = torch.optim.Adam([*graph.parameters(), *head.parameters()], 0.02)
-    first = head(graph, x, edge).item()
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = head(graph, x, edge)
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.5 * first
-    nothing = head(graph, x, torch.zeros_like(edge))
-    nothing.backward()
-    assert nothing.item() == 0
-
-
-def test_eagr_reads_the_edge_by_nearest_and_the_others_by_maximum():
-    edge = torch.zeros(1, 1, 8, 8)
-    edge[0, 0, 1, 5] = 1
-    assert EdgeGraph(1, anchors="eagr").edge_at(edge, 4).sum() == 0
-    assert EdgeGraph(1).edge_at(edge, 4).tolist() == [[[[0, 1], [0, 0]]]]
-
-
-def test_segmentation_loss_is_binary_cross_entropy():
-    logits, masks = torch.tensor([[[[0.3, -1.2]]]]), torch.tensor([[[[1.0, 0.0]]]])
-    by_hand = -(math.log(1 / (1 + math.exp(-0.3))) + math.log(1 - 1 / (1 + math.exp(1.2)))) / 2
-    assert segmentation_loss(logits, masks).item() == pytest.approx(by_hand)
-
-
-def test_connectors_start_as_overhaul_says(pair):
-    loss = FeatureRefinement(*pair, ("decoder.stride8",))
-    convolution, norm = loss.connectors[0]
+    convolution, norm = Connector(64, 128)
     assert isinstance(norm, nn.BatchNorm2d) and convolution.bias is None
-    assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.1)
+    assert convolution.weight.mean().item() == pytest.approx(0, abs=0.01)
+    assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.03)
 
 
-@pytest.mark.parametrize("build", [
-    lambda pair, level: FeatureRefinement(*pair, (level,)), lambda pair, level: OnMaps(*pair, (level,), hint_loss, regress=True),
-    lambda pair, level: EdgeReasoning(*pair, EdgeGraph(256), torch.ones(16), level), lambda pair, level: EdgeRelation(*pair, level, 4, "image"),
-], ids=["feat", "rival", "edge", "relation"])  # fmt: skip
-def test_a_map_that_only_the_teacher_has_is_asked_of_the_teacher(build, pair):
-    assert build(pair, "encoder.stride16:decoder.stride16")
+def test_maps_in_half_precision_are_compared_in_single(pair):
+    step = step_of(*pair, height=64, width=32)
+    half = [
+        {n: x.detach().bfloat16() for n, x in m.items()} for m in (step.maps, step.teacher_maps)
+    ]
+    single = [{n: x.float() for n, x in maps.items()} for maps in half]
+    loss = FeatureRefinement(*pair, ("encoder.stride4", "decoder.stride2")).eval()
+    got, expected = (
+        loss(Step(step.logits, step.masks, a, teacher_maps=b)) for a, b in (half, single)
+    )
+    assert got.dtype == torch.float32 and got > 0
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.fault
-def test_unequal_maps_are_named_the_students_first():
-    with pytest.raises(LesionKDError, match=r"student's map is \(1, 1, 2, 2\), the teacher's \(1, 1, 3, 3\)"):
+def test_maps_of_unequal_size_are_refused_with_both_shapes():
+    words = r"student's map is \(1, 1, 2, 2\), the teacher's \(1, 1, 3, 3\)"
+    with pytest.raises(LesionKDError, match=words):
         partial_l2(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), torch.zeros(1))
 
 
 @pytest.mark.fault
-def test_odd_sizes_are_refused_with_both_shapes(pair):
-    """Inference takes them; the two networks round them differently, so distillation does not."""
-    images = torch.rand(2, 3, 70, 70)
-    maps_s, maps_t = pair[0].forward_features(images)[1], pair[1].forward_features(images)[1]
-    losses = [lambda: FeatureRefinement(*pair, ("decoder.stride4",))(maps_s, maps_t)]
-    losses += [lambda: EdgeReasoning(*pair, EdgeGraph(64), torch.ones(16), "encoder.stride4")(maps_s, maps_t, torch.zeros(2, 1, 70, 70))]
-    for loss in losses:
-        with pytest.raises(LesionKDError, match=r"17, 17.*18, 18.*multiples of 32"):
-            loss()
+def test_odd_image_sizes_are_refused_in_distillation():
+    """Inference takes them; U-Net and ResNet round them differently."""
+    student, teacher = UNet(width=2), ResNet34UNet().eval()
+    step = step_of(student, teacher, height=70, width=70)
+    with pytest.raises(LesionKDError, match=r"17, 17.*18, 18.*multiples of 32"):
+        FeatureRefinement(student, teacher, ("decoder.stride4",))(step)
+
+
+# Registry -----------------------------------------------------------------------------------------
+
+ALL = DistillConfig(
+    losses=", ".join(name for name in TERMS if name != "seg"),
+    levels="decoder.stride4, decoder.stride2",
+    level_weights="halving",
+    states=5,
+    grid=2,
+    grid_frame="lesion",
+    edge_level="encoder.stride2:decoder.stride2",
+    seed=4,
+)
+
+
+def measured() -> Measured:
+    margins = {"decoder.stride2": torch.full((3,), -0.1), "decoder.stride4": torch.full((6,), -0.2)}
+    return Measured(FittedGraph(EdgeGraph(3, 5, 2, frame="lesion"), torch.full((5,), 0.5)), margins)
+
+
+def test_all_terms_are_built_and_give_one_finite_number(pair):
+    edge = torch.zeros(3, 1, 64, 64)
+    for i in range(3):
+        edge[i, 0, 6 + 4 * i : 20, 4 * i + 2 : 18 + 2 * i] = 1
+    step, terms = step_of(*pair, edge, n=3), build_terms(ALL, *pair, measured())
+    assert set(terms) == set(TERMS)
+    for name, term in terms.items():
+        loss = term(step)
+        assert loss.shape == () and torch.isfinite(loss) and loss > 0, name
+
+
+@pytest.mark.parametrize("margin", ["bn", "empirical"])
+def test_measured_margins_are_used_where_the_option_says_so(margin, pair):
+    given, cfg = measured(), ALL.with_values(losses="feat", margin=margin)
+    module = build_terms(cfg, *pair, given)["feat"]
+    norm = pair[1].feature_norms()["decoder.stride2"]
+    expected = given.margins["decoder.stride2"] if margin == "empirical" else bn_margin(norm)
+    assert torch.equal(module.margin0, expected) and module.level_weights == "halving"
+
+
+def test_frozen_terms_use_the_fitted_graph_and_the_joint_term_its_own(pair):
+    given = measured()
+    terms = build_terms(ALL, *pair, given)
+    for name in ("edge", "edge_shuffled"):
+        assert terms[name].graph is given.fitted.graph and (terms[name].std == 0.5).all()
+    joint = terms["edge_joint"].graph
+    assert joint.phi.weight.shape == (5, 3, 1, 1) and all(
+        p.requires_grad for p in joint.parameters()
+    )
+    assert (
+        (joint.grid, joint.frame) == (terms["edge_relation"].cells.grid, "lesion") == (2, "lesion")
+    )
+
+
+def test_the_first_map_of_a_pair_is_the_students(pair):
+    level, names = "encoder.stride2:decoder.stride2", ("encoder.stride2", "decoder.stride2")
+    terms = build_terms(ALL.with_values(levels=level), *pair, measured())
+    assert terms["feat"].pairs == [names]
+    assert terms["feat"].connectors[0][0].weight.shape[:2] == (3, 4)
+    for name in ("edge", "edge_shuffled", "edge_joint", "edge_relation"):
+        assert (terms[name].student_map, terms[name].teacher_map) == names
+        assert terms[name].teacher_maps == names[1:]
+
+
+def test_a_map_that_only_the_teacher_has_can_be_paired():
+    level, names = "encoder.stride16:decoder.stride16", ("encoder.stride16", "decoder.stride16")
+    cfg = DistillConfig(losses="feat, edge_relation", levels=level, edge_level=level)
+    terms = build_terms(cfg, UNet(width=2), ResNet34UNet())
+    assert terms["feat"].pairs == [names] and terms["edge_relation"].teacher_map == names[1]
+
+
+def test_initial_weights_of_a_term_depend_on_the_seed_alone(pair):
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    alone = build_terms(ALL.with_values(losses="feat"), *pair)
+    assert list(alone) == ["seg", "feat"]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(10)
+    beside = build_terms(ALL, *pair, measured())
+    other = build_terms(ALL.with_values(losses="feat", seed=5), *pair)
+    start, again, another = (
+        terms["feat"].connectors[0][0].weight for terms in (alone, beside, other)
+    )
+    assert torch.equal(start, again) and not torch.equal(start, another)
+
+
+@pytest.fixture
+def toy():
+    """A loss term that this test registers."""
+    kept = dict(TERMS)
+
+    @register("toy", label="Toy", weight=7.0, sweep=(1.0, 7.0), options=("grid",))
+    class Toy(nn.Module):
+        @classmethod
+        def build(cls, cfg, student, teacher, measured):
+            return cls()
+
+        def forward(self, step):
+            return step.logits.square().mean() + 0 * step.teacher_logits.sum()
+
+    yield Toy
+    TERMS.clear()
+    TERMS.update(kept)
+
+
+def test_a_registered_term_becomes_an_option_value_and_an_arm(toy, pair):
+    cfg = DistillConfig(losses="toy")
+    assert cfg.losses == {"seg": 1.0, "toy": 7.0} and cfg.terms == ("toy",)
+    assert DistillConfig(losses="feat, toy=0.5").losses == {"seg": 1.0, "feat": 1.0, "toy": 0.5}
+    assert AblationConfig(arms="alone, toy").arm("toy", 3).losses == cfg.losses
+    step = step_of(*pair)
+    assert build_terms(cfg, *pair)["toy"](step).item() == step.logits.square().mean().item()
+
+
+def test_options_of_a_registered_term_count_only_with_it(toy):
+    digests = [DistillConfig(losses=x, grid=g).digest("u") for x in ("toy", "kd") for g in (2, 4)]
+    assert digests[0] != digests[1] and digests[2] == digests[3]
+
+
+@pytest.mark.fault
+def test_a_term_that_is_not_registered_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="names the loss 'fet': did you mean 'feat'"):
+        DistillConfig(losses="fet")

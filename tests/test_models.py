@@ -1,0 +1,243 @@
+"""Teacher, paper's teacher and student: sizes, names, feature maps; your own networks."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lesionkd_core import models
+from lesionkd_core.config import ConfigError, LesionKDError
+from lesionkd_core.models import (
+    ResNet34UNet,
+    ThinBatchNorm,
+    UNet,
+    build_network,
+    freeze,
+    match_levels,
+    parameter_count,
+    register,
+    stride_of,
+)
+from tests.conftest import ROOT
+from tests.tiny import drawn
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"),
+    [
+        (lambda: UNet(width=4), 58_629),
+        (lambda: UNet(width=64), 14_788_929),
+        (lambda: build_network("unet64"), 14_788_929),
+        (ResNet34UNet, 24_429_281),
+        (lambda: ResNet34UNet().encoder, 21_284_672),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(build, parameters):
+    assert parameter_count(build()) == parameters
+
+
+@pytest.mark.parametrize("c", [2, 8])
+def test_parameters_of_a_student_follow_from_its_blocks(c):
+    down = [(3, c), (c, 2 * c), (2 * c, 4 * c), (4 * c, 8 * c), (8 * c, 8 * c)]
+    up = [(16 * c, 4 * c), (8 * c, 2 * c), (4 * c, c), (2 * c, c)]
+    blocks = sum(9 * i * o + 9 * o * o + 6 * o for i, o in down + up)
+    transposed = sum(4 * w * w + w for w in (8 * c, 4 * c, 2 * c, c))
+    assert parameter_count(UNet(width=c)) == blocks + transposed + c + 1
+
+
+def test_the_encoder_has_torchvisions_names():
+    names = set(ResNet34UNet().encoder.state_dict())
+    some = {"conv1.weight", "bn1.running_var", "layer1.0.conv1.weight", "layer4.2.bn2.weight"}
+    assert some | {"layer2.0.downsample.0.weight", "layer2.0.downsample.1.bias"} <= names
+    assert len(names) == 216  # torchvision's resnet34 has two more: the classifier's
+    assert "layer1.0.downsample.0.weight" not in names
+
+
+@pytest.mark.parametrize("network", [UNet(width=4), ResNet34UNet()], ids=["student", "teacher"])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 96), (101, 65)])
+def test_any_size_from_32_px_gives_logits_of_that_size(network, size):
+    with torch.no_grad():
+        assert network.eval()(torch.zeros(1, 3, *size)).shape == (1, 1, *size)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("size", [(31, 64), (64, 16)])
+def test_a_smaller_image_is_refused_with_the_smallest_size(size):
+    with pytest.raises(LesionKDError, match="at least 32"):
+        UNet(width=2)(torch.zeros(1, 3, *size))
+
+
+NETWORKS = {
+    "student": lambda: UNet(width=4),
+    "stem 2": lambda: UNet(width=4, stem=2),
+    "stem 4": lambda: UNet(width=4, stem=4),
+    "teacher": ResNet34UNet,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_maps_have_the_stride_and_channels_of_their_name_and_are_taken_before_the_relu(name):
+    torch.manual_seed(0)
+    network = NETWORKS[name]().train()
+    logits, maps = network.forward_features(torch.rand(2, 3, 64, 96))
+    norms = network.feature_norms()
+    assert logits.shape == (2, 1, 64, 96) and set(maps) == set(norms)
+    for level, x in maps.items():
+        size = (64 // stride_of(level), 96 // stride_of(level))
+        assert x.shape == (2, norms[level].num_features, *size)
+        assert x.min() < 0
+
+
+def test_students_logits_come_from_the_last_map_after_its_relu():
+    network = UNet(width=4).eval()
+    logits, maps = network.forward_features(torch.rand(1, 3, 32, 32))
+    torch.testing.assert_close(network.head(F.relu(maps["decoder.stride1"])), logits)
+
+
+def test_a_residual_map_is_the_sum_and_its_norm_the_last_of_the_stage():
+    network, caught = ResNet34UNet().eval(), {}
+    last = network.encoder.layer1[-1]
+    last.bn2.register_forward_hook(lambda m, i, out: caught.update(bn=out.clone()))
+    last.register_forward_hook(lambda m, i, out: caught.update(into=i[0]))
+    maps = network.forward_features(torch.rand(1, 3, 64, 64))[1]
+    torch.testing.assert_close(maps["encoder.stride4"], caught["bn"] + caught["into"])
+    assert network.feature_norms()["encoder.stride4"] is last.bn2
+
+
+def test_the_student_pads_as_its_authors_do():
+    """An odd size is rounded down by the pool; zeros are added, the smaller half first."""
+    padded = models._pad_to(torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 3, 5))
+    np.testing.assert_array_equal(padded[0, 0].numpy(), [[1, 1, 1, 1, 0]] * 2 + [[0] * 5])
+
+
+# BatchNorm ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_thin_batch_norm_equals_torchs_forward_backward_and_running_statistics(channels):
+    thin, plain = ThinBatchNorm(channels), nn.BatchNorm2d(channels)
+    for p in thin.parameters():
+        nn.init.uniform_(p, 0.5, 2)
+    plain.load_state_dict(thin.state_dict())
+    for seed in range(3):
+        x = 3 * drawn(2, channels, 8, 8, seed=seed) + 0.7
+        gradient = drawn(2, channels, 8, 8, seed=10 + seed)
+        inputs = [x.to(memory_format=torch.channels_last).requires_grad_() for _ in range(2)]
+        assert thin.training and inputs[0].is_contiguous(memory_format=torch.channels_last)
+        outputs = [norm(x) for norm, x in zip((thin, plain), inputs)]
+        for out in outputs:
+            (out * gradient).sum().backward()
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*(x.grad for x in inputs), rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(thin.parameters(), plain.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(thin.state_dict()[name], value)
+    assert thin.num_batches_tracked == 3
+    torch.testing.assert_close(thin.eval()(x), plain.eval()(x))
+
+
+def test_thin_batch_norm_is_used_and_takes_its_own_path(monkeypatch):
+    calls, real = [], models._ThinBatchNorm.apply
+    monkeypatch.setattr(
+        models._ThinBatchNorm, "apply", lambda *args: (calls.append(args[0].shape), real(*args))[1]
+    )
+    network = UNet(width=4).train().to(memory_format=torch.channels_last)
+    x = torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    network(x)
+    assert len(calls) == 6  # two norms in each of the three blocks of 4 channels
+    network.eval()(x)
+    ThinBatchNorm(4)(torch.rand(2, 4, 8, 8))  # not channels last
+    ThinBatchNorm(3)(torch.rand(2, 3, 8, 8).to(memory_format=torch.channels_last))
+    assert len(calls) == 6
+
+
+def test_frozen_batch_statistics_are_those_of_training_and_change_no_buffer():
+    teacher, x = UNet(width=8), drawn(4, 3, 32, 32)
+    with torch.no_grad():
+        for seed in range(3):  # running statistics that differ from the batch's
+            teacher.train()(drawn(4, 3, 32, 32, seed=seed) * 3)
+        expected = UNet(width=8)
+        expected.load_state_dict(teacher.state_dict())
+        by_batch, running = expected.train()(x), teacher.eval()(x)
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
+        got = freeze(teacher, batch_statistics=True)(x)
+    torch.testing.assert_close(got, by_batch)
+    assert (got - running).abs().max() > 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+# Levels -------------------------------------------------------------------------------------------
+
+
+def test_levels_pair_by_name_or_by_colon():
+    levels = ("decoder.stride8", "encoder.stride4:decoder.stride4")
+    assert match_levels(UNet(width=2), ResNet34UNet(), levels) == [
+        ("decoder.stride8", "decoder.stride8"),
+        ("encoder.stride4", "decoder.stride4"),
+    ]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("level", "words"),
+    [
+        ("decoder.stride1", ["teacher has no map 'decoder.stride1'"]),
+        ("decoder.strid8", ["did you mean 'decoder.stride8'"]),
+        ("encoder.stride2:encoder.stride4", ["(4, H/2, W/2)", "(64, H/4, W/4)"]),
+    ],
+)
+def test_levels_that_do_not_fit_are_refused_with_both_shapes(level, words):
+    with pytest.raises(LesionKDError) as error:
+        match_levels(UNet(width=2), ResNet34UNet(), (level,))
+    assert all(word in str(error.value) for word in words)
+
+
+# Your own networks --------------------------------------------------------------------------------
+
+
+def test_a_registered_network_is_built_by_its_name(monkeypatch):
+    monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))
+
+    @register("wide")
+    def wide(**options):
+        return UNet(**options | {"width": 2 * options["width"]})
+
+    assert parameter_count(build_network("wide", width=2)) == parameter_count(UNet(width=4))
+
+
+def test_a_network_is_built_from_a_module_beside_the_notebook(tmp_path):
+    code = "from lesionkd_core.models import UNet\ndef build(width, stem): return UNet(width=width)"
+    (tmp_path / "my_networks.py").write_text(code)
+    use = "from lesionkd_core.models import build_network as b, parameter_count as n; "
+    use += "print(n(b('my_networks:build', width=4, stem=1)))"
+    command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); {use}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "58629", done.stderr
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet34_une", "did you mean 'resnet34_unet'"),
+        ("no_such_module:build", "cannot be imported: No module named 'no_such_module'"),
+        ("math:no_such_function", "cannot be imported"),
+        ("torch.nn:Identity", "is a Identity; derive it from lesionkd_core.models.Network"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(name, words):
+    with pytest.raises(ConfigError, match=words):
+        build_network(name)
+
+
+def test_kaiming_initialization_of_the_encoder():
+    torch.manual_seed(0)
+    weight = ResNet34UNet().encoder.layer4[1].conv1.weight
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.01)
