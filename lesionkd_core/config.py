@@ -521,6 +521,13 @@ class DistillConfig(GraphConfig):
     )
     epochs: int = Field(10, ge=1, description="epochs, student")
     lr: float = Field(1e-2, gt=0, description="peak learning rate, student and connectors")
+    label_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the training images whose masks the student uses; the others are "
+        "for the terms that need none",
+    )
     teacher_views: int = Field(
         0,
         ge=0,

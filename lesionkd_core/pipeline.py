@@ -308,6 +308,7 @@ def distill_arms(
         "device",
         "edge_width",
         "teacher_views",
+        "label_fraction",
     ):
         values = list(dict.fromkeys(getattr(cfg, name) for cfg in cfgs))
         if len(values) > 1:

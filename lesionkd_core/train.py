@@ -104,7 +104,7 @@ class Objective(nn.Module):
         teacher: tuple[Tensor, dict[str, Tensor]] | None = None,
         epoch: int = 0,
     ) -> dict[str, Tensor]:
-        """Images (N, C, H, W), masks and edge (N, 1, H, W) -> every loss term before its weight."""
+        """Images (N, C, H, W), masks (M, 1, H, W), M <= N -> every loss term before its weight."""
         logits, maps = self.network.forward_features(images)
         seen = {"teacher_logits": teacher[0], "teacher_maps": teacher[1]} if teacher else {}
         with torch.autocast(images.device.type, enabled=False):  # sums over pixels need float32
@@ -167,6 +167,7 @@ class Learner:
             self.best, self.seconds = saved["best"], saved["seconds"]
             self.history = saved["history"]
         self.wrapped, self.stepper = fabric.setup(self.objective, optimizer)
+        self.uses_teacher = set(weights) != {"seg"}
         self.latest: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.measured: dict[str, float] = {}
@@ -178,7 +179,8 @@ class Learner:
 
     def step(self, batch: Batch, edge: Tensor | None, teacher: Any, measure: bool) -> None:
         """One update (step S6); with `measure` also the gradient of each term."""
-        losses = self.wrapped(batch.images, batch.masks, edge, teacher, len(self.history))
+        images = batch.images if self.uses_teacher else batch.images[: len(batch.masks)]
+        losses = self.wrapped(images, batch.masks, edge, teacher, len(self.history))
         weighted = {name: self.weights[name] * loss for name, loss in losses.items()}
         if measure:
             self.measured = gradients(self.network, weighted)
@@ -300,12 +302,14 @@ def train(
                 fabric.global_rank,
                 fabric.world_size,
                 getattr(first.cfg, "teacher_views", 0),
+                getattr(first.cfg, "label_fraction", 1.0),
             )
             for batch in batches:
                 seen, edge = None, None
                 if teacher is not None:
                     seen = teacher(batch, epoch)  # step S1
-                    edge = edge_label_batch(batch.masks, edge_width)
+                    without = seen[0][len(batch.masks) :] > 0  # the teacher's masks
+                    edge = edge_label_batch(torch.cat([batch.masks, without]), edge_width)
                 for learner in learners:
                     learner.step(batch, edge, seen, measure=steps == 0)
                 totals = torch.stack([learner.latest["total"] for learner in learners])

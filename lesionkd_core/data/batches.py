@@ -23,7 +23,10 @@ Device = torch.device | str
 
 
 class Batch(NamedTuple):
-    """Rows of the cases, images (N, 3, S, S) float32 and masks (N, 1, S, S) float32 0/1."""
+    """Rows of the cases, images (N, 3, S, S) float32 and masks (M, 1, S, S) float32 0/1.
+
+    M = N, or less if the last images have no masks.
+    """
 
     rows: np.ndarray
     images: Tensor
@@ -76,20 +79,39 @@ def epoch_batches(
     rank: int = 0,
     ranks: int = 1,
     views: int = 0,
+    label_fraction: float = 1.0,
 ) -> Iterator[Batch]:
     """One epoch of training batches, each loaded while the network trains on the one before.
 
     With `views` each image is augmented in that many ways, one for each epoch in turn, the same for
-    all seeds. With several processes, each gets its part of every batch.
+    all seeds. With a `label_fraction` below 1 every batch is preceded by an equal number of labelled
+    images, and its own images come without masks. With several processes, each gets its part.
     """
     drawn = (VIEW_SEED, epoch % views) if views else (seed, epoch)
     rows = data.index("train")
-    order = [b for b in epoch_order(len(rows), batch_size, seed, epoch) if len(b) >= ranks]
+    order = epoch_order(len(rows), batch_size, seed, epoch)
+    batches = [rows[batch[rank::ranks]] for batch in order if len(batch) >= ranks]
+    labelled, rng = labelled_rows(data, label_fraction), np.random.default_rng([seed, epoch, 0, 1])
+
+    def load(own: np.ndarray) -> Batch:
+        if label_fraction == 1:
+            return load_batch(data, own, *drawn, augmentation, device)
+        first = np.where(np.isin(own, labelled), own, rng.choice(labelled, len(own)))
+        both = load_batch(data, np.concatenate([first, own]), *drawn, augmentation, device)
+        return both._replace(masks=both.masks[: len(own)])
+
     with ThreadPoolExecutor(1) as loader:
-        coming = (
-            loader.submit(load_batch, data, rows[batch[rank::ranks]], *drawn, augmentation, device)
-            for batch in order
-        )
+        coming = (loader.submit(load, own) for own in batches)
         for ready, _ in pairwise(chain(coming, [None])):
             assert ready  # None follows the last batch
             yield ready.result()
+
+
+def labelled_rows(data: Prepared, fraction: float) -> np.ndarray:
+    """Rows of the training cases whose masks are used: whole groups at random, at least one."""
+    rows = data.index("train")
+    groups = data.cases["group"].to_numpy()[rows]
+    order = np.random.default_rng(0).permutation(np.unique(groups))
+    sizes = np.cumsum([(groups == group).sum() for group in order])
+    kept = order[: 1 + int(np.searchsorted(sizes, fraction * len(rows)))]
+    return rows[np.isin(groups, kept)]

@@ -21,8 +21,10 @@ class Step:
     ----------
     logits, maps
         The student's logits (N, 1, H, W) and its feature maps by name.
-    masks, edge : (N, 1, H, W)
-        Augmented masks, 0 or 1, and their edge label.
+    masks : (M, 1, H, W)
+        Augmented masks, 0 or 1, of the first M images; M < N only with `label_fraction`.
+    edge : (N, 1, H, W)
+        Edge label of the masks; of an image without one, of the teacher's mask.
     teacher_logits, teacher_maps
         The same of the frozen teacher; no gradient.
     epoch : int
