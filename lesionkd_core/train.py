@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import platform
@@ -180,10 +181,14 @@ class Learner:
     def step(self, batch: Batch, edge: Tensor | None, teacher: Any, measure: bool) -> None:
         """One update (step S6); with `measure` also the gradient of each term."""
         images = batch.images if self.uses_teacher else batch.images[: len(batch.masks)]
-        losses = self.wrapped(images, batch.masks, edge, teacher, len(self.history))
+        inputs = images, batch.masks, edge, teacher, len(self.history)
+        if measure and self.uses_teacher:
+            probe = copy.deepcopy(self.objective)  # so that measuring changes nothing
+            with self.fabric.autocast():
+                found = {name: self.weights[name] * x for name, x in probe(*inputs).items()}
+            self.measured = gradients(probe.network, found)
+        losses = self.wrapped(*inputs)
         weighted = {name: self.weights[name] * loss for name, loss in losses.items()}
-        if measure:
-            self.measured = gradients(self.network, weighted)
         total = torch.stack(list(weighted.values())).sum()
         self.fabric.backward(total)
         if self.cfg.clip_grad:
