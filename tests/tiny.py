@@ -18,8 +18,10 @@ OPTIONS = {
     "batch_size": 6,
     "teacher": "tests.tiny:small_teacher",
     "teacher_epochs": 2,
+    "teacher_lr": 0.03,  # networks that mark something after two epochs
     "graph_epochs": 1,
     "epochs": 2,
+    "lr": 0.03,
     "threads": 1,
     "device": "cpu",
     "weak_teacher": "allow",
