@@ -1,34 +1,313 @@
-"""The graph of L_edge looked into: where pixels go, how decided that is, and whether its nodes still say anything (step S4)."""
+"""A look inside: cases to show, edge labels, feature maps, nodes of the graph, and source code."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import re
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from .. import results
 from ..config import DistillConfig, GraphConfig, LesionKDError
-from ..edges import edge_label_batch
-from ..inference import TrainedNetwork, build, read_config
-from ..losses import EdgeGraph, FittedGraph
-from ..losses.edge_reasoning import Cells
-from ..losses.feature_refinement import Connector
-from ..networks import Network, stride_of
-from ..store import Result, short
-from .maps import feature_maps, last_state, restore
+from ..data.batches import normalize
+from ..data.prepare import Prepared
+from ..data.splits import near_pairs
+from ..edges import edge_at_stride, edge_label_batch
+from ..losses import EdgeGraph, EdgeReasoning, FittedGraph, Measured, build_terms, margin_relu
+from ..losses.edge_reasoning import live_in
+from ..models import Network, channels_of, stride_of
+from ..predict import TrainedNetwork, load_network
 
 BATCH = 16
+STRIDES = (1, 2, 4, 8, 16)
+
+
+def show(*functions: Any, docstring: bool = False) -> None:
+    """Show the source of functions or classes as a code block in a notebook.
+
+    Docstrings are left out, since the notebook explains the code; `docstring=True` keeps them.
+    """
+    from IPython.display import Markdown, display
+
+    text = "\n\n\n".join(textwrap.dedent(inspect.getsource(f)).rstrip() for f in functions)
+    if not docstring:
+        text = re.sub(r'(?m)^ *r?"""[\s\S]*?"""\n( *\n)?', "", text)
+    display(Markdown(f"```python\n{text}\n```"))
+
+
+# Cases and edge labels ----------------------------------------------------------------------------
+
+
+def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
+    """Rows of a split, evenly spread from the smallest to the largest lesion."""
+    rows = prepared.index(split)
+    size = prepared.cases["lesion_share"].to_numpy()[rows]
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    chosen: list[int] = rows[np.argsort(size, kind="stable")][places].tolist()
+    return chosen
+
+
+def example_pairs(prepared: Prepared, bits: int, count: int) -> pd.DataFrame:
+    """Pairs of images on both sides of the threshold for near-duplicates.
+
+    The `count` least similar pairs within `bits`, and the `count` most similar beyond.
+
+    Returns
+    -------
+    DataFrame
+        first, second (rows of `prepared`), bits (distance of their hashes).
+    """
+    for reach in (bits + 8, 63):  # few images may all be unlike
+        found = np.concatenate([*near_pairs(prepared.hashes, reach)])
+        if (found[:, 2] > bits).any():
+            break
+    table = pd.DataFrame(found, columns=["first", "second", "bits"])
+    table = table.sort_values("bits", kind="stable")
+    within = table["bits"] <= bits
+    return pd.concat([table[within].tail(count), table[~within].head(count)], ignore_index=True)
+
+
+def _edges(masks: np.ndarray, width: int) -> Tensor:
+    """Masks (N, S, S) 0/1 -> Label_edge (N, 1, S, S)."""
+    return edge_label_batch(torch.from_numpy(np.array(masks)).float().unsqueeze(1), width)
+
+
+def edge_pyramid(
+    masks: np.ndarray, width: int, strides: tuple[int, ...] = STRIDES
+) -> dict[str, np.ndarray]:
+    """Masks (N, S, S) 0/1 -> edge labels at several strides: {'stride 4': (N, S / 4, S / 4)}."""
+    full = _edges(masks, width)
+    return {f"stride {stride}": edge_at_stride(full, stride)[:, 0].numpy() for stride in strides}
+
+
+def edge_survival(
+    masks: np.ndarray, width: int, strides: tuple[int, ...] = STRIDES[1:]
+) -> pd.DataFrame:
+    """What is left of the edge label at a stride by maximum, mean and nearest pixel.
+
+    Parameters
+    ----------
+    masks : (N, S, S) 0/1
+        Only masks with an edge count.
+
+    Returns
+    -------
+    DataFrame
+        stride, method, kept (fraction of the full-size edge pixels inside a marked cell), marked
+        (fraction of cells marked over fraction of edge pixels), edge lost (lesions without any). A
+        mean marks a cell if more than half of it is edge.
+    """
+    full, rows = _edges(masks, width), []
+    full = full[full.flatten(1).amax(1) > 0]
+    for stride in strides:
+        middle = stride // 2
+        by_method = {
+            "max": edge_at_stride(full, stride),
+            "mean": (F.avg_pool2d(full, stride) > 0.5).float(),
+            "nearest": full[..., middle::stride, middle::stride],
+        }
+        for method, small in by_method.items():
+            back = F.interpolate(small, scale_factor=stride, mode="nearest")
+            row = {"stride": stride, "method": method}
+            row |= {"kept": float((full * back).sum() / full.sum())}
+            row |= {"marked": float(small.mean() / full.mean())}
+            rows.append(row | {"edge lost": int((small.flatten(1).amax(1) == 0).sum())})
+    return pd.DataFrame(rows)
+
+
+def live_nodes(cfg: Any, masks: np.ndarray) -> np.ndarray:
+    """Cells of the grid with an edge pixel, for each mask: (N, S, S) 0/1 -> (N,).
+
+    `cfg` has edge_level, edge_width, grid and grid_frame.
+    """
+    graph = EdgeGraph(1, 1, cfg.grid, frame=cfg.grid_frame)
+    stride = stride_of(cfg.edge_level.partition(":")[0])
+    edge = graph.edge_at(_edges(masks, cfg.edge_width), stride)
+    count: np.ndarray = graph.live_nodes(edge).sum(1).numpy()
+    return count
+
+
+# Feature maps -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def feature_maps(trained: TrainedNetwork, images: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits (N, 1, S, S) and all maps before their last ReLU, by name.
+
+    `images` are (N, S, S, 3) uint8.
+    """
+    return trained.network.forward_features(normalize(images))
+
+
+class FeatureView(NamedTuple):
+    """The channel of a map that separates the lesion best, from `feature_views`.
+
+    values (h, w) are deviations from its mean over the image in standard deviations; separation is
+    Cohen's d between lesion and rest.
+    """
+
+    values: np.ndarray
+    channel: int
+    separation: float
+
+
+@torch.no_grad()
+def feature_views(
+    networks: dict[str, TrainedNetwork], image: np.ndarray, mask: np.ndarray, levels: Sequence[str]
+) -> dict[str, dict[str, FeatureView]]:
+    """The channel of each map that separates the lesion best: {network: {level: FeatureView}}.
+
+    Channels of two networks do not correspond, so one rule chooses for each network: largest (mean
+    in the lesion - mean outside) / standard deviation over the image.
+
+    Parameters
+    ----------
+    networks : {name: TrainedNetwork}
+        The teacher first.
+    image, mask : (S, S, 3) uint8, (S, S) 0/1
+    levels : sequence of str
+        As in `models.match_levels`: 'a', or 'student:teacher'.
+    """
+    if not mask.any() or mask.all():
+        raise LesionKDError(
+            "feature_views compares a lesion with the rest of its image, but this mask is all one "
+            "value; choose another case"
+        )
+    shown: dict[str, dict[str, FeatureView]] = {}
+    for who, trained in networks.items():
+        maps, part = feature_maps(trained, image[None])[1], 0 if shown else -1
+        shown[who] = {
+            level: _best_channel(maps[level.split(":")[part]][0], mask) for level in levels
+        }
+    return shown
+
+
+def _best_channel(x: Tensor, mask: np.ndarray) -> FeatureView:
+    """(C, h, w) and mask (S, S) 0/1."""
+    height, width = x.shape[-2:]
+    lesion = torch.tensor(mask).double()[None]
+    lesion = F.adaptive_avg_pool2d(lesion, (height, width)).flatten()  # fraction of each pixel
+    flat = x.flatten(1).double()
+    deviation = flat.std(1, correction=0, keepdim=True).clamp_min(1e-6)
+    flat = (flat - flat.mean(1, keepdim=True)) / deviation
+    separation = flat @ (lesion / lesion.sum() - (1 - lesion) / (1 - lesion).sum())
+    best = int(separation.argmax())
+    values = flat[best].view(height, width).float().numpy()
+    return FeatureView(values, best, float(separation[best]))
+
+
+# A finished run -----------------------------------------------------------------------------------
+
+
+def restored(run: results.Result, teacher: TrainedNetwork) -> tuple[TrainedNetwork, nn.ModuleDict]:
+    """Student and loss terms (connectors, graph) of a run as they were after the last epoch.
+
+    `checkpoint_best` has the student alone.
+    """
+    student = load_network(run)
+    cfg, names = student.cfg, teacher.network.feature_norms()
+    if not isinstance(cfg, DistillConfig):
+        raise LesionKDError(f"{results.short(run.path)} is a teacher; give the run of a student")
+    level = cfg.edge_level.rpartition(":")[2]
+    graph = EdgeGraph(
+        channels_of(teacher.network, level), cfg.states, cfg.grid, cfg.anchors, frame=cfg.grid_frame
+    )
+    measured = Measured(
+        FittedGraph(graph, torch.ones(cfg.states)),
+        {name: torch.zeros(channels_of(teacher.network, name)) for name in names},
+    )  # the right shapes; the checkpoint has the values
+    terms = build_terms(cfg, student.network, teacher.network, measured)
+    whole = nn.ModuleDict({"network": student.network, "terms": terms})
+    whole.load_state_dict(results.read_checkpoint(run.path / "checkpoint_last")["objective"])
+    whole.eval().requires_grad_(False)
+    return student, terms
+
+
+class RefinementView(NamedTuple):
+    """Maps of one image at the first level of L_feat, each (C, h, w), and the channel to show."""
+
+    teacher: np.ndarray
+    target: np.ndarray
+    student: np.ndarray
+    channel: int
+
+
+@torch.no_grad()
+def refinement_view(
+    run: results.Result, teacher: TrainedNetwork, image: np.ndarray
+) -> RefinementView:
+    """T, T' = max(T, m) and the connected S of an image (S, S, 3) at the shallowest level (S3).
+
+    The channel is the one with the largest mean positive response of T. Student and connector are
+    those of the last epoch.
+    """
+    student, terms = restored(run, teacher)
+    if "feat" not in terms:
+        raise LesionKDError(f"{results.short(run.path)} was trained without the loss term 'feat'")
+    loss: Any = terms["feat"]
+    name_s, name_t = loss.pairs[0]
+    t = feature_maps(teacher, image[None])[1][name_t]
+    s = loss.connectors[0](feature_maps(student, image[None])[1][name_s])
+    target = margin_relu(t, loss.get_buffer("margin0"))
+    channel = int(t[0].clamp_min(0).mean((1, 2)).argmax())
+    return RefinementView(t[0].numpy(), target[0].numpy(), s[0].numpy(), channel)
+
+
+def graph_of(run: results.Result, teacher: TrainedNetwork) -> tuple[FittedGraph, TrainedNetwork]:
+    """The graph that a student run ended with, and the student as the graph sees it.
+
+    The student has the one map that the graph reads, after its connector and under the teacher's
+    name, so `GraphCases` takes it like the teacher.
+
+    Raises
+    ------
+    LesionKDError
+        The run has no graph: it was trained without L_edge, or with `edge_relation`.
+    """
+    student, terms = restored(run, teacher)
+    found = [term for term in terms.values() if isinstance(term, EdgeReasoning)]
+    if not found:
+        raise LesionKDError(
+            f"{results.short(run.path)} has no edge graph; its loss terms are {', '.join(terms)}. "
+            "Give a run with 'edge', 'edge_shuffled' or 'edge_joint'"
+        )
+    seen = TrainedNetwork(_Connected(student.network, found[0]), student.cfg, student.path)
+    return FittedGraph(found[0].graph, found[0].std), seen
+
+
+class _Connected(Network):
+    """A student with the map that the graph reads."""
+
+    def __init__(self, student: Network, term: EdgeReasoning) -> None:
+        super().__init__()
+        self.student, self.term = student, term
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, maps = self.student.forward_features(x)
+        return logits, {self.term.teacher_map: self.term.connector(maps[self.term.student_map])}
+
+
+# Nodes of the graph -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class NodeView:
-    """One case in the graph, at the map's resolution.
+    """One case in the graph, at the size of the map.
 
-    Edge (h, w), projection P (K, h, w), and anchors (K, 2): row and column of the centroid of each cell's edge
-    pixels, NaN in a cell without.
+    Attributes
+    ----------
+    edge : (h, w)
+    projection : (K, h, w)
+    anchors : (K, 2)
+        Row and column of the centroid of each cell's edge pixels; NaN in a cell without.
     """
 
     edge: np.ndarray
@@ -37,12 +316,15 @@ class NodeView:
 
     @property
     def live(self) -> np.ndarray:
-        """(K,) bool, nodes that pixels can go to."""
+        """(K,) bool: nodes that pixels can be assigned to."""
         return np.asarray(self.projection.any((1, 2)))
 
     @property
     def entropy(self) -> np.ndarray:
-        """(h, w), of P at each pixel in units of log(live nodes): 0 certain, 1 undecided; NaN with fewer than two live nodes."""
+        """(h, w), entropy of P in units of log(live nodes): 0 decided, 1 undecided.
+
+        NaN with fewer than two live nodes.
+        """
         p = self.projection[self.live]
         if len(p) < 2:
             return np.full(self.edge.shape, np.nan)
@@ -51,170 +333,180 @@ class NodeView:
 
     @property
     def largest(self) -> float:
-        """Share of the pixels that have the node of most pixels as their most likely one; NaN without a live node."""
-        return np.bincount(self.projection.argmax(0).ravel()).max() / self.edge.size if self.live.any() else np.nan
+        """Fraction of the pixels of the most frequent most likely node; NaN without a live node."""
+        counts = np.bincount(self.projection.argmax(0).ravel())
+        return float(counts.max() / self.edge.size) if self.live.any() else np.nan
 
 
-def graph_of(run: Result) -> FittedGraph:
-    """The graph that a student run ended with, frozen or learned along, out of its `checkpoint_last`.
-
-    Raises
-    ------
-    LesionKDError
-        The run has no graph: its terms are without `edge`, or it compares relations.
-    """
-    cfg, state = _with_graph(run), last_state(run)
-    graph = EdgeGraph(state["terms.edge.graph.phi.weight"].shape[1], cfg.states, cfg.grid, cfg.anchors, cfg.normalize, cfg.grid_frame)
-    return FittedGraph(restore(graph, state, "terms.edge.graph."), state["terms.edge.std"].flatten())
-
-
-def _with_graph(run: Result) -> DistillConfig:
-    cfg = read_config(run.path)
-    if not isinstance(cfg, DistillConfig) or "edge" not in cfg.terms or cfg.graph == "relation":
-        raise LesionKDError(f"{short(run.path)} has no edge graph; wants a student run with 'edge' among its terms and graph = 'frozen' or 'joint'")
-    return cfg
-
-
-def connected_student(run: Result) -> TrainedNetwork:
-    """A run's student with the one map that the graph reads, brought to the teacher's channels and under the teacher's name for it.
-
-    Student and connector are those of the last epoch. For `node_views`, `assignment_entropy` and `collapse_check`.
-    """
-    cfg, state = _with_graph(run), last_state(run)
-    connector = Connector(*state["terms.edge.connector.0.weight"].shape[1::-1])
-    student = restore(build(cfg), state, "network.")
-    return TrainedNetwork(_Connected(student, restore(connector, state, "terms.edge.connector."), cfg.edge_level), cfg, run.path)
-
-
-class _Connected(Network):
-    def __init__(self, student: Network, connector: Connector, level: str) -> None:
-        super().__init__()
-        self.student, self.connector, self.level = student, connector, level
-
-    def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logits, maps = self.student.forward_features(x)
-        return logits, {self.level.rpartition(":")[2]: self.connector(maps[self.level.partition(":")[0]])}
-
-
-def _in_graph(cfg: GraphConfig, network: TrainedNetwork, graph: EdgeGraph, images: np.ndarray, masks: np.ndarray) -> Iterator[tuple[Tensor, Cells]]:
-    """The map that the graph reads, (n, C, h, w), and the cells of its edge label, in batches."""
-    name = cfg.edge_level.rpartition(":")[2]
-    for i in range(0, len(images), BATCH):
-        full = edge_label_batch(torch.from_numpy(np.array(masks[i : i + BATCH])).float().unsqueeze(1), cfg.edge_width)
-        yield feature_maps(network, images[i : i + BATCH])[1][name], graph.cells(graph.edge_at(full, stride_of(name)))
-
-
-@torch.no_grad()
-def node_views(cfg: GraphConfig, network: TrainedNetwork, fitted: FittedGraph, images: np.ndarray, masks: np.ndarray) -> list[NodeView]:
-    """Where a network's pixels go in the graph.
+class GraphCases:
+    """The graph of L_edge on cases of one network (step S4).
 
     Parameters
     ----------
+    cfg : GraphConfig
     network : TrainedNetwork
-        The teacher, or a student from `connected_student`; by its running statistics.
+        The teacher, or the student from `graph_of`.
     fitted : FittedGraph
-        `Graph.load()`, or `graph_of` a run.
+        The fitted graph, or that from `graph_of`.
     images, masks : (N, S, S, 3) uint8, (N, S, S) 0/1
     """
-    views = []
-    for x, cells in _in_graph(cfg, network, fitted.graph, images, masks):
-        projection = fitted.graph.project(x, cells)[1].unflatten(2, x.shape[-2:])
-        places = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in x.shape[-2:]), indexing="ij"))
-        gathered, mass = (fitted.graph.anchors_of(keys.expand(len(x), -1, -1, -1), cells) for keys in (places, torch.ones_like(places[:1])))
-        anchors = torch.where(mass > 0, gathered / mass, torch.nan).transpose(1, 2)
-        views += [NodeView(*(part.numpy() for part in case)) for case in zip(cells.edge[:, 0], projection, anchors)]
-    return views
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        cfg: GraphConfig,
+        network: TrainedNetwork,
+        fitted: FittedGraph,
+        images: Any,
+        masks: Any,
+    ) -> None:
+        name = cfg.edge_level.rpartition(":")[2]
+        batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+        self.x = torch.cat([feature_maps(network, batch)[1][name] for batch in batches])
+        self.graph, self.std = fitted.graph, fitted.std
+        self.edge = self.graph.edge_at(_edges(masks, cfg.edge_width), stride_of(name))
+
+    @torch.no_grad()
+    def views(self) -> list[NodeView]:
+        """How the pixels of each case are assigned to the nodes."""
+        size = self.x.shape[-2:]
+        projection = self.graph.project(self.x, self.edge)[1].unflatten(2, size)
+        places = torch.meshgrid(*(torch.arange(float(n)) for n in size), indexing="ij")
+        keys = torch.stack([*places, torch.ones(size)]).expand(len(self.x), -1, -1, -1)
+        sums = self.graph.anchors_of(keys, self.edge)  # row, column and mass of each cell
+        anchors = torch.where(sums[:, 2:] > 0, sums[:, :2] / sums[:, 2:], torch.nan)
+        cases = zip(self.edge[:, 0], projection, anchors.transpose(1, 2))
+        return [NodeView(*(part.numpy() for part in case)) for case in cases]
+
+    def entropy(self) -> pd.DataFrame:
+        """How decided the projection is, case by case.
+
+        Returns
+        -------
+        DataFrame
+            case (0 ..), live_nodes, entropy (mean over pixels, in units of log(live nodes)),
+            entropy_of_edge (over edge pixels), largest_node (fraction of the pixels); NaN as in
+            `NodeView`.
+        """
+        rows = []
+        for case, view in enumerate(self.views()):
+            entropy, edge = view.entropy, view.edge > 0
+            row = {"case": case, "live_nodes": int(view.live.sum()), "entropy": entropy.mean()}
+            row["entropy_of_edge"] = entropy[edge].mean() if edge.any() else np.nan
+            rows.append(row | {"largest_node": view.largest})
+        return pd.DataFrame(rows)
+
+    @torch.no_grad()
+    def edge_information(self) -> dict[str, float]:
+        """How much the graph knows about the edge.
+
+        The 1x1 head that fitted the graph was dropped, so it is refitted here on every other case
+        with an edge and evaluated on the rest. The anchors are computed from the edge itself, so
+        this is an upper bound of what the nodes know.
+
+        Returns
+        -------
+        dict
+            bce, average_precision: of the edge that the head predicts from ReLU(H) P.
+            bce_constant, ap_constant: of predicting the same probability for every pixel.
+            h_change, p_change: relative change ||H' - H|| / ||H|| of nodes that are live in both,
+            and of P, if each case gets the edge of another case.
+            h_change_std: root mean square of H' - H in units of `FittedGraph.std`. Two unrelated
+            nodes give 1.41.
+        """
+        inside = self.edge.flatten(1).amax(1) > 0
+        if inside.sum() < 4:
+            raise LesionKDError(f"edge_information needs 4 cases with an edge; got {inside.sum()}")
+        graph, x, edge = self.graph, self.x[inside], self.edge[inside]
+        states, p = graph.project(x, edge)
+        h = graph.reason(graph.build_graph(states, p))
+        order, others = np.random.default_rng(0).permutation(len(x)), torch.empty_like(edge)
+        others[order] = edge[np.roll(order, 1)]  # neighbours may be frames of one video
+        both = (graph.live_nodes(edge) & graph.live_nodes(others)).unsqueeze(1)
+        apart, count = (graph(x, others) - h) * both, both.sum() * len(self.std)
+        changes = {
+            "h_change": apart.norm() / (h * both).norm(),
+            "p_change": (graph.project(x, others)[1] - p).norm() / p.norm(),
+            "h_change_std": ((apart / self.std.view(1, -1, 1)).square().sum() / count).sqrt(),
+        }
+        seen = (h.relu() @ p).transpose(1, 2).double().numpy(), edge.flatten(1).numpy()
+        return _refitted_head(*seen) | {name: float(value) for name, value in changes.items()}
+
+    @torch.no_grad()
+    def collapse(self, untrained: EdgeGraph | None = None) -> dict[str, Any]:
+        """Whether H, before its ReLU, still varies over nodes and cases.
+
+        A graph that is trained with the student under a matching loss alone collapses. A state is
+        dead if its standard deviation between cases, at one node, is below 5 % of the reference:
+        `FittedGraph.std`, or the standard deviation of H of the same graph before training
+        (`untrained`).
+
+        Returns
+        -------
+        dict
+            cases (with an edge); dead (fraction of the states); dimensions (participation ratio of
+            H's covariance over states: 1 if all carry the same signal); verdict: 'collapsed' (at
+            least half of the states are dead), 'partly collapsed' (some are), 'narrow' (none, but
+            fewer than two dimensions) or 'alive'.
+        """
+        live = live_in(self.graph, self.edge)  # (N, K)
+        free = live.sum() - live.any(0).sum()
+        if free <= 0:
+            raise LesionKDError(
+                "the collapse check compares cases node by node, but no node is live in two of "
+                f"these {len(live)} cases; give more cases with a lesion"
+            )
+        h = self.graph(self.x, self.edge).transpose(1, 2).double()
+        weight = live.unsqueeze(-1).double()
+        of_node = (h * weight).sum(0) / weight.sum(0).clamp_min(1)
+        between_cases = (((h - of_node).square() * weight).sum((0, 1)) / free).sqrt()
+        reference = self.std.double()
+        if untrained is not None:
+            started = untrained(self.x, self.edge).transpose(1, 2).double()
+            reference = started[live].std(0, correction=0)
+        eigen = torch.linalg.eigvalsh(torch.atleast_2d(h[live].T.cov(correction=0)))
+        dimensions = float(eigen.sum() ** 2 / eigen.square().sum().clamp_min(1e-300))
+        dead = float((between_cases < 0.05 * reference).double().mean())
+        verdict = "narrow" if dimensions < min(2, len(reference)) else "alive"
+        if dead:
+            verdict = "collapsed" if dead >= 0.5 else "partly collapsed"
+        found = {"cases": int(live.any(1).sum()), "dead": dead, "dimensions": dimensions}
+        return found | {"verdict": verdict}
 
 
-def assignment_entropy(cfg: GraphConfig, network: TrainedNetwork, fitted: FittedGraph, images: np.ndarray, masks: np.ndarray) -> pd.DataFrame:
-    """How decided the projection is, case by case; parameters as in `node_views`.
+def _refitted_head(features: np.ndarray, edges: np.ndarray) -> dict[str, float]:
+    """Logistic regression of edges (N, L) on features (N, L, s), fitted on the even cases."""
+    from scipy.optimize import minimize
+    from scipy.special import expit
 
-    Returns
-    -------
-    DataFrame
-        case (0 ..), live_nodes, entropy (mean over pixels, in units of log(live nodes)), entropy_of_edge (the same over edge
-        pixels), largest_node (share of pixels). NaN where `NodeView` has none.
+    x = (features - features.mean((0, 1))) / np.maximum(features.std((0, 1)), 1e-9)
+    x = np.concatenate([x, np.ones_like(x[..., :1])], 2)
+    fit, test = (part.reshape(-1, x.shape[2]) for part in (x[::2], x[1::2]))
+    target, truth = edges[::2].ravel(), edges[1::2].ravel()
+
+    def bce(logits: Any, label: np.ndarray) -> float:
+        return float((np.logaddexp(0, logits) - label * logits).mean())
+
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        slope = fit.T @ (expit(fit @ w) - target) / len(fit)
+        return bce(fit @ w, target) + 1e-6 * w @ w, slope + 2e-6 * w
+
+    predicted = test @ minimize(loss, np.zeros(x.shape[2]), jac=True).x
+    constant = np.log(target.mean() / (1 - target.mean()))
+    ap = {"average_precision": average_precision(predicted, truth), "ap_constant": truth.mean()}
+    return {"bce": bce(predicted, truth), "bce_constant": bce(constant, truth)} | ap
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Area under the precision-recall curve: sum over thresholds n of (R_n - R_(n-1)) P_n.
+
+    Parameters
+    ----------
+    scores, truth : (N,)
+        Any numbers, higher for the positive class; and 0/1.
     """
-    rows = []
-    for case, view in enumerate(node_views(cfg, network, fitted, images, masks)):
-        entropy, edge = view.entropy, view.edge > 0
-        of_edge = entropy[edge].mean() if edge.any() else np.nan
-        rows.append({"case": case, "live_nodes": int(view.live.sum()), "entropy": entropy.mean(), "entropy_of_edge": of_edge, "largest_node": view.largest})
-    return pd.DataFrame(rows, columns=["case", "live_nodes", "entropy", "entropy_of_edge", "largest_node"])
-
-
-@dataclass(frozen=True)
-class Collapse:
-    """How far H still tells nodes and cases apart.
-
-    states : DataFrame
-        One row a state channel: std (over live nodes of all cases), std_cases (between cases at one node), yardstick,
-        relative, relative_cases (both in units of the yardstick).
-    dimensions : float
-        Participation ratio of H's covariance over states: 1 where all states say the same, at most their number.
-    cases : int
-        Cases with an edge that were looked at.
-    """
-
-    states: pd.DataFrame
-    dimensions: float
-    cases: int
-
-    @property
-    def dead_share(self) -> float:
-        """Share of states that vary between cases by less than a twentieth of the yardstick."""
-        return float((self.states["relative_cases"] < 0.05).mean())
-
-    @property
-    def verdict(self) -> str:
-        """'collapsed': half of the states are dead; 'partly collapsed': some are; 'narrow': none, but all say nearly the
-        same (under two dimensions); else 'alive'."""
-        if self.dead_share:
-            return "collapsed" if self.dead_share >= 0.5 else "partly collapsed"
-        return "narrow" if self.dimensions < min(2, len(self.states)) else "alive"
-
-
-@torch.no_grad()
-def collapse_check(cfg: GraphConfig, network: TrainedNetwork, fitted: FittedGraph, images: np.ndarray, masks: np.ndarray) -> Collapse:
-    """Does H, before its ReLU, still vary over nodes and cases? Parameters as in `node_views`.
-
-    The yardstick is the teacher's spread that the graph was fitted with; of a graph learned along (`graph = 'joint'`, cfg
-    the run's own), the spread of H on the same cases at its initialization.
-
-    Source: METHOD, "Who learns what": a graph learned jointly collapses.
-    """
-    looks = list(_in_graph(cfg, network, fitted.graph, images, masks))
-    live = torch.cat([cells.live & (cells.edge.flatten(1).amax(1) > 0).unsqueeze(1) for _, cells in looks])  # (N, K)
-    if live.sum() <= live.any(0).sum():
-        raise LesionKDError("the collapse check compares cases node by node; these images hold no node that two of them share, give more cases with a lesion")
-    reasoned = _reasoned(fitted.graph, looks)
-    yardstick = fitted.std
-    if cfg.graph == "joint":
-        assert isinstance(cfg, DistillConfig)
-        yardstick = _spread(_reasoned(_untrained(cfg, fitted.graph), looks), live)[0]
-    std, std_cases = _spread(reasoned, live)
-    variances = torch.linalg.eigvalsh(torch.atleast_2d(reasoned[live].T.cov(correction=0)))
-    states = pd.DataFrame({"std": std, "std_cases": std_cases, "yardstick": yardstick.double()})
-    states = states.assign(relative=states["std"] / states["yardstick"], relative_cases=states["std_cases"] / states["yardstick"])
-    dimensions = float(variances.sum() ** 2 / variances.square().sum().clamp_min(1e-300))
-    return Collapse(states, dimensions, int(live.any(1).sum()))
-
-
-def _reasoned(graph: EdgeGraph, looks: list[tuple[Tensor, Cells]]) -> Tensor:
-    """H of every case, (N, K, s)."""
-    return torch.cat([graph(x, cells).transpose(1, 2) for x, cells in looks]).double()
-
-
-def _spread(reasoned: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """Deviation of H (N, K, s) over live nodes (N, K), and between the cases at one node, each (s,)."""
-    weight = live.unsqueeze(-1).double()
-    of_node = (reasoned * weight).sum(0) / weight.sum(0).clamp_min(1)
-    within = ((reasoned - of_node).square() * weight).sum((0, 1)) / (live.sum() - live.any(0).sum())
-    return reasoned[live].std(0, correction=0), within.sqrt()
-
-
-def _untrained(cfg: DistillConfig, graph: EdgeGraph) -> EdgeGraph:
-    """The graph as the run began with it (`build_terms`)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return EdgeGraph(graph.phi.in_channels, cfg.states, cfg.grid, cfg.anchors, cfg.normalize, cfg.grid_frame)
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(truth[order])
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # equal scores together
+    precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
+    return float((np.diff(recall, prepend=0) * precision).sum())

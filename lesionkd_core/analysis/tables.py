@@ -1,206 +1,307 @@
-"""Tables as readers want them: Markdown in a notebook, CSV and LaTeX beside the figures."""
+"""Tables as readers need them: Markdown in a notebook, CSV and LaTeX beside the figures."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from . import provenance, store
-from .evaluation import PUBLISHED
-from .figures import METRIC_LABELS
-from .statistics.arms import FAMILY, by_seed, case_mean, families, in_order, varying
-from .words import called, label, many, verdict
-from .words import in_words as in_words  # a table's sentences are asked for here
+from .. import results
+from ..config import PROFILES, loss_terms
+from ..evaluate import score_external
+from .statistics import FAMILY, TEACHER, by_seed, case_mean, families
 
-USUAL = {"profile": "cpu", "teacher": "resnet34_unet"}
-"""The study's; a macro names only what differs from it."""
+METRIC_LABELS = {
+    "dice": "Dice",
+    "soft_dice": "Soft Dice",
+    "iou": "IoU",
+    "sensitivity": "Sensitivity",
+    "precision": "Precision",
+    "hd95": "HD95 (px)",
+    "surface_dice": "Surface Dice (2 px)",
+}
+"""Labels of the scores of a case."""
+LABELS = {
+    "alone": "student alone",
+    "alone_long": "student alone, longer",
+    "method": "both (method)",
+    "shuffled": "both, edges shuffled",
+    "stem2": "student, stem 2",
+    "otsu": "Otsu",
+    "resnet34_unet": "ResNet34-UNet",
+    "unet64": "U-Net 64",
+}
+"""Labels of arms and networks that are not the name of a loss term."""
+PUBLISHED = {"id": "case", "lesion_pixels": "lesion_px"}
+"""Names of these columns in data/results; everywhere else they have the first name."""
+
+
+def label(name: str) -> str:
+    """The label of an arm, a loss term or a network; a name without one is its own label."""
+    if name in LABELS:
+        return LABELS[name]
+    return str(loss_terms()[name].label) if name in loss_terms() else str(name)
 
 
 def markdown(table: pd.DataFrame, digits: int = 3) -> Any:
-    """A DataFrame as a Markdown table in a notebook; text from files and their names stays text."""
+    """A DataFrame as a Markdown table in a notebook; text that comes from files stays text."""
     from IPython.display import Markdown
 
-    escaped = table.map(lambda value: html.escape(value, quote=False).replace("|", r"\|") if isinstance(value, str) else value)
-    return Markdown(escaped.to_markdown(index=False, floatfmt=f".{digits}f"))
+    def shown(value: Any) -> Any:
+        if isinstance(value, float):
+            return f"{value:.{digits}f}"
+        return html.escape(str(value), quote=False).replace("|", r"\|")
+
+    cells = table.map(shown).rename(columns=shown)
+    return Markdown(cells.to_markdown(index=False, disable_numparse=True))
 
 
-def save(table: pd.DataFrame, name: str, folder: Path, digits: int = 3, shown: pd.DataFrame | None = None) -> Path:
-    """Write NAME.csv (full precision) and NAME.tex (rounded; `shown` in its place, where a page wants fewer columns)."""
-    store.write_table(Path(folder) / f"{name}.csv", table)
-    latex = (table if shown is None else shown).to_latex(index=False, float_format=f"%.{digits}f", na_rep="--", escape=True)
-    store.write_text(Path(folder) / f"{name}.tex", _losses(latex))
-    return Path(folder) / f"{name}.tex"
+def save(
+    table: pd.DataFrame,
+    name: str,
+    folder: Path,
+    digits: int = 3,
+    shown: pd.DataFrame | None = None,
+) -> Path:
+    """Write NAME.csv in full precision and NAME.tex, rounded; `shown` replaces the table there."""
+    results.write_table(Path(folder) / f"{name}.csv", table)
+    rounded = {"float_format": f"%.{digits}f", "na_rep": "--", "escape": True}
+    latex = (table if shown is None else shown).to_latex(index=False, **rounded)
+    path = Path(folder) / f"{name}.tex"
+    results.write_text(path, _typeset(latex))
+    return path
 
 
-def save_words(text: str, name: str, folder: Path) -> Path:
-    """NAME.tex: sentences of `in_words` as a list that a paper takes in."""
-    items = "".join(f"\\item {_latex(line.removeprefix('- '))}\n" for line in text.splitlines())
-    store.write_text(Path(folder) / f"{name}.tex", f"\\begin{{itemize}}\n{items}\\end{{itemize}}\n")
-    return Path(folder) / f"{name}.tex"
+def _typeset(latex: str) -> str:
+    """L_feat as a symbol, and a minus sign in front of a number."""
+    latex = re.sub(r"\bL\\_([a-z]+)", r"$L_\\mathrm{\1}$", latex)
+    return re.sub(r"(?<![\w.-])-(?=\d)", "$-$", latex)
 
 
-def _latex(text: str) -> str:
-    return _losses(re.sub(r"([&%$#_{}])", r"\\\1", text))
+def variables(values: dict[str, Any], folder: Path) -> Path:
+    r"""Write variables.tex: a macro for each number that a paper quotes, such as \lkdTeacherDice.
+
+    A digit in a name becomes a letter, 0 is A. Floats are rounded to three digits.
+    """
+    lines = []
+    for name, value in values.items():
+        words = re.findall(r"[A-Za-z]+|[0-9]", name)
+        macro = "".join("ABCDEFGHIJ"[int(w)] if w.isdigit() else w.capitalize() for w in words)
+        if isinstance(value, float | int):
+            text = f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+        else:
+            text = _typeset(re.sub(r"([&%$#_{}])", r"\\\1", str(value)))
+        lines.append(f"\\newcommand{{\\lkd{macro}}}{{{text}}}\n")
+    path = Path(folder) / "variables.tex"
+    results.write_text(path, "".join(lines))
+    return path
 
 
-def _losses(latex: str) -> str:
-    """Names of losses as they are typeset, and a minus that is none of a hyphen."""
-    return re.sub(r"(?<![\w.-])-(?=\d)", "$-$", re.sub(r"\bL\\_([a-z]+)", r"$L_\\mathrm{\1}$", latex))
-
-
-def pixels(maps: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """The numbers of a picture: a row a pixel of every map in {network: {name: (h, w)}}."""
-    found = [pd.DataFrame(values).stack().rename("value").rename_axis(["row", "column"]).reset_index().assign(network=who, map=name)
-             for who, named in maps.items() for name, values in named.items()]
-    return pd.concat(found)[["network", "map", "row", "column", "value"]]
-
-
-def committed(name: str) -> pd.DataFrame:
-    """A table of measured results that comes with the checkout: data/results/NAME.csv."""
-    return store.read_table(provenance.CHECKOUT / "data" / "results" / f"{name}.csv")
-
-
-def study(name: str = "per_case") -> pd.DataFrame:
-    """A table of the committed study with the column names that every function here wants: id, lesion_pixels."""
-    return committed(name).rename(columns={published: ours for ours, published in PUBLISHED.items()})
+# Scores and comparisons ---------------------------------------------------------------------------
 
 
 def scores(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Mean [95 % interval] of every metric, one row a method; missed lesions stand beside every mean."""
+    """Mean [95 % interval] of each metric, one row for each network, with missed lesions."""
     rows = []
     for name, summary in summaries.items():
-        row: dict[str, Any] = {"method": label(name)}
-        for metric, heading in METRIC_LABELS.items():
-            digits = 1 if metric == "hd95" else 3
-            cell = summary[metric]
-            row[heading] = "--" if cell["mean"] is None else f"{cell['mean']:.{digits}f} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
-        row |= {"missed": f"{summary['missed']} of {summary['lesions']}", "false alarms": summary["false_alarms"]}
-        rows.append(row)
+        row: dict[str, Any] = {"network": label(name)}
+        for metric in (metric for metric in METRIC_LABELS if metric in summary):
+            row[METRIC_LABELS[metric]] = _with_interval(metric, **summary[metric])
+        row |= {"missed": f"{summary['missed']} of {summary['lesions']}"}
+        rows.append(row | {"false alarms": summary["false_alarms"]})
     return pd.DataFrame(rows)
 
 
-def arms(table: pd.DataFrame) -> pd.DataFrame:
-    """The ablation's table with readable names, the data set where there are several."""
-    table = table.drop(columns=[name for name in ("test_dataset",) if name in table and table[name].nunique() == 1])
-    of_seeds = {name: table[name].map("{:.3f}".format, na_action="ignore").fillna("") for name in table if name.startswith("dice_seed")}
-    named = table.assign(**of_seeds, arm=[label(arm) for arm in table["arm"]])
-    return named.rename(columns=METRIC_LABELS | {"false_alarm": "false alarms"}).rename(columns=lambda c: c.replace("dice_seed", "Dice, seed "))
+def _with_interval(metric: str, mean: Any, low: Any, high: Any, **_: Any) -> str:
+    digits = 1 if metric == "hd95" else 3
+    return "--" if mean is None else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def arms(means: pd.DataFrame) -> pd.DataFrame:
+    """`statistics.means` or `Ablation.table` for a page; data set and teacher if they differ."""
+    table = means.assign(arm=means["arm"].map(label))
+    seeds = {name: name.replace("dice_seed", "Dice, seed ") for name in table if "_seed" in name}
+    digits = dict.fromkeys(seeds, 3) | {"hd95": 1, "missed": 1, "false_alarm": 1}
+    for name in digits.keys() & set(table):
+        text = table[name].map(f"{{:.{digits[name]}f}}".format, na_action="ignore")
+        table[name] = text.astype(object).fillna("")
+    names = METRIC_LABELS | seeds | {"false_alarm": "false alarms"}
+    if "low" in table:
+        limits = table[["dice", "low", "high"]].to_numpy()
+        table["dice"] = [_with_interval("dice", *row) for row in limits]
+        names["dice"] = "Dice [95 % interval]"
+    table = table.drop(columns=["seeds", "cases", "groups", "low", "high"], errors="ignore")
+    return _differing(table).rename(columns=names)
 
 
 def differences(comparison: pd.DataFrame) -> pd.DataFrame:
-    """A table of `statistics.compare_arms` or `compare_with` as a page holds it: a row a pair of arms, headed by the arm that all share."""
-    places = [name for name in FAMILY if name in comparison and comparison[name].nunique() > 1]
+    """A table of `statistics.compare_arms` or `compare_with` for a page, one row for each pair."""
     rows = []
-    for row in comparison.itertuples():
-        interval = "--" if row.groups < 2 else f"{row.low:+.3f} to {row.high:+.3f}"
-        pair = {_against(comparison): label(getattr(row, varying(comparison)))}
-        said = pair | {f"{METRIC_LABELS[row.metric]}, difference": f"{row.difference:+.3f}", "95 % interval": interval}
-        rows.append({name: label(getattr(row, name)) for name in places} | said | {"p (Holm)": f"{row.p_holm:.2g}", "verdict": verdict(row)})
-    return pd.DataFrame(rows)
+    for row in comparison.to_dict("records"):
+        digits = 1 if row["metric"] == "hd95" else 3
+        limits = f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
+        rows.append(
+            {name: row[name] for name in FAMILY if name in row}
+            | {"arm": label(row["arm"]), "minus": label(row["other"])}
+            | {f"{METRIC_LABELS[row['metric']]}, difference": f"{row['difference']:+.{digits}f}"}
+            | {"95 % interval": limits if row["groups"] > 1 else "--"}
+            | {"p (Holm)": f"{row['p_holm']:.2g}", "groups": row["groups"]}
+            | {"verdict": row["verdict"]}
+        )
+    return _differing(pd.DataFrame(rows))
 
 
-def _against(comparison: pd.DataFrame) -> str:
-    arm, other = comparison[["arm", "other"]].iloc[0]
-    return f"against {called(other)}" if varying(comparison) == "arm" else f"{called(arm)} against"
+def _differing(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the columns of FAMILY in which all rows agree; labels in the others."""
+    known = [name for name in FAMILY if name in table]
+    same = [name for name in known if table[name].nunique(dropna=False) < 2]
+    if {"dataset", "test_dataset"} <= set(table) and table["dataset"].equals(table["test_dataset"]):
+        same.append("dataset")
+    labels = {name: table[name].map(label) for name in known if name not in same}
+    names = {"dataset": "trained on", "test_dataset": "data set", "seg_loss": "L_seg"}
+    return table.assign(**labels).drop(columns=set(same)).rename(columns=names)
 
 
-def study_means(per_case: pd.DataFrame) -> pd.DataFrame:
-    """Every arm of `study()` in full precision.
+def numbers(means: pd.DataFrame, comparison: pd.DataFrame) -> dict[str, Any]:
+    """What a paper quotes of `statistics.means` and `compare_arms`, by name, for `variables`.
+
+    A name holds what tells the rows apart: `busi method dice`, `busi method minus alone low`. The
+    teacher ResNet34-UNet and the profile cpu are not named.
+    """
+    usual = {"teacher": "resnet34_unet", "profile": "cpu"}
+    values: dict[str, Any] = {}
+
+    def place(row: dict[str, Any]) -> str:
+        shared = [str(row[n]) for n in FAMILY if n in row and row[n] != usual.get(n)]
+        return " ".join(dict.fromkeys(shared))
+
+    for row in means.to_dict("records"):
+        counts = {name: row[name] for name in ("cases", "groups", "seeds")}
+        values |= {f"{place(row)} {name}": counts[name] for name in counts if row["arm"] != TEACHER}
+        own = {n: float(row[n]) for n in ("dice", "low", "high")} | {
+            "missed": f"{row['missed']:.1f}"
+        }
+        values |= {f"{place(row)} {row['arm']} {name}": value for name, value in own.items()}
+    for row in comparison.to_dict("records"):
+        pair = f"{place(row)} {row['arm']} minus {row['other']}"
+        own = {n: f"{row[n or 'difference']:+.3f}" for n in ("", "low", "high")}
+        p = f"= {row['p_holm']:.2g}" if row["p_holm"] >= 0.001 else "< 0.001"
+        own |= {"p": p, "verdict": row["verdict"]}
+        values |= {f"{pair} {name}".strip(): value for name, value in own.items()}
+    return values
+
+
+# Results that come with the repository ------------------------------------------------------------
+
+
+def committed(name: str) -> pd.DataFrame:
+    """A table of measured results: data/results/NAME.csv, with the columns that are in the file."""
+    return results.read_table(results.CHECKOUT / "data" / "results" / f"{name}.csv")
+
+
+def study(name: str = "per_case") -> pd.DataFrame:
+    """A committed table with the column names of this package: id, lesion_pixels."""
+    return committed(name).rename(columns={there: here for here, there in PUBLISHED.items()})
+
+
+def collect_study(
+    runs: Mapping[tuple[str, int], results.Result],
+    about: dict[str, Any] | None = None,
+    test_dataset: tuple[str, ...] = (),
+) -> dict[str, pd.DataFrame]:
+    """The tables of a study from finished runs: per_case (test cases), runs and history.
+
+    Parameters
+    ----------
+    runs : {(arm, seed): training run}
+        The teacher's arm is `teacher`.
+    about : {column: value}, optional
+        Replaces what the runs' configurations say, such as the teacher that the student alone is
+        compared with, or adds columns of `statistics.FAMILY`.
+    test_dataset : tuple of str
+        Other data sets on which the runs are scored, too.
+    """
+    parts: dict[str, list[pd.DataFrame]] = {"per_case": [], "runs": [], "history": []}
+    for (arm, seed), run in runs.items():
+        cfg, env, summary = run.config, results.read_json(run.path / "env.json"), run.summary
+        dataset = Path(cfg["dataset"]).name
+        row = {"run": results.short(run.path).removeprefix("runs/"), "dataset": dataset}
+        row |= {name: cfg[name] for name in ("profile", "teacher", "fold", "seg_loss")}
+        row |= {"arm": arm, "seed": seed} | (about or {})
+        scored = {dataset: run.per_case.query("split == 'test'")}
+        scored |= {name: r.per_case for name, r in score_external(run, test_dataset).items()}
+        for name, cases in scored.items():
+            table = cases.rename(columns=PUBLISHED).assign(**row, test_dataset=name)
+            parts["per_case"].append(table[[*FIRST, *(n for n in table if n not in FIRST)]])
+        facts = {n: summary[n] for n in ("parameters", "epochs", "seconds")}
+        facts |= {n: env[n] for n in ("device", "threads", "commit")}
+        facts |= {"hash": run.digest[:16], "precision": cfg["precision"]}
+        parts["runs"].append(pd.DataFrame([row | facts]))
+        parts["history"].append(run.history.assign(**row))
+    tables = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+    tables["per_case"] = tables["per_case"].drop(columns=["label", "predicted_pixels"])
+    return tables
+
+
+# fmt: off
+FIRST = [
+    "run", "dataset", "test_dataset", "profile", "teacher", "arm", "seed", "split", "fold", "case",
+    "group", "lesion_px", "contrast", "dice", "iou", "sensitivity", "precision", "hd95",
+    "surface_dice", "missed", "false_alarm", "soft_dice", "seg_loss",
+]
+# fmt: on
+"""Columns of data/results/per_case.csv."""
+
+
+def cost_points(
+    per_case: pd.DataFrame, cost: pd.DataFrame, arms: tuple[str, ...] = ("alone", "method")
+) -> pd.DataFrame:
+    """Dice of a study's teachers and students of width 4 beside the cost of their networks.
+
+    Parameters
+    ----------
+    per_case : DataFrame
+        From `study`; of one `seg_loss`.
+    cost : DataFrame
+        `committed("cost")`; times are those of ONNX Runtime in float32.
 
     Returns
     -------
     DataFrame
-        Columns of FAMILY; arm, seeds, cases, groups, dice (mean over cases and seeds), low, high (over groups and seeds), missed (lesions, mean over seeds).
+        dataset, model (arm or teacher network), dice, low, high, parameters, macs and
+        latency_ms_median (at the profile's size), for `figures.pareto`.
     """
-    rows = []
+    engine = (cost["engine"] == "ONNX Runtime") & (cost["precision"] == "float32")
+    measured, rows = cost[engine].set_index(["pixels", "model"]), []
+    teachers = per_case.loc[~per_case["arm"].isin([TEACHER, "alone"]), "teacher"].nunique()
     for family, part in families(per_case):
-        for arm in ("teacher", *in_order(part, without="teacher")):
-            scored = by_seed(part, arm)
-            dice, low, high = case_mean(scored)
-            size = {"seeds": scored.shape[1], "cases": len(scored), "groups": scored.index.get_level_values("group").nunique()}
-            rows.append(family | {"arm": arm} | size | {"dice": dice, "low": low, "high": high, "missed": by_seed(part, arm, "missed").sum().mean()})
-    return pd.DataFrame(rows)
+        known = measured.loc[PROFILES[family["profile"]]["pixels"]]
+        for arm in (arm for arm in (TEACHER, *arms) if arm in set(part["arm"])):
+            network = family["teacher"] if arm == TEACHER else "student"
+            model = network if arm == TEACHER else arm
+            taught = arm in arms and arm != "alone" and teachers > 1
+            row = {"dataset": family["test_dataset"], "model": model}
+            row["model"] += f", {label(family['teacher'])}" * taught
+            row |= dict(zip(("dice", "low", "high"), case_mean(by_seed(part, arm))))
+            rows.append(
+                row | known.loc[network, ["parameters", "macs", "latency_ms_median"]].to_dict()
+            )
+    return pd.DataFrame(rows).drop_duplicates(["dataset", "model"], ignore_index=True)
 
 
-def study_scores(means: pd.DataFrame) -> pd.DataFrame:
-    """`study_means` as a page holds it: one row an arm, one column a data set; seeds are said where an arm has others than its column."""
-    rows: dict[str, dict[str, str]] = {}
-    for name, part in _columns(means):
-        seeds = int(part.loc[part["arm"] != "teacher", "seeds"].max())
-        column = ", ".join([name, f"{part['cases'].max()} cases", many(seeds, "seed")])
-        for row in part.itertuples():
-            fewer = f" ({many(row.seeds, 'seed')})" * int(row.seeds != seeds)
-            rows.setdefault(row.arm, {"arm": label(row.arm)})[column] = f"{row.dice:.3f} [{row.low:.3f}, {row.high:.3f}], {row.missed:.1f} missed{fewer}"
-    return pd.DataFrame(rows.values()).fillna("not measured")
+def speedups(cost: pd.DataFrame, large: str = "unet64") -> pd.DataFrame:
+    """How many times faster each student is than a large network, in float32, by engine and size.
 
-
-def _columns(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The parts of a study, each named by its data set, and by profile and teacher where there are several."""
-    several = [name for name in ("profile", "teacher") if name in table and table[name].nunique() > 1]
-    for family, part in families(table):
-        yield ", ".join([family["test_dataset"], *(label(family[name]) for name in several)]), part
-
-
-def study_differences(comparison: pd.DataFrame) -> pd.DataFrame:
-    """`differences` with one column a data set: difference of Dice (95 % interval), p after Holm, verdict."""
-    rows: dict[str, dict[str, str]] = {}
-    for name, part in _columns(comparison):
-        column = f"{name}, {part['groups'].iloc[0]} groups"
-        for arm, difference, interval, p, said in differences(part).itertuples(index=False):
-            rows.setdefault(arm, {_against(comparison): arm})[column] = f"{difference} ({interval}), p {p}, {said}"
-    return pd.DataFrame(rows.values()).fillna("not measured")
-
-
-def study_numbers(per_case: pd.DataFrame, comparison: pd.DataFrame) -> dict[str, Any]:
-    """What a text quotes of the committed study, for `variables`: every arm's scores and every difference, data set by data set."""
-    values: dict[str, Any] = {}
-    for family, part in families(study_means(per_case)):
-        own, students = _macro(family), part[part["arm"] != "teacher"]
-        values |= {f"{own} {name}": int(students[name].max()) for name in ("cases", "groups", "seeds")}
-        for row in part.itertuples():
-            values |= {f"{own} {row.arm} {name}": getattr(row, name) for name in ("dice", "low", "high")} | {f"{own} {row.arm} missed": f"{row.missed:.1f}"}
-    for row in comparison.itertuples():
-        pair = f"{_macro(row._asdict())} {row.arm} minus {row.other}"
-        values |= {f"{pair} {name}".strip(): f"{getattr(row, name or 'difference'):+.3f}" for name in ("", "low", "high")}
-        values |= {f"{pair} p": f"= {row.p_holm:.2g}" if row.p_holm >= 0.001 else "< 0.001", f"{pair} verdict": verdict(row)}
-    return values
-
-
-def cost_numbers(cost: pd.DataFrame, pixels: int = 128) -> dict[str, Any]:
-    """Parameters and multiplications of every network at one size, for `variables`."""
-    found = cost[cost["pixels"] == pixels].drop_duplicates("model").set_index("model")
-    return {f"{model} {name}": int(found.loc[model, name]) for model in found.index for name in ("parameters", "macs")}
-
-
-def _macro(family: dict[str, Any]) -> str:
-    """The part of a macro's name that says where: what is not the study's usual profile and teacher is named."""
-    elsewhere = f" on {family['test_dataset']}" if family.get("test_dataset", family["dataset"]) != family["dataset"] else ""
-    return str(family["dataset"]) + elsewhere + "".join(f" {family[name]}" for name, usual in USUAL.items() if family.get(name, usual) != usual)
-
-
-def speedups(cost: pd.DataFrame, large: str = "unet64") -> str:
-    """How many times faster the students are than a large network, a line an engine and size, float32, from `measure_cost`."""
-    lines = []
-    for (engine, pixels), part in cost[cost["precision"] == "float32"].groupby(["engine", "pixels"], sort=False):
-        times = part.set_index("model")["latency_ms_median"]
-        if large in times:
-            students = ", ".join(f"{times[large] / times[name]:.0f} x {name}" for name in times.index if name.startswith("student"))
-            lines.append(f"{label(large)} in {engine}, {pixels} px: {times[large]:.0f} ms = {students}")
-    return "\n".join(lines)
-
-
-def variables(values: dict[str, Any], folder: Path) -> Path:
-    r"""variables.tex: a macro for every number that a paper quotes, \lkdTeacherDice and the like."""
-    lines = []
-    for name, value in values.items():
-        words = re.findall(r"[A-Za-z]+|[0-9]+", name)
-        macro = "".join(w.capitalize() if w.isalpha() else "".join("ABCDEFGHIJ"[int(d)] for d in w) for w in words)
-        text = f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else _latex(str(value))
-        lines.append(f"\\newcommand{{\\lkd{macro}}}{{{text}}}\n")
-    store.write_text(Path(folder) / "variables.tex", "".join(lines))
-    return Path(folder) / "variables.tex"
+    Columns engine, pixels, the milliseconds of the large network, and the factor of each student.
+    """
+    exact = cost[cost["precision"] == "float32"]
+    times = exact.pivot_table(
+        index=["engine", "pixels"], columns="model", values="latency_ms_median", sort=False
+    ).dropna(subset=large)
+    students = [name for name in times if name.startswith("student")]
+    factors = times[students].rdiv(times[large], axis=0).add_suffix(", times faster")
+    return times[[large]].rename(columns={large: f"{label(large)}, ms"}).join(factors).reset_index()
