@@ -1,42 +1,38 @@
-"""From files to arrays: what is written, what stays together, how it is split, what makes it anew."""
+"""From files to arrays: what is written, found again, made again, resumed; where empty masks go."""
 
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lesionkd_core import store
-from lesionkd_core.datasets import data_root
-from lesionkd_core.prepare import SPLITS, PrepareConfig, group_cases, near_pairs, prepare_data, prepare_image, prepare_mask, split_cases
-from lesionkd_core.prepare.pixels import perceptual_hash
+from lesionkd_core import results
+from lesionkd_core.config import LesionKDError, PrepareConfig
+from lesionkd_core.data import prepare as module
+from lesionkd_core.data.layouts import DatasetNotFound, data_root
+from lesionkd_core.data.pixels import prepare_image, prepare_mask
+from lesionkd_core.data.prepare import prepare
+from lesionkd_core.data.splits import SPLITS, SplitError
+from lesionkd_core.edges import edge_label
+from tests.conftest import ROOT
+from tests.tiny import SIZE, image_folder, lesion, picture, save
 
-from .test_datasets import SIZE, lesion, own_folder, picture, save
-
-COPIES = {0: "copy_000", 7: "copy_007", 20: "copy_020"}  # case number: name of its near-duplicate
-
-
-def config(folder, **fields):
-    return PrepareConfig(**{"dataset": str(folder), "pixels": 32, **fields})
-
-
-AT_32, AT_64 = PrepareConfig(pixels=32), PrepareConfig(pixels=64)
-
-
-def quiet(*_):
-    """Tell nobody."""
+COPIES = {0: "copy_000", 7: "copy_007", 20: "copy_020"}  # case number: its near-duplicate
+ARRAYS = ("images.npy", "masks.npy", "edges.npy", "hashes.npy")
+FILES = (*ARRAYS, "split.csv", "cases.csv", "report.csv", "summary.json")
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
+def config(folder, **options):
+    return PrepareConfig(**{"dataset": str(folder), "pixels": 32, **options})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """24 pairs, and three of them again: brightened and encoded as JPEG."""
-    root = own_folder(tmp_path_factory.mktemp("raw") / "mine")
+    """24 pairs, and three of them again: brighter, and as JPEG."""
+    root = image_folder(tmp_path_factory.mktemp("raw") / "mine")
     for i, name in COPIES.items():
         brighter = np.clip(picture(i) * 1.04 + 3, 0, 255).astype(np.uint8)
         save(root / "images" / f"{name}.jpg", brighter, quality=88)
@@ -46,204 +42,396 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(folder):
-    return prepare_data(config(folder), quiet)
+    return prepare(config(folder))
 
 
-def test_arrays_hold_every_case_at_the_asked_size(prepared):
+# Arrays -------------------------------------------------------------------------------------------
+
+
+def test_arrays_hold_every_case_at_the_prepared_size(prepared):
     n = 24 + len(COPIES)
-    assert [a.shape for a in (prepared.images, prepared.masks, prepared.edges)] == [(n, 32, 32, 3), (n, 32, 32), (n, 32, 32)]
+    shapes = [array.shape for array in (prepared.images, prepared.masks, prepared.edges)]
+    assert shapes == [(n, 32, 32, 3), (n, 32, 32), (n, 32, 32)]
     assert prepared.images.dtype == prepared.masks.dtype == prepared.edges.dtype == np.uint8
     assert len(prepared.cases) == n and len(prepared.report) == 0
     assert set(np.unique(prepared.masks)) == set(np.unique(prepared.edges)) == {0, 1}
     assert set(zip(prepared.cases["height"], prepared.cases["width"])) == {SIZE}
-    sides = [6 + (int(name[-3:])) for name in prepared.cases["id"]]
-    assert np.allclose(prepared.cases["lesion_share"], [side**2 / (SIZE[0] * SIZE[1]) for side in sides]), "of the original"
+    sides = np.array([6 + int(name[-3:]) for name in prepared.cases["id"]])
+    assert np.allclose(prepared.cases["lesion_share"], sides**2 / (SIZE[0] * SIZE[1]))
     with pytest.raises(ValueError, match="read-only"):
         prepared.images[0, 0, 0, 0] = 1
 
 
-def test_a_case_keeps_its_own_image_and_mask(prepared):
-    for row, name in enumerate(prepared.cases["id"]):
-        if name.startswith("case"):
-            number = int(name[-3:])
-            assert np.array_equal(prepared.images[row], prepare_image(picture(number), AT_32))
-            assert np.array_equal(prepared.masks[row], prepare_mask(lesion(6 + number), AT_32))
+@pytest.mark.parametrize("options", [{}, {"fit": "pad"}])
+def test_every_case_keeps_its_own_pixels_whatever_is_left_out_between(
+    tmp_path, runs, monkeypatch, options
+):
+    """Parts of five cases; some without a lesion, some not in the split file, one part empty."""
+    empty, unnamed = {2, 9, 21}, {0, 5, 6, 7, 8, 13}
+    folder = image_folder(tmp_path / "mine", empty=empty)
+    named = [i for i in range(24) if i not in unnamed]
+    split = {"id": [f"case_{i:03d}" for i in named], "split": ["train", "val", "test"] * 6}
+    pd.DataFrame(split).to_csv(tmp_path / "split.csv", index=False)
+    monkeypatch.setattr(module, "PART", 5)
+    cfg = config(folder, split_file=str(tmp_path / "split.csv"), **options)
+    found = prepare(cfg)
+    kept = [i for i in named if i not in empty]
+    assert found.cases["id"].tolist() == [f"case_{i:03d}" for i in kept]
+    for row, i in enumerate(kept):
+        assert (found.images[row] == prepare_image(picture(i), cfg)).all()
+        assert (found.masks[row] == prepare_mask(lesion(6 + i), cfg)).all()
+        assert (found.edges[row] == edge_label(found.masks[row])).all()
 
 
-def test_edges_are_those_of_the_prepared_masks(prepared):
-    mask = np.pad(prepared.masks[5], 1, mode="edge")  # brute force: a neighbour of another label
-    around = [mask[1 + y : 33 + y, 1 + x : 33 + x] for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0))]
-    assert np.array_equal(prepared.edges[5], np.any([n != prepared.masks[5] for n in around], axis=0))
-
-
-def test_splits_share_no_group_and_take_every_case(prepared):
-    groups = [set(prepared.cases["group"].iloc[prepared.index(split)]) for split in SPLITS]
-    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
-    assert sorted(np.concatenate([prepared.index(split) for split in SPLITS])) == list(range(27))
-
-
-def test_near_duplicates_share_a_group_and_a_split(prepared):
-    cases = prepared.cases.set_index("id")
-    for number, name in COPIES.items():
-        assert (cases.loc[name, ["group", "split"]] == cases.loc[f"case_{number:03d}", ["group", "split"]]).all()
-    assert cases["group"].nunique() == 24  # and nothing else was taken for a duplicate
-
-
-def partition(groups):
-    return {frozenset(np.flatnonzero(np.array(groups) == g)) for g in set(groups)}
-
-
-def test_release_groups_and_duplicates_are_united():
-    images = [picture(i) for i in range(7)]
-    images[2] = np.clip(images[1].astype(int) + 4, 0, 255).astype(np.uint8)  # a frame of v1 again in v2
-    hashes = np.stack([perceptual_hash(image) for image in images])
-    groups = group_cases(pd.Series(["v1", "v1", "v2", "v2", "", "", "v3"]), hashes, bits=4)
-    assert partition(groups) == {frozenset({0, 1, 2, 3}), frozenset({4}), frozenset({5}), frozenset({6})}
-    assert partition(group_cases(pd.Series(["v1", "", "v1", ""]), None, 4)) == {frozenset({0, 2}), frozenset({1}), frozenset({3})}
-
-
-def test_a_duplicate_is_found_however_far_away_it_lies():
-    hashes = np.random.default_rng(0).random((1100, 63)) < 0.5
-    hashes[1090] = hashes[3]
-    groups = group_cases(pd.Series([""] * 1100), hashes, bits=0)
-    assert groups[1090] == groups[3] and len(set(groups)) == 1099
-
-
-def test_near_pairs_are_those_of_a_brute_force_loop():
-    hashes = np.random.default_rng(1).random((300, 63)) < 0.9
-    expected = {(i, j, d) for i in range(300) for j in range(i + 1, 300) if (d := int((hashes[i] != hashes[j]).sum())) <= 5}
-    assert {tuple(pair) for block in near_pairs(hashes, 5) for pair in block.tolist()} == expected and expected
-
-
-def test_the_split_follows_its_seed(folder, prepared, runs):
-    again, other = (prepare_data(config(folder, split_seed=seed), quiet) for seed in (0, 1))
-    assert again.path != prepared.path and again.split_hash == prepared.split_hash != other.split_hash
-    assert (again.path / "split.csv").read_bytes() == (prepared.path / "split.csv").read_bytes()
-
-
-def synthetic(sizes, seed=0):
-    """A table of groups of the given sizes with lesions of 0 to 100 % of the image."""
-    groups = np.repeat(np.arange(len(sizes)), sizes)
-    share = np.random.default_rng(seed).uniform(size=len(groups))
-    ids = [f"{i}" for i in range(len(groups))]
-    return pd.DataFrame({"id": ids, "group": [f"g{g}" for g in groups], "lesion_share": share, "official": "", "empty": False, "volume": ""})
-
-
-@pytest.mark.parametrize(("val", "test"), [(0.15, 0.2), (0.1, 0.1), (0.4, 0.3)])
-def test_single_cases_are_split_as_asked(val, test):
-    splits = pd.Series(split_cases(synthetic([1] * 1500), PrepareConfig(val_fraction=val, test_fraction=test)))
-    share = splits.value_counts(normalize=True)
-    assert share[list(SPLITS)].tolist() == pytest.approx([1 - val - test, val, test], abs=0.005)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_every_split_has_large_and_small_lesions(seed):
-    table = synthetic([1] * 1500, seed)
-    splits = split_cases(table, PrepareConfig(split_seed=seed))
-    thirds = pd.crosstab(splits, pd.qcut(table["lesion_share"], 3, labels=False), normalize="index")
-    assert np.allclose(thirds, 1 / 3, atol=0.02)
-    assert np.allclose(table["lesion_share"].groupby(splits).mean(), table["lesion_share"].mean(), atol=0.025)
-
-
-def test_videos_of_unlike_length_stay_whole_and_near_the_asked_shares():
-    table = synthetic([25, 25, 17, 11, 25, 24, 25, 26, 22, 6, 22, 25, 25, 20, 20, 25, 21, 20, 25, 20, 19, 19, 12, 25, 25, 18, 25, 20, 21])  # CVC-ClinicDB
-    table["split"] = split_cases(table, PrepareConfig())
-    assert (table.groupby("group")["split"].nunique() == 1).all()
-    share = table["split"].value_counts(normalize=True)
-    assert share[list(SPLITS)].tolist() == pytest.approx([0.65, 0.15, 0.2], abs=0.08)
+def test_statistics_are_those_of_the_training_images(prepared):
+    train = prepared.images[prepared.index("train")].reshape(-1, 3)
+    assert prepared.summary["mean"] == pytest.approx(train.mean(0).tolist(), abs=0.01)
+    assert prepared.summary["std"] == pytest.approx(train.std(0).tolist(), abs=0.01)
+    fraction = prepared.masks[prepared.index("train")].mean()
+    assert prepared.lesion_fraction == pytest.approx(fraction, abs=0.01)
 
 
 NORMALS = (2, 9, 10, 21)
 
 
 @pytest.mark.parametrize("normals", ["drop", "keep", "test"])
-def test_cases_without_a_lesion_go_where_they_are_sent(tmp_path, runs, normals):
-    result = prepare_data(config(own_folder(tmp_path / "mine", empty=NORMALS), normals=normals), quiet)
+def test_cases_without_a_lesion_go_where_the_option_says(tmp_path, runs, normals):
+    found = prepare(config(image_folder(tmp_path / "mine", empty=NORMALS), normals=normals))
     names = [f"case_{i:03d}" for i in NORMALS]
-    splits = result.cases.set_index("id")["split"].reindex(names).dropna()
-    dropped = result.report[result.report["reason"].str.contains("no lesion")]
+    splits = found.cases.set_index("id")["split"].reindex(names).dropna()
+    dropped = found.report[found.report["reason"].str.contains("no lesion")]
     assert dropped["id"].tolist() == (names if normals == "drop" else [])
-    assert len(result.cases) == (20 if normals == "drop" else 24) and len(splits) == (0 if normals == "drop" else 4)
+    assert (len(found.cases), len(splits)) == ((20, 0) if normals == "drop" else (24, 4))
     assert normals != "test" or set(splits) == {"test"}
-    assert (result.masks.any((1, 2)).sum(), len(result.masks)) == (20, len(result.cases))
-
-
-def test_a_mask_shrinks_by_majority():
-    mask = np.random.default_rng(0).random((96, 128)) < 0.5
-    assert np.array_equal(prepare_mask(mask, AT_32), mask.reshape(32, 3, 32, 4).mean((1, 3)) > 0.5)
-
-
-@pytest.mark.parametrize("spot", [(0, 0), (250, 333), (499, 699)])
-def test_a_lesion_of_one_pixel_is_kept(spot):
-    mask = np.zeros((500, 700), dtype=bool)
-    mask[spot] = True
-    small = prepare_mask(mask, AT_64)
-    assert small.sum() == 1 and small[spot[0] * 64 // 500, spot[1] * 64 // 700]
-
-
-def test_an_empty_and_a_full_mask_stay_so():
-    assert not prepare_mask(np.zeros((50, 70), dtype=bool), AT_32).any()
-    assert prepare_mask(np.ones((50, 70), dtype=bool), AT_64).all()
-
-
-def test_equal_size_changes_nothing():
-    image, mask = picture(1, (64, 64)), lesion(20, size=(64, 64))
-    assert np.array_equal(prepare_image(image, AT_64), image) and np.array_equal(prepare_mask(mask, AT_64), mask)
-    checkers = np.indices((64, 64)).sum(0)[..., None].repeat(3, 2) % 2 * np.uint8(255)
-    assert abs(prepare_image(checkers.astype(np.uint8), AT_32).astype(float).mean() - 127.5) < 1  # smaller: a mean, not every other pixel
-
-
-def snapshot(root):
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in root.rglob("*")}
-
-
-def test_the_second_call_finds_the_result_and_writes_nothing(tmp_path, runs):
-    folder, said = own_folder(tmp_path / "mine", 12), []
-    first = prepare_data(config(folder), said.append)
-    before = snapshot(runs)
-    assert prepare_data(config(folder), said.append).path == first.path
-    assert snapshot(runs) == before and len(said) == 1
-    assert store.read_json(first.path / "config.json")["stage"] == "prepare" and store.is_done(first.path)
-
-
-def test_what_was_corrected_is_prepared_anew_and_what_was_moved_is_not(tmp_path, runs):
-    folder = own_folder(tmp_path / "mine", 12)
-    first = prepare_data(config(folder), quiet)
-    os.utime(folder / "masks" / "case_003.png")
-    moved = folder.rename(tmp_path / "elsewhere")
-    assert prepare_data(config(moved), quiet).digest == first.digest
-    (tmp_path / "disk").mkdir()
-    moved = moved.rename(tmp_path / "disk" / "mine")
-    assert prepare_data(config(moved), quiet).path == first.path
-    save(moved / "masks" / "case_003.png", lesion(9, top=5))  # as large as before, one pixel lower
-    corrected = prepare_data(config(moved), quiet)
-    assert corrected.path != first.path and (corrected.masks[3] != first.masks[3]).any()
-    image = moved / "images" / "case_005.png"
-    size = image.stat().st_size
-    save(image, np.full_like(picture(5), 90))
-    image.write_bytes(image.read_bytes().ljust(size, b"\0"))  # another picture in a file of the same size
-    assert image.stat().st_size == size
-    repainted = prepare_data(config(moved), quiet)
-    assert repainted.path != corrected.path and (repainted.images[5] != corrected.images[5]).any()
+    assert found.masks.any((1, 2)).sum() == 20
 
 
 def test_some_cases_are_drawn_by_the_split_seed(folder, runs):
-    drawn = [prepare_data(config(folder, cases=15, split_seed=seed), quiet).cases["id"].tolist() for seed in (0, 1)]
+    drawn = [
+        prepare(config(folder, cases=15, split_seed=seed)).cases["id"].tolist() for seed in (0, 1)
+    ]
     assert [len(set(ids)) for ids in drawn] == [15, 15] and drawn[0] != drawn[1]
 
 
 def test_the_phantom_needs_no_files_and_repeats_nothing(runs, monkeypatch, tmp_path):
     monkeypatch.setenv("LESIONKD_DATA", str(tmp_path / "nowhere"))
-    result = prepare_data(PrepareConfig(dataset="phantom-ct", cases=30, pixels=32, normals="keep"), quiet)
-    assert result.cases["group"].nunique() == len(result.cases) == 30
-    assert len({image.tobytes() for image in result.images}) == 30
+    found = prepare(PrepareConfig(cases=30, pixels=32, normals="keep"))
+    assert found.cases["group"].nunique() == len(found.cases) == 30
+    assert len({image.tobytes() for image in found.images}) == 30
 
 
-@pytest.mark.skipif(not (data_root() / "busi").is_dir() and not (data_root() / "Dataset_BUSI_with_GT").is_dir(), reason="BUSI is not here")
-def test_busi_is_full_of_near_duplicates_that_stay_together(runs):
-    prepared = prepare_data(PrepareConfig(dataset="busi", pixels=64, cases=0, profile="cpu"), quiet)
-    assert prepared.summary["kept"] == 647 and prepared.summary["dropped"] == 133
-    assert 500 < prepared.summary["groups"] < 600  # an independent clustering of thumbnails found 545
-    assert (prepared.cases.groupby("group")["split"].nunique() == 1).all()
-    random = prepare_data(PrepareConfig(dataset="busi", pixels=64, cases=0, profile="cpu", split="random"), quiet)
+# Groups and splits --------------------------------------------------------------------------------
+
+
+def test_splits_share_no_group_and_have_every_case(prepared):
+    groups = [set(prepared.cases["group"].iloc[prepared.index(split)]) for split in SPLITS]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    rows = np.concatenate([prepared.index(split) for split in SPLITS])
+    assert sorted(rows) == list(range(27))
+
+
+def test_near_duplicates_share_a_group_and_a_split(prepared):
+    cases = prepared.cases.set_index("id")
+    for number, name in COPIES.items():
+        same = (
+            cases.loc[name, ["group", "split"]]
+            == cases.loc[f"case_{number:03d}", ["group", "split"]]
+        )
+        assert same.all()
+    assert cases["group"].nunique() == 24  # and nothing else was taken for a duplicate
+
+
+def test_the_split_follows_its_seed_and_not_the_prepared_size(folder, prepared, runs):
+    same, other = (prepare(config(folder, split_seed=seed)) for seed in (0, 1))
+    assert same.path != prepared.path and same.split_hash == prepared.split_hash
+    assert other.split_hash != prepared.split_hash
+    assert (same.path / "split.csv").read_bytes() == (prepared.path / "split.csv").read_bytes()
+    for options in ({"pixels": 64}, {"fit": "pad"}):
+        assert prepare(config(folder, **options)).split_hash == prepared.split_hash
+
+
+@pytest.mark.parametrize("columns", [["id", "split"], ["id", "group", "split"]])
+def test_a_split_can_be_given_as_a_file(folder, prepared, runs, tmp_path, columns):
+    table = pd.read_csv(prepared.path / "split.csv")[columns]
+    table.to_csv(tmp_path / "theirs.csv", index=False)
+    found = prepare(config(folder, split_seed=5, split_file=str(tmp_path / "theirs.csv")))
+    assert found.cases["split"].tolist() == prepared.cases["split"].tolist()
+    assert found.split_hash == prepared.split_hash
+
+
+def test_cases_that_the_split_file_does_not_name_are_reported(tmp_path, runs):
+    ids = [f"case_{i:03d}" for i in range(24)]
+    splits = ["train", "val", "test"] * 7 + ["train"] * 2
+    table = pd.DataFrame({"id": [*ids[2:], "absent"], "split": splits})
+    table.to_csv(tmp_path / "split.csv", index=False)
+    cfg = config(image_folder(tmp_path / "mine"), split_file=str(tmp_path / "split.csv"))
+    found = prepare(cfg)
+    assert found.cases["id"].tolist() == ids[2:]
+    assert {len(x) for x in (found.images, found.masks, found.edges, found.hashes)} == {22}
+    rows = found.report[["id", "action", "reason"]].values.tolist()
+    assert rows == [[name, "dropped", "not in the split file"] for name in ids[:2]]
+
+
+def test_an_official_split_that_near_duplicates_cross_is_used_with_a_warning(
+    tmp_path, runs, messages
+):
+    """A manifest gives the split; a copy of a training image is in the test split."""
+    folder = image_folder(tmp_path / "mine")
+    save(folder / "images" / "copy.png", np.clip(picture(0) * 1.03, 0, 255).astype(np.uint8))
+    save(folder / "masks" / "copy.png", lesion(6))
+    splits = ["train"] * 16 + ["val"] * 3 + ["test"] * 6
+    names = [*(f"case_{i:03d}" for i in range(24)), "copy"]
+    lines = [f"images/{name}.png,masks/{name}.png,{split}" for name, split in zip(names, splits)]
+    (folder / "list.csv").write_text("\n".join(["image,mask,split", *lines]) + "\n")
+    found = prepare(config(folder / "list.csv", split="official"))
+    assert found.summary["crossing"] == {"test": 1, "val": 0}
+    assert any("warning: 1 test and 0 validation cases share a group" in m for m in messages())
+
+
+def test_everything_can_be_kept_for_testing(tmp_path, runs):
+    found = prepare(config(image_folder(tmp_path / "mine", count=3), split="test"))
+    assert found.cases["split"].tolist() == ["test"] * 3
+
+
+@pytest.mark.skipif(
+    not (data_root() / "busi").is_dir() and not (data_root() / "Dataset_BUSI_with_GT").is_dir(),
+    reason="BUSI is not here",
+)
+def test_near_duplicates_of_busi_stay_together(runs):
+    found = prepare(PrepareConfig(dataset="busi", pixels=64, profile="cpu"))
+    assert found.summary["kept"] == 647 and found.summary["dropped"] == 133
+    assert 500 < found.summary["groups"] < 600  # an independent clustering found 545
+    assert (found.cases.groupby("group")["split"].nunique() == 1).all()
+    random = prepare(PrepareConfig(dataset="busi", pixels=64, profile="cpu", split="random"))
     assert random.summary["crossing"]["test"] > 15
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("id\n1\n", "no column split"),
+        ("case,split\n1,train\n", "no column id"),
+        ("id,split\ncase_000,training\n", "'training'"),
+        ("id,split\ncase_000,train\ncase_000,test\n", "'case_000' twice"),
+        ("id,split\nA,train\nB,test\n", "none of its 2 ids"),
+        ('id,split\n"a,train\n', "cannot be read as a CSV"),
+        (
+            "id,split\n" + "".join(f"case_{i:03d},train\n" for i in range(12)),
+            "no case .* to val, test",
+        ),
+    ],
+)
+def test_a_split_file_that_cannot_be_used_is_refused_and_the_report_is_written(
+    tmp_path, runs, text, words
+):
+    (tmp_path / "split.csv").write_text(text)
+    folder = image_folder(tmp_path / "mine", 12, empty={3})
+    with pytest.raises(SplitError, match=words):
+        prepare(config(folder, split_file=str(tmp_path / "split.csv")))
+    assert not list(runs.rglob("DONE"))
+    [report] = runs.glob("prepare/*/report.csv")
+    assert results.read_table(report)["id"].tolist() == ["case_003"]
+
+
+@pytest.mark.fault
+def test_an_official_split_that_is_not_there_is_refused(tmp_path, runs):
+    with pytest.raises(SplitError, match=r"(?s)24 none.*split = 'groups'"):
+        prepare(config(image_folder(tmp_path / "mine"), split="official"))
+
+
+@pytest.mark.fault
+def test_one_group_cannot_be_split(tmp_path, runs):
+    for i in range(12):
+        save(tmp_path / "mine/images" / f"{i}.png", picture(1))
+        save(tmp_path / "mine/masks" / f"{i}.png", lesion(9))
+    with pytest.raises(SplitError, match="1 groups are too few to fill val, test"):
+        prepare(config(tmp_path / "mine"))
+
+
+# Found, made again, resumed -----------------------------------------------------------------------
+
+
+def snapshot(root):
+    files = [path for path in root.rglob("*") if path.suffix != ".lock"]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def test_the_second_call_finds_the_result_and_writes_nothing(tmp_path, runs, messages):
+    folder = image_folder(tmp_path / "mine", 12)
+    first = prepare(config(folder))
+    before = snapshot(runs)
+    assert prepare(config(folder)).path == first.path
+    assert snapshot(runs) == before and len(messages()) == 1
+    assert first.config["stage"] == "prepare" and results.is_done(first.path)
+
+
+def test_changed_files_are_prepared_again_and_moved_ones_are_not(tmp_path, runs):
+    folder = image_folder(tmp_path / "mine", 12)
+    first = prepare(config(folder))
+    os.utime(folder / "masks" / "case_003.png")
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert prepare(config(moved)).digest == first.digest
+    save(moved / "masks" / "case_003.png", lesion(9, top=5))  # as large, one pixel lower
+    corrected = prepare(config(moved))
+    assert corrected.path != first.path and (corrected.masks[3] != first.masks[3]).any()
+    image = moved / "images" / "case_005.png"
+    size = image.stat().st_size
+    save(image, np.full_like(picture(5), 90))
+    image.write_bytes(image.read_bytes().ljust(size, b"\0"))  # another picture, the same size
+    repainted = prepare(config(moved))
+    assert repainted.path != corrected.path
+    assert (repainted.images[5] != corrected.images[5]).any()
+
+
+@pytest.mark.fault
+def test_an_interrupted_preparation_resumes_and_ends_with_the_same_bytes(
+    tmp_path, monkeypatch, runs
+):
+    cfg, read, files = config(image_folder(tmp_path / "mine")), module.read, []
+
+    def interrupted(case, window):
+        files.append(case.id)
+        if len(files) == 15:
+            raise KeyboardInterrupt
+        return read(case, window)
+
+    monkeypatch.setattr(module, "PART", 4)
+    monkeypatch.setattr(module, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(cfg)
+    assert len(list(runs.glob("prepare/*/parts/*.npz"))) == 3 and not list(runs.rglob("DONE"))
+    resumed = prepare(cfg)
+    assert {f"case_{i:03d}" for i in range(12)}.isdisjoint(files[15:])
+    assert not (resumed.path / "parts").exists()
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "undisturbed"))
+    undisturbed = prepare(cfg)
+    for name in FILES:
+        assert (resumed.path / name).read_bytes() == (undisturbed.path / name).read_bytes()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_part_of_an_interrupted_preparation_is_read_again(
+    tmp_path, runs, how, monkeypatch
+):
+    cfg = config(image_folder(tmp_path / "mine"))
+    expected = prepare(cfg)
+    images, folder = expected.images[:].copy(), expected.path
+    monkeypatch.setattr(module, "_assemble", lambda *_, **__: 1 / 0)
+    shutil.rmtree(folder)
+    with pytest.raises(ZeroDivisionError):
+        prepare(cfg)
+    monkeypatch.undo()
+    monkeypatch.setenv("LESIONKD_RUNS", str(runs))
+    [part] = (folder / "parts").glob("*.npz")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content[: len(content) // 2] if how == "cut" else content)
+    assert np.array_equal(prepare(cfg).images, images)
+
+
+CHILD = """
+import time
+from lesionkd_core import results
+from lesionkd_core.config import PrepareConfig
+from lesionkd_core.data.prepare import prepare
+write = results.write_array
+def write_and_wait(path, array):
+    write(path, array)
+    print("written", flush=True)
+    time.sleep(600)
+results.write_array = write_and_wait
+prepare(PrepareConfig(cases=60, pixels=32))
+"""
+
+
+@pytest.mark.fault
+def test_another_process_waits_and_continues_when_the_first_is_killed(runs, messages, monkeypatch):
+    command = [sys.executable, "-c", CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        assert any("written" in line for line in iter(child.stdout.readline, ""))
+        [half] = runs.glob("prepare/*/images.npy")
+        assert not list(runs.rglob("DONE"))
+        real = results.log.info
+
+        def kill_the_holder(message):  # it is killed when this process says that it waits
+            real(message)
+            if "waiting" in message:
+                child.kill()
+
+        monkeypatch.setattr(results.log, "info", kill_the_holder)
+        found = prepare(PrepareConfig(cases=60, pixels=32))
+    words = f"another process ({child.pid} on "
+    assert any(m.startswith(words) and "works on runs/prepare/" in m for m in messages())
+    assert found.path == half.parent and results.is_done(found.path)
+    assert len(found.images) == len(found.cases) >= 50
+
+
+# Too little, absent -------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_too_few_usable_cases_are_an_error_until_they_are_repaired(tmp_path, runs):
+    folder = image_folder(tmp_path / "mine", 12)
+    for i in range(4):
+        path = folder / "images" / f"case_{i:03d}.png"
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(LesionKDError, match="8 usable cases; at least 10 are needed") as error:
+        prepare(config(folder))
+    assert all(f"case_{i:03d}.png: " in str(error.value) for i in range(4))
+    assert not list(runs.rglob("DONE"))
+    image_folder(folder, 12)
+    assert len(prepare(config(folder)).cases) == 12
+
+
+def partial_busi(root):
+    for label in ("benign", "malignant"):
+        (root / "Dataset_BUSI_with_GT" / label).mkdir(parents=True)
+
+
+ABSENT = {  # what is wrong: how it is made, the data set, words of the message
+    "mistyped name": (lambda d: None, "bussi", ["'bussi'", "did you mean 'busi'?"]),
+    "unlike any name": (lambda d: None, "qqqq", ["'qqqq'", "busi", "isic2018", "phantom"]),
+    "no release": (
+        lambda d: None,
+        "busi",
+        ["Dataset_BUSI_with_GT", "data/busi.md", "LESIONKD_DATA"],
+    ),
+    "part of a release": (partial_busi, "busi", ["normal", "data/busi.md"]),
+    "no isic2018": (lambda d: None, "isic2018", ["ISIC2018_Task1-2_Training_Input", "isic2018.md"]),
+    "no images and masks": (lambda d: (d / "mine").mkdir(), "mine", ["mine", "images", "masks"]),
+    "no masks": (lambda d: (d / "mine" / "images").mkdir(parents=True), "mine", ["masks"]),
+    "no image": (
+        lambda d: [(d / "mine" / n).mkdir(parents=True) for n in ("images", "masks")],
+        "mine",
+        ["no image"],
+    ),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("what", ABSENT)
+def test_an_absent_data_set_says_what_was_expected_and_where(tmp_path, monkeypatch, runs, what):
+    make, dataset, words = ABSENT[what]
+    monkeypatch.setenv("LESIONKD_DATA", str(tmp_path / "raw"))
+    (tmp_path / "raw").mkdir()
+    make(tmp_path / "raw")
+    with pytest.raises(DatasetNotFound) as error:
+        prepare(config(dataset))
+    assert all(word in str(error.value) for word in [*words, str(tmp_path / "raw")]), error.value
+    assert not runs.exists()
+
+
+@pytest.mark.fault
+def test_a_mistyped_lesionkd_data_is_named(monkeypatch, tmp_path, runs):
+    monkeypatch.setenv("LESIONKD_DATA", str(tmp_path / "dta"))
+    with pytest.raises(DatasetNotFound, match="dta"):
+        prepare(config("cvc-clinicdb"))
+
+
+@pytest.mark.fault
+def test_a_results_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("LESIONKD_RUNS", str(save(tmp_path / "a_file.png", lesion(9))))
+    with pytest.raises(LesionKDError, match=r"a_file\.png"):
+        prepare(PrepareConfig(cases=20, pixels=32))
