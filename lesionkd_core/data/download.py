@@ -1,6 +1,7 @@
-"""Fetching a release: resumed after a cut, checked against a lock file, unpacked whole or not at all.
+"""Fetching a release with pooch: resumed after an interruption, checked, unpacked completely.
 
-`checksums.json` in the data root holds the SHA-256 of every archive unpacked so far; other content is refused from then on.
+`checksums.json` in the folder of data sets holds the SHA-256 of every archive that was unpacked;
+another content is refused from then on.
 """
 
 from __future__ import annotations
@@ -8,42 +9,58 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import stat
 import sys
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from ..config import nearest
-from ..progress import Tell, live_bar
-from ..store import lock, write_json
-from . import DatasetNotFound, data_root, find
-from .catalogue import CATALOGUE, Release
-from .unpack import DamagedArchive, DownloadError, on_disk, size_of, unpack
+import pooch
+import requests
 
-TRIES, WAIT, TIMEOUT = 5, 1.0, (15, 60)  # attempts in a row that bring nothing new; first pause, and limits to connect and read, in seconds
+from ..config import LesionKDError, nearest
+from ..results import live_bar, lock, log, write_json
+from .layouts import CATALOGUE, DatasetNotFound, Release, data_root, find
+
+TRIES, WAIT = 5, 1.0
+"""Attempts in a row that bring nothing new, and the first pause between them, s."""
+TIMEOUT = (15, 60)
+"""Limits to connect and to read, s."""
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|gz|bz2|xz|rar|7z)$", re.IGNORECASE)
+OUTSIDE = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")
+pooch.get_logger().setLevel("WARNING")
+
+
+class DownloadError(LesionKDError):
+    """A release cannot be fetched, checked or unpacked."""
 
 
 def download(
-    name: str, root: Path | str | None = None, mirror: str = "", archive: Path | str = "",
-    tell: Tell = print, agree: Callable[[], bool] = lambda: True,
+    name: str,
+    root: Path | str | None = None,
+    mirror: str = "",
+    archive: Path | str = "",
+    agree: Callable[[], bool] = lambda: True,
 ) -> Path:
-    """Fetch and unpack a release of the catalogue unless it is there, and give its folder, as `find` does; started again, it goes on.
+    """Fetch and unpack a release unless it is there; return its folder.
 
     Parameters
     ----------
-    name, root : str, path
-        The release, and the folder of data sets: LESIONKD_DATA, else data/raw of the checkout by default.
+    name : str
+        In the catalogue.
+    root : path, optional
+        Folder of data sets; otherwise LESIONKD_DATA, or data/raw of the checkout.
     mirror : str
-        Base address that holds files of the official names.
+        Address of a folder that holds files of the official names.
     archive : path
         An archive on this machine, or a folder of them; nothing is fetched then.
-    tell, agree : callable
-        `tell` takes lines of text, the terms first; `agree` is asked after them, before anything is fetched.
+    agree : function
+        Called after the terms are shown, before anything is fetched.
 
     Raises
     ------
@@ -54,40 +71,48 @@ def download(
         raise DownloadError(f"no data set {name!r} in the catalogue: {nearest(name, CATALOGUE)}")
     release, root = CATALOGUE[name], Path(root).expanduser().resolve() if root else data_root()
     if place := found(release, root):
-        tell(f"{name} is there already: {place}")
+        log.info(f"{name} is there already: {place}")
         return place
     target, kept = root / release.folder, root / "downloads" / name
-    with on_disk(root, name):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise DownloadError(f"{target} is there, but lacks some of {', '.join(release.holds)}. Move it away and start again.")
-        tell(
-            f"{name}: {release.modality}, {release.count or '?'} images\n  licence  {release.licence or 'none is stated; ask the authors'}\n"
-            f"  cite     {release.citation or 'see the page'}\n  page     {release.page}\n  access   {release.access}"
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        missing = f"lacks some of {', '.join(release.holds)}"
+        raise DownloadError(f"{target} exists, but {missing}. Move it away and start again.")
+    log.info(
+        f"{name}: {release.modality}, {release.count} images\n"
+        f"  licence  {release.licence or 'none is stated; ask the authors'}\n"
+        f"  cite     {release.citation}\n"
+        f"  page     {release.page}\n"
+        f"  access   {release.access}"
+    )
+    if not archive and not release.archives:
+        raise DownloadError(
+            f"{name} has no direct download: {release.access}.\nGet it from {release.page}; give a "
+            f".zip or .tar with --archive (archive=...), unpack a .rar or .7z into {target}."
         )
-        if not archive and not release.archives:
-            raise DownloadError(
-                f"{name} has no direct download: {release.access}.\nGet it from {release.page};\n"
-                f"give a .zip or .tar with --archive (archive=...), unpack a .rar or .7z yourself into {target}."
-            )
-        if not archive and not agree():
-            raise DownloadError(f"{name}: terms not accepted, nothing was fetched.")
+    if not archive and not agree():
+        raise DownloadError(f"{name}: terms not accepted, nothing was fetched.")
+    try:
         kept.mkdir(parents=True, exist_ok=True)
-        with lock(kept, tell):
-            if place := found(release, root):  # fetched by the process that was waited for
+        with lock(kept):
+            if place := found(release, root):  # another process has fetched it
                 return place
             if archive:
-                files = {file: _checked(release, file, str(file), root) for file in _local(release, Path(archive).expanduser())}
+                files = _local(release, Path(archive).expanduser())
             else:
-                files = dict(_fetch(release, address, mirror, root, tell) for address in release.archives)
-            _unpack_all(release, files, root, tell)
-    clean = "" if archive else f"; the archives in {kept} can go"
-    tell(f"{name}: {len(release.cases(target))} images in {target} (official count: {release.count or 'unknown'}){clean}")
+                files = [_fetch(release, address, mirror, root) for address in release.archives]
+            _unpack(release, files, root)
+    except OSError as error:
+        raise DownloadError(
+            f"{error.filename or root}: {error.strerror or error}. What was fetched is kept.\n"
+            "Check permissions and free space, or choose another folder (--to), and start again."
+        ) from None
+    log.info(f"{name}: {len(release.cases(target))} of {release.count} images in {target}")
     return target
 
 
 def found(release: Release, root: Path | None = None) -> Path | None:
-    """The folder of a release that is there, else None."""
-    if root not in (None, data_root()):
+    """The folder of a release if it is there."""
+    if root and root != data_root():
         return root / release.folder if release.fits(root / release.folder) else None
     try:
         return find(release.name)[1]
@@ -95,162 +120,238 @@ def found(release: Release, root: Path | None = None) -> Path | None:
         return None
 
 
-def _name(address: str, release: Release) -> str:
-    """The file's name in an address, also in .../x.zip?download=1 and .../x.zip/content."""
+def _file_name(address: str, release: Release) -> str:
+    """Name of the file at an address, such as .../x.zip?download=1 or .../x.zip/content."""
     parts = [unquote(part) for part in urlsplit(address).path.split("/")]
-    return re.sub(r"[^\w.() -]", "_", next((p for p in reversed(parts) if ARCHIVE.search(p)), f"{release.name}-{parts[-1]}"))
+    named = [part for part in reversed(parts) if ARCHIVE.search(part)]
+    return re.sub(r"[^\w.() -]", "_", named[0] if named else f"{release.name}-{parts[-1]}")
 
 
 def _local(release: Release, given: Path) -> list[Path]:
-    """The archive, or those in a folder: of the official names if any has one."""
+    """The archive, or those of a folder: of official names if there are any."""
     inside = sorted(given.iterdir()) if given.is_dir() else []
-    official = {_name(address, release) for address in release.archives}
-    files = [given] * given.is_file() or [p for p in inside if p.name in official] or [p for p in inside if ARCHIVE.search(p.name)]
+    official = {_file_name(address, release) for address in release.archives}
+    files = [given] if given.is_file() else [path for path in inside if path.name in official]
+    files = files or [path for path in inside if ARCHIVE.search(path.name)]
     if not files:
-        raise DownloadError(f"no archive {given}; --archive (archive=...) takes a file on this machine or a folder of archives.")
+        raise DownloadError(f"no archive {given}: give an archive, or a folder of archives.")
     return files
 
 
-def _fetch(release: Release, address: str, mirror: str, root: Path, tell: Tell) -> tuple[Path, dict[str, Any]]:
-    """The archive of an address, and what the lock file is to say of it."""
-    import pooch
+def _require_space(folder: Path, what: str, needed: int) -> None:
+    if needed > (free := shutil.disk_usage(folder).free):
+        why = f"{_size(needed)} needed in {folder}, {_size(free)} are free"
+        raise DownloadError(f"{what}: {why}. Free some space, or choose another disk (--to).")
 
-    pooch.get_logger().setLevel("WARNING")
-    name, kept = _name(address, release), root / "downloads" / release.name
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+# Fetching -----------------------------------------------------------------------------------------
+
+
+def _fetch(release: Release, address: str, mirror: str, root: Path) -> Path:
+    """Fetch one archive with pooch, which checks it against the lock file."""
+    name, kept = _file_name(address, release), root / "downloads" / release.name
     address = f"{mirror.rstrip('/')}/{quote(name)}" if mirror else address
-    for left in kept.glob("tmp????????"):  # pooch's own, of a killed process
-        left.unlink()
+    known = _known(release, root).get(name)
 
     def resuming(address: str, output: str, _: Any) -> None:
         partial = kept / f"{name}.part"
-        _until_whole(release, address, partial, tell)
+        _fetch_all(address, partial, release.page)
         partial.replace(output)
         partial.with_suffix(".json").unlink()
 
-    file = Path(pooch.retrieve(address, None, name, kept, downloader=resuming))
-    return file, _checked(release, file, address, root)
+    try:
+        return Path(pooch.retrieve(address, known, name, kept, downloader=resuming))
+    except ValueError:  # of pooch: another checksum
+        raise _another_file(release, name, address, root) from None
 
 
-def _until_whole(release: Release, address: str, partial: Path, tell: Tell) -> None:
-    """Ask again after every cut, until several attempts in a row have brought nothing new."""
-    import requests
-    from urllib3.exceptions import HTTPError as Broken
+def _known(release: Release, root: Path) -> dict[str, str]:
+    """SHA-256 of the archives of a release that were unpacked before, by name."""
+    entries = _read_json(root / "checksums.json")
+    names = {key: key.removeprefix(f"{release.name}/") for key in entries}
+    return {name: entries[key]["sha256"] for key, name in names.items() if name != key}
 
-    failed, reached = 0, 0
+
+def _another_file(release: Release, name: str, source: str, root: Path) -> DownloadError:
+    return DownloadError(
+        f"{name} from {source} is not the file that was unpacked before (SHA-256 "
+        f"{_known(release, root)[name]}). Start again if the transfer may have failed.\nIf the "
+        f"authors changed the release and you want the new one, remove '{release.name}/{name}' "
+        f"from {root / 'checksums.json'} first."
+    )
+
+
+def _fetch_all(address: str, partial: Path, page: str) -> None:
+    """Ask again after every interruption, until several attempts in a row bring nothing new."""
+    failed = reached = 0
     while True:
         try:
-            return _attempt(address, partial, tell)
-        except (Broken, requests.RequestException) as error:
-            answer = getattr(error, "response", None)
-            kinds = {
-                Broken: "the connection was cut", requests.Timeout: "no answer in time", ValueError: f"{error}",
-                requests.HTTPError: f"the server answers {answer.status_code} {answer.reason}" if answer is not None else "",
-                requests.exceptions.SSLError: "its TLS certificate is not accepted (behind a proxy, REQUESTS_CA_BUNDLE names the certificates)",
-                requests.RequestException: "no connection (behind a proxy, HTTPS_PROXY names it)",
-            }
-            why = next(said for kind, said in kinds.items() if isinstance(error, kind))
-            refused = answer is not None and answer.status_code < 500 and answer.status_code not in (408, 429)
-            final = refused or isinstance(error, requests.exceptions.SSLError | ValueError)
-        size = partial.stat().st_size if partial.exists() else 0
+            return _fetch_rest(address, partial)
+        except requests.RequestException as error:
+            size = partial.stat().st_size if partial.exists() else 0
+            answer: Any = error.response
+            status = 500 if answer is None else answer.status_code
+            if status == 416:  # nothing is left: it is complete, or the server has another file now
+                if answer.headers.get("Content-Range") == f"bytes */{size}":
+                    return
+                partial.unlink()
+            final = isinstance(error, requests.exceptions.SSLError | ValueError)
+            final |= status < 500 and status not in (408, 416, 429)
+            why = f"{type(error).__name__}: {error}"
         failed, reached = (0, size) if size > reached else (failed + 1, reached)
         if final or failed == TRIES:
             raise DownloadError(
-                f"{address}: {why}. {size_of(size)} are kept.\nStart again to go on from there, give another address with --mirror (mirror=...),\n"
-                f"or fetch the file by hand from {release.page} and give it with --archive (archive=...)."
+                f"{address}: {why}\n{_size(size)} are kept. Start again to resume, give another "
+                f"address with --mirror (mirror=...), or get the file from {page}\nand give it "
+                "with --archive (archive=...). A proxy needs HTTPS_PROXY and REQUESTS_CA_BUNDLE."
             )
-        tell(f"{partial.stem}: {why} at {size_of(size)}; trying again")
+        log.info(f"{partial.stem}: interrupted at {_size(size)} ({why}); trying again")
         time.sleep(WAIT * 2**failed)
 
 
-def _attempt(address: str, partial: Path, tell: Tell) -> None:
-    """Append what the server still has to the partial file, or start over where it holds another file now."""
-    import requests
-    from urllib3.exceptions import IncompleteRead
-
+def _fetch_rest(address: str, partial: Path) -> None:
+    """Append what the server has beyond the partial file; start over if it is another file."""
     state = partial.with_suffix(".json")
     before = _read_json(state) if partial.exists() else {}
     start = partial.stat().st_size if before else 0
-    headers: dict[str, Any] = {"Accept-Encoding": "identity", "Range": f"bytes={start}-" if start else None, "If-Range": start and before["mark"] or None}
-    with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        span = re.fullmatch(r"bytes (\*|\d+)(?:-\d+)?/(\*|\d+)", response.headers.get("Content-Range", ""))
-        total = span[2] if span else response.headers.get("Content-Length", "")
-        tag = response.headers.get("ETag", "W/")  # a weak one does not hold for ranges
-        mark = response.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
-        now: dict[str, Any] = {"mark": mark, "total": int(total) if total.isdigit() else 0}
-        if response.status_code == 416 and start == now["total"]:
-            return  # whole: killed just before the end, or an earlier answer had announced too much
-        other = response.status_code == 206 and any(now[key] and before[key] and now[key] != before[key] for key in now)
-        if response.status_code == 416 or other or response.status_code == 206 and (not span or span[1] != str(start)):
-            tell(f"{partial.stem}: the server holds another file than before; starting over")
-            partial.unlink(missing_ok=True)
-            return _attempt(address, partial, tell)
-        response.raise_for_status()
-        if response.status_code != 206:
-            start = 0
-            partial.write_bytes(b"")
+    headers = {"Accept-Encoding": "identity"}
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    headers |= {"If-Range": before["mark"]} if start and before["mark"] else {}
+
+    def check(response: requests.Response, *_: Any, **__: Any) -> None:
+        if response.status_code not in (200, 206):
+            return  # a redirect, or an error that pooch raises
+        about = response.headers
+        tag = about.get("ETag", "W/")  # a weak one is not valid for ranges
+        mark = about.get("Last-Modified", "") if tag.startswith("W/") else tag
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", about.get("Content-Range", ""))
+        now = {"mark": mark, "total": span[2] if span else about.get("Content-Length", "0")}
+        response.raw.headers.pop("Content-Encoding", None)  # keep the bytes as they are sent
+        if response.status_code == 200:
+            file.truncate(0)
             write_json(state, now)
-        tell(f"{partial.stem}: {f'going on at {size_of(start)}' if start else 'fetching'}")
-        live, step = live_bar(), now["total"] / 4 or 1e9
-        bar: Any = live(desc=partial.stem, total=now["total"] or None, initial=start, unit="B", unit_scale=True, file=sys.stdout) if live else nullcontext()
-        with on_disk(partial.parent, partial.stem, now["total"] - start), open(partial, "ab") as file, bar:
-            for chunk in response.raw.stream(1 << 18, decode_content=False):
-                file.write(chunk)
-                if live:
-                    bar.update(len(chunk))
-                elif file.tell() // step > (file.tell() - len(chunk)) // step:
-                    tell(f"{partial.stem}: {size_of(file.tell())}" + f" of {size_of(now['total'])}" * bool(now["total"]))
-    if now["total"] and partial.stat().st_size != now["total"]:
-        raise IncompleteRead(partial.stat().st_size, now["total"])
+        elif (
+            not span
+            or int(span[1]) != start
+            or any(now[key] != before[key] for key in now if now[key] and before[key])
+        ):
+            file.truncate(0)
+            raise requests.RequestException("the server has another file now; starting over")
+        _require_space(partial.parent, partial.stem, int(now["total"]) - start)
+        log.info(
+            f"{partial.stem}: {_size(int(now['total']))}" + f", from {_size(start)}" * bool(start)
+        )
+
+    bar = live_bar()
+    how = {"unit": "B", "unit_scale": True, "desc": partial.stem, "file": sys.stdout}
+    fetch = pooch.HTTPDownloader(
+        bar(**how) if bar else False,
+        chunk_size=1 << 18,
+        headers=headers,
+        timeout=TIMEOUT,
+        hooks={"response": check},
+    )
+    with open(partial, "ab") as file:
+        fetch(address, file, None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return content
     except ValueError:
-        raise DownloadError(f"{path} is damaged: restore it, or remove it and start again.") from None
+        why = "restore it, or remove it and start again"
+        raise DownloadError(f"{path} is damaged: {why}.") from None
 
 
-def _aside(file: Path, root: Path, why: str) -> Path:
-    """Move an archive of ours out of the way of the next start; the user's own stays."""
-    return file.replace(file.with_name(f"{why}-{file.name}")) if file.is_relative_to(root / "downloads") else file
+# Unpacking ----------------------------------------------------------------------------------------
 
 
-def _checked(release: Release, file: Path, source: str, root: Path) -> dict[str, Any]:
-    """The lock file's entry for an archive, which equals the one that stands there, if any."""
-    import pooch
-
-    digest, key, lock_file = pooch.file_hash(str(file)), f"{release.name}/{file.name}", root / "checksums.json"
-    known = _read_json(lock_file).get(key, {}).get("sha256", digest)
-    if known != digest:
-        raise DownloadError(
-            f"{file.name} from {source} is another file than the one unpacked before:\n  sha256 {digest}\n  wanted {known} ({lock_file.name})\n"
-            f"It is kept as {_aside(file, root, 'refused')}. Start again if the transfer may have failed. If the authors have\n"
-            f"changed the release and you want the new one, remove '{key}' from {lock_file} first."
-        )
-    return {"sha256": digest, "size": file.stat().st_size, "address": source}
-
-
-def _unpack_all(release: Release, files: dict[Path, dict[str, Any]], root: Path, tell: Tell) -> None:
-    """Unpack beside the target, where `find` does not look, then move the release into place."""
+def _unpack(release: Release, files: list[Path], root: Path) -> None:
+    """Unpack into a hidden folder, then move the release to its place."""
     target, top = root / release.folder, root / f".{release.name}.unpacking" / release.folder
     shutil.rmtree(top.parent, ignore_errors=True)  # of a killed process
+    sums = {file.name: pooch.file_hash(str(file)) for file in files}
+    known = _known(release, root)
+    for file in files:
+        if known.get(file.name, sums[file.name]) != sums[file.name]:
+            raise _another_file(release, file.name, str(file), root)
     try:
         for file in files:
-            tell(f"{file.name}: unpacking")
-            try:
-                unpack(file, top, release.holds, target)
-            except DamagedArchive as error:
-                raise DownloadError(f"{error}. It is kept as {_aside(file, root, 'damaged')}; start again to fetch it anew, or see {release.page}") from None
+            log.info(f"{file.name}: unpacking")
+            _extract(file, top, release, target)
         folders = [top, *(path for path in top.rglob("*") if path.is_dir())]
-        places = [path for path in folders if release.fits(path)] or [path for path in folders if replace(release, named=False).fits(path)]
-        if not places or not release.fits(places[0]) and len(places) > 1:
+        places = [path for path in folders if release.fits(path)]
+        likely = [path for path in folders if replace(release, named=False).fits(path)]
+        if not places and len(likely) != 1:
             raise DownloadError(
-                f"{', '.join(file.name for file in files)}: no folder, or several, with {', '.join(map(repr, release.holds))} in it. Give the\n"
-                f"complete release (--archive takes a folder of archives too), or unpack it by hand into {target}."
+                f"{', '.join(sums)}: {len(likely)} folders in it hold {', '.join(release.holds)}. "
+                "Give the complete release (--archive takes a folder of archives too), or unpack "
+                f"it by hand into {target}."
             )
-        with lock(root / "downloads" / "checksums", tell):
-            entries = {f"{release.name}/{file.name}": entry for file, entry in files.items()}
-            write_json(root / "checksums.json", _read_json(root / "checksums.json") | entries)
-        min(places, key=lambda path: len(path.parts)).replace(target)
+        with lock(root / "downloads" / "checksums"):
+            entries = _read_json(root / "checksums.json")
+            new = {f"{release.name}/{name}": {"sha256": value} for name, value in sums.items()}
+            write_json(root / "checksums.json", entries | new)
+        min(places or likely, key=lambda path: len(path.parts)).replace(target)
     finally:
         shutil.rmtree(top.parent, ignore_errors=True)
+
+
+def _extract(file: Path, into: Path, release: Release, target: Path) -> None:
+    """Check all members of a zip or tar archive, then unpack it with pooch."""
+    into.mkdir(parents=True, exist_ok=True)
+    try:
+        is_tar = tarfile.is_tarfile(file)
+        members = _members(file, is_tar)
+        for name, _, problem in members:
+            if problem := problem or "is outside of the folder" * bool(OUTSIDE.search(name)):
+                raise DownloadError(
+                    f"{file}: member {name!r} {problem}. Nothing was unpacked; if you trust the "
+                    f"archive, unpack it by hand into {target}."
+                )
+        tops = {name.removeprefix("./").partition("/")[0] for name, *_ in members}
+        if file.stem in release.holds and file.stem not in tops:  # loose files of images.zip
+            into = into / file.stem
+        _require_space(target.parent, file.name, sum(size for _, size, _ in members))
+        unpack = pooch.Untar if is_tar else pooch.Unzip
+        unpack(extract_dir=str(into))(str(file), "download", None)
+    except LesionKDError:
+        raise
+    except Exception as error:  # damaged bytes make zipfile and tarfile raise almost anything
+        if getattr(error, "errno", None):
+            raise  # of the disk
+        with open(file, "rb") as opened:
+            head = opened.read(64).lstrip()
+        why = f"is damaged, or neither zip nor tar ({error or type(error).__name__}); start again"
+        if head.startswith((b"Rar!", b"7z\xbc\xaf")) or isinstance(error, NotImplementedError):
+            why = f"is an archive that is not read here; unpack it by hand into {target} (7-Zip)"
+        elif "downloads" in file.parts:  # ours: the next start fetches it again
+            file = file.replace(file.with_name(f"damaged-{file.name}"))
+        if head.startswith(b"<"):
+            why = f"is a web page, perhaps a login; see {release.page}"
+        raise DownloadError(f"{file} {why}.") from None
+    for path in [*into.rglob("__MACOSX"), *into.rglob("._*")]:  # of macOS, not of the release
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _members(file: Path, is_tar: bool) -> list[tuple[str, int, str]]:
+    """Name, bytes and problem of every file in an archive."""
+    odd = "is a link or a device"
+    if is_tar:
+        with tarfile.open(file) as tar:
+            found = [(m.name, m.size, odd * (not m.isfile())) for m in tar if not m.isdir()]
+            while tar.fileobj and tar.fileobj.read(1 << 20):  # to the checksum of a .gz
+                pass
+            return found
+    with zipfile.ZipFile(file) as archive:
+        found = []
+        for member in archive.infolist():
+            usual = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+            problem = "is encrypted" * (member.flag_bits & 1) if usual else odd
+            found.append((member.filename, member.file_size, problem))
+        return found

@@ -1,11 +1,13 @@
-"""Reading image and mask files as people really have them; what had to be repaired is said."""
+"""Cases, and reading their pictures and masks; every repair is noted for the report."""
 
 from __future__ import annotations
 
 import errno
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,29 +18,52 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from ..config import LesionKDError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif"})
-VOLUME_SUFFIXES = frozenset({".nii", ".nii.gz", ".dcm"})
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif"}
+VOLUME_SUFFIXES = {".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm"}
+MODES = {"1", "L", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "F"}
 CLASSES_UP_TO = 31
 """A mask whose largest value is at most this holds class numbers; grey masks reach towards 255."""
-LOSSY = frozenset({"JPEG", "MPO", "JPEG2000", "WEBP"})
-"""Formats that smear a mask's values, so that small ones say nothing."""
+NEAR_INTEGER = 0.05
+"""Class numbers that were stored with a scale factor differ from integers by less than this."""
+LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP"}
+"""Formats whose compression changes the values of a mask."""
 MOSTLY_GREY = 0.3
-"""Share of pixels of middling grey from which a file is no mask."""
+"""A file with at least this fraction of medium grey pixels is not a mask."""
 ORIENTATION = 0x0112  # EXIF tag
+MACHINE_FAILED = (errno.EIO, errno.EMFILE, errno.ENFILE)
+"""Errors that say nothing about the file."""
 
 
 class UnreadableFile(LesionKDError):
-    """A file is missing, broken or not what its name says."""
+    """A file is missing, damaged or not what its name says."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row a case: id, group, image, mask (DESIGN.md, way of the data).
+    """One image, or one volume of many slices, with its masks.
 
-    `image` is an image file, a NIfTI volume, or a DICOM file or folder of one series; a volume gives
-    a case a slice. `group` is what must stay together in a split (video, patient) and `split` the
-    release's own train, val or test; empty where the release does not say. Several `masks` mean
-    several lesions: their union counts.
+    Parameters
+    ----------
+    id : str
+        Unique in the data set.
+    image : Path
+        A picture, a volume file, or the folder of a DICOM series.
+    masks : tuple of Path
+        Several masks mean several lesions; their union is used.
+    group : str
+        What must stay in one split, such as a patient or a video; empty if unknown.
+    label, split : str
+        Class, and the release's own train, val or test; may be empty.
+    page : int, optional
+        Page of image and mask, for stacks in one TIFF file.
+    window : str
+        Default of the option `window` for this case.
+    one_mask : bool
+        Two masks of one name are a mistake in this layout, not two lesions.
+    by_index : bool
+        The position in the header of the mask is not reliable; voxels correspond by index.
+    problem : str
+        Why the case cannot be used, if the layout alone shows it.
     """
 
     id: str
@@ -47,61 +72,106 @@ class Case:
     group: str = ""
     label: str = ""
     split: str = ""
-    one_mask: bool = False  # a layout in which two masks of one name are a mistake, not two lesions
-    problem: str = ""  # why the case cannot be used, where the layout alone says so
+    page: int | None = None
+    window: str = ""
+    one_mask: bool = False
+    by_index: bool = False
+    problem: str = ""
+
+    def check_masks(self) -> None:
+        """Raise UnreadableFile if the case has a problem, no mask, or too many masks."""
+        if self.problem:
+            raise UnreadableFile(self.problem)
+        if not self.masks:
+            raise UnreadableFile(f"{self.image.name}: no mask belongs to this image")
+        if self.one_mask and len(self.masks) > 1:
+            names = ", ".join(path.name for path in self.masks)
+            raise UnreadableFile(f"{self.image.name}: {names} have the same name; keep one mask")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One image with its mask: image (H, W, 3) uint8, mask (H, W) bool, and what was repaired."""
+    """An image (H, W, 3) uint8 with its mask (H, W) bool, and notes on what was repaired."""
 
     id: str
     image: np.ndarray
     mask: np.ndarray
     notes: tuple[str, ...] = ()
     volume: str = ""  # id of the volume that this is a slice of
-    group: str = ""  # the patient, where the file itself says
+    group: str = ""  # the patient, if the file itself says
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever a library raises about a file into one error that names the file."""
+    try:
+        yield
+    except LesionKDError:
+        raise
+    except FileNotFoundError:
+        raise UnreadableFile(f"{path.name}: file is missing") from None
+    except PermissionError:
+        raise UnreadableFile(f"{path.name}: no permission to read it") from None
+    except Exception as error:  # damaged bytes make decoders raise almost anything
+        why = getattr(error, "strerror", None) or str(error).rpartition("ERROR: ")[2]
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_FAILED:
+            why = f"this machine could not read it ({why or 'out of memory'}); try again"
+            raise LesionKDError(f"{path.name}: {why}") from None  # no case is dropped for it
+        if isinstance(error, UnidentifiedImageError):
+            why = "" if path.stat().st_size else "the file is empty"
+        why = re.sub(r"^\w+\(0x\w+\): ", "", why.partition("\n")[0]).replace(str(path), path.name)
+        why = f" ({why})" if why else ""
+        raise UnreadableFile(f"{path.name}: cannot be read as {kind}{why}") from None
+
+
+# Names --------------------------------------------------------------------------------------------
 
 
 def suffix_of(path: Path) -> str:
-    """Lower-case suffix; '.nii.gz' is one."""
+    """Suffix in lower case; '.nii.gz' is one suffix."""
     return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
 
 
 def stem_of(path: Path) -> str:
-    """Name without its suffix; of a folder (a DICOM series) the name itself."""
-    return path.name[: -len(suffix_of(path))] if suffix_of(path) in IMAGE_SUFFIXES | VOLUME_SUFFIXES else path.name
+    """Name without the suffix of an image or volume; the whole name of a series folder."""
+    suffix = suffix_of(path)
+    return path.name[: -len(suffix)] if suffix in IMAGE_SUFFIXES | VOLUME_SUFFIXES else path.name
 
 
 def is_volume(path: Path) -> bool:
-    """Whether `path` is a NIfTI or DICOM file or a folder of a series."""
-    return suffix_of(path) in VOLUME_SUFFIXES or (suffix_of(path) not in IMAGE_SUFFIXES and path.is_dir())
+    """Whether `path` is a volume file or the folder of a DICOM series, by its name."""
+    suffix = suffix_of(path)
+    return suffix in VOLUME_SUFFIXES or (suffix not in IMAGE_SUFFIXES and path.is_dir())
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Image files of a folder in natural order of their names; hidden files are passed over."""
-    return sorted((p for p in folder.iterdir() if suffix_of(p) in IMAGE_SUFFIXES and not p.name.startswith(".")), key=natural)
+    """Pictures of a folder in natural order; hidden files are ignored."""
+    return [path for path in sources_in(folder) if suffix_of(path) in IMAGE_SUFFIXES]
 
 
 def sources_in(folder: Path) -> list[Path]:
-    """As `images_in`, with NIfTI and DICOM files and the folders of DICOM series."""
-    found = (p for p in folder.iterdir() if not p.name.startswith(".") and (suffix_of(p) in IMAGE_SUFFIXES or is_volume(p)))
-    return sorted(found, key=natural)
+    """Pictures, volume files and folders of DICOM series, in natural order."""
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    known = (p for p in visible if suffix_of(p) in IMAGE_SUFFIXES or is_volume(p))
+    return sorted(known, key=natural)
 
 
 def unpacked(folder: Path) -> Path:
-    """The folder, or the one of its own name in it, which some programs make while they unpack."""
+    """The folder, or the folder of the same name inside it, which some programs create."""
     return folder / folder.name if (folder / folder.name).is_dir() else folder
 
 
-def natural(path: Path) -> list[int | str]:
-    """Sorting key by number where there is one.
+def natural(path: Path) -> tuple[list[int | str], str]:
+    """Sorting key that compares numbers as numbers.
 
-    >>> [path.name for path in sorted(map(Path, ["a (10).png", "a (2).png"]), key=natural)]
-    ['a (2).png', 'a (10).png']
+    Examples
+    --------
+    >>> names = ["a10.png", "a2.png", "a.png"]
+    >>> [path.name for path in sorted(map(Path, names), key=natural)]
+    ['a.png', 'a2.png', 'a10.png']
     """
-    parts = re.split(r"([0-9]+)", stem_of(path))  # text and numbers take turns, so parts of two names compare
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)] + [path.name]
+    parts = re.split(r"([0-9]+)", stem_of(path))  # text at even, numbers at odd places
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
@@ -112,73 +182,116 @@ def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def pair(images: Iterable[Path], masks: dict[str, list[Path]], mask_name: str = "{}", one_mask: bool = True, **fields: Any) -> list[Case]:
-    """Images with the masks of their stems; a mask that no image claims becomes a case with a problem.
+def pair(
+    images: Iterable[Path],
+    masks: dict[str, list[Path]],
+    mask_name: str = "{}",
+    one_mask: bool = True,
+    **fields: Any,
+) -> list[Case]:
+    """Pair images with the masks of their stems.
 
-    `mask_name` makes the mask's stem from the image's; letter case and the way accents are encoded do
-    not count. `fields` go to every case.
+    A mask of exactly the right name is preferred. Otherwise letter case does not matter, as long as
+    only one image asks for that mask. How accents are encoded never matters. A mask without an
+    image becomes a case with a problem.
+
+    Parameters
+    ----------
+    masks : dict
+        Mask files by stem, as `by_stem` returns them.
+    mask_name : str
+        Makes the stem of the mask from that of the image, such as '{}_segmentation'.
+    one_mask, fields
+        Passed to every case.
     """
-    named = [(image, _plain(mask_name.format(stem_of(image)))) for image in images]
-    folded: dict[str, tuple[Path, ...]] = {}
+    named = [(path, _composed(mask_name.format(stem_of(path)))) for path in images]
+    files: dict[str, list[Path]] = {}
     for stem, paths in masks.items():
-        folded[_plain(stem)] = folded.get(_plain(stem), ()) + tuple(paths)
-    cases = [Case(stem_of(image), image, folded.get(stem, ()), one_mask=one_mask, **fields) for image, stem in named]
-    alone = [path for stem in folded.keys() - {stem for _, stem in named} for path in folded[stem]]
-    return cases + [Case(stem_of(p), p, (p,), problem=f"{p.name}: no image belongs to this mask", **fields) for p in sorted(alone, key=natural)]
+        files.setdefault(_composed(stem), []).extend(paths)
+    exact = {name for _, name in named} & files.keys()
+    folded: dict[str, list[Path]] = {}
+    for stem in files.keys() - exact:
+        folded.setdefault(stem.casefold(), []).extend(files[stem])
+    asked = Counter(name.casefold() for _, name in named if name not in exact)
+    cases, used = [], set()
+    for path, name in named:
+        if name in exact:
+            found = files[name]
+        else:
+            found = folded.get(name.casefold(), []) if asked[name.casefold()] == 1 else []
+        used.update(found)
+        cases.append(Case(stem_of(path), path, tuple(found), one_mask=one_mask, **fields))
+    for path in sorted({p for paths in files.values() for p in paths} - used, key=natural):
+        problem = f"{path.name}: no image belongs to this mask"
+        cases.append(Case(stem_of(path), path, (path,), problem=problem, **fields))
+    return cases
 
 
-def _plain(stem: str) -> str:
-    return unicodedata.normalize("NFC", stem).casefold()
+def _composed(stem: str) -> str:
+    return unicodedata.normalize("NFC", stem)
 
 
-def _open(path: Path) -> tuple[Image.Image, int, int, bool, tuple[str, ...]]:
-    """The picture upright, what its EXIF said (1: nothing to turn), how many pages the file has, whether it is lossy, and notes."""
-    try:
-        with Image.open(path) as opened:
-            image: Image.Image = opened
-            deep = ";16" in str(opened.tile) and not image.mode.startswith("I")
-            pages, lossy, orientation = getattr(image, "n_frames", 1), image.format in LOSSY, image.getexif().get(ORIENTATION, 1)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "F") and not image.mode.startswith("I"):
-                image = image.convert("RGB")
-    except FileNotFoundError:
-        raise UnreadableFile(f"{path.name}: file is missing") from None
-    except PermissionError:
-        raise UnreadableFile(f"{path.name}: may not be read; check its permissions") from None
-    except Exception as error:  # on broken bytes a decoder may raise anything
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EIO, errno.EMFILE, errno.ENFILE):
-            raise LesionKDError(f"{path.name}: the machine failed to read it ({error or 'out of memory'}); start again") from None  # never a dropped case
-        unknown = isinstance(error, UnidentifiedImageError)
-        why = "the file is empty" * (not path.stat().st_size) if unknown else getattr(error, "strerror", None) or str(error)
-        raise UnreadableFile(f"{path.name}: cannot be read as an image" + f" ({why})" * bool(why)) from None
-    return image, orientation, pages, lossy, ("16-bit colour cut to its upper 8 bits",) * deep
+# Pictures -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A decoded picture, upright; `orientation` is what EXIF said (1: not turned)."""
+
+    image: Image.Image
+    orientation: int
+    pages: int
+    lossy: bool
+    notes: tuple[str, ...]
+
+
+def _open(path: Path, page: int | None = None) -> _Picture:
+    with reading(path, "an image"), Image.open(path) as image:
+        image.seek(page or 0)
+        deep = ";16" in str(image.tile) and not image.mode.startswith("I")
+        pages = getattr(image, "n_frames", 1) if page is None else 1
+        lossy, orientation = image.format in LOSSY, image.getexif().get(ORIENTATION, 1)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        known = image.mode in MODES or image.mode.startswith("I")
+        notes = ("16-bit colour reduced to its upper 8 bits",) * deep
+        upright: Image.Image = image if known else image.convert("RGB")
+        return _Picture(upright, orientation, pages, lossy, notes)
+
+
+def count_pages(path: Path) -> int:
+    """Number of pages of a picture file."""
+    with reading(path, "an image"), Image.open(path) as image:
+        return getattr(image, "n_frames", 1)
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 from any mode: grey is repeated, alpha dropped, 16 bits scaled by their range."""
+    """(H, W, 3) uint8: grey is repeated, transparency dropped, 16 bits scaled by their range."""
     return _read_image(path)[0]
 
 
-def _read_image(path: Path) -> tuple[np.ndarray, tuple[str, ...], int]:
-    """Image, notes, and the EXIF orientation that was applied (1: none)."""
-    image, orientation, pages, _, notes = _open(path)
-    if pages > 1:
-        notes += (f"first of {pages} pages read",)
-    if orientation in range(2, 9):
-        notes += ("turned as its EXIF orientation says",)
+def _read_image(path: Path, page: int | None = None) -> tuple[np.ndarray, tuple[str, ...], int]:
+    """Image, notes, and the EXIF orientation that was applied."""
+    picture = _open(path, page)
+    image, notes = picture.image, picture.notes
+    if picture.pages > 1:
+        notes += (f"first of {picture.pages} pages read",)
+    if picture.orientation in range(2, 9):
+        notes += ("turned according to its EXIF orientation",)
     if image.mode.startswith("I") or image.mode == "F":
         notes += (f"{'float' if image.mode == 'F' else '16-bit'} grey scaled by its own range",)
         values = _finite(image, path)
         low, high = values.min(), values.max()
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
+        grey = (values - low) * (255 / max(high - low, 1e-12))
+        image = Image.fromarray(grey.round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         extrema: Any = image.getextrema()  # of each band
         notes += ("transparency dropped",) * (extrema[3][0] < 255)
     elif image.mode == "CMYK":
         notes += ("CMYK converted to RGB",)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), notes, orientation
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return np.asarray(rgb), notes, picture.orientation
 
 
 def _finite(image: Image.Image, path: Path) -> np.ndarray:
@@ -188,56 +301,113 @@ def _finite(image: Image.Image, path: Path) -> np.ndarray:
     return values
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """(H, W) bool: a pixel is lesion over half of the scale, or where it has a class number.
+# Masks --------------------------------------------------------------------------------------------
 
-    The scale is 255 for 8-bit masks, the file's own largest value for 16-bit and float masks. A mask of 0
-    and one other value, of values up to `CLASSES_UP_TO`, or of a few colours holds classes: all but 0 is
-    lesion. JPEG smears values, so there the half counts alone.
+
+def count_values(planes: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values of a mask, ascending, and how many pixels have each."""
+    values, counts = np.empty(0), np.empty(0, int)
+    for plane in planes:
+        found, number = np.unique(plane, return_counts=True)
+        together = np.concatenate([values, found.astype(np.float64)])
+        values, where = np.unique(together, return_inverse=True)
+        counts = np.bincount(where, np.concatenate([counts, number])).astype(int)
+    return values, counts
+
+
+def decide_mask(
+    values: np.ndarray, counts: np.ndarray, scale: float = 0, lossy: bool = False
+) -> tuple[float, tuple[str, ...]]:
+    """Decide from the values of a mask which pixels are lesion.
+
+    Parameters
+    ----------
+    values, counts
+        As `count_values` returns them.
+    scale : float
+        Value of a pixel that is completely lesion: 255 for 8-bit pictures. 0: the largest value,
+        for what has no scale of its own (16 bits, float, volumes).
+    lossy : bool
+        Compression changed the values, so small ones mean nothing.
+
+    Returns
+    -------
+    threshold : float
+        A pixel is lesion if its value is above it.
+    notes : tuple of str
+        For the report; empty for 0 and 255 in pictures, 0 and 1 elsewhere.
+
+    Raises
+    ------
+    ValueError
+        The values do not tell which pixels are lesion.
     """
+    low, top, integer = values[0], values[-1], np.rint(values)
+    classes = len(values) <= 2 and low == 0
+    if not lossy and not classes and np.abs(values - integer).max() < NEAR_INTEGER:
+        present = np.unique(integer)
+        low, top = present[0], present[-1]
+        classes = low == 0 and (not scale or top <= CLASSES_UP_TO or len(present) == 2)
+    if not lossy and (classes or (len(values) == 1 and (top == 1 or not scale))):
+        return min(top, 1) / 2, (f"values up to {top:g} read as lesion",) * (
+            top not in (0, scale or 1)
+        )
+    if not scale and low != 0:
+        raise ValueError(f"values run from {low:g} to {top:g}; 0 must mean no lesion")
+    if scale and top <= scale / 2 and not lossy:
+        raise ValueError(
+            f"values {low:g} to {top:g} are neither class numbers (0 to {CLASSES_UP_TO}) nor "
+            "bright on black; convert the mask to 0 and 255"
+        )
+    scale, size = scale or top, counts.sum()
+    grey = counts[(values >= scale / 4) & (values < scale * 3 / 4)].sum() / size
+    if scale == 255 and len(values) > 100 and grey > MOSTLY_GREY:
+        raise ValueError(
+            f"{grey:.0%} of the mask's pixels are medium grey; a mask is black and white. "
+            "Is it a photograph?"
+        )
+    between = counts[(values > 0) & (values < scale)].sum()
+    note = f"{between} mask pixels ({between / size:.2%}) between 0 and {scale:g}, cut at half"
+    return scale // 2 if scale == 255 else scale / 2, (note,) * bool(between)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H, W) bool: the lesion, as `decide_mask` decides it."""
     return _read_mask(path)[0]
 
 
-def _read_mask(path: Path) -> tuple[np.ndarray, tuple[str, ...], int]:
+def _read_mask(path: Path, page: int | None = None) -> tuple[np.ndarray, tuple[str, ...], int]:
     """Mask, notes, and the EXIF orientation that was applied."""
-    image, orientation, pages, lossy, notes = _open(path)
-    if pages > 1:
-        raise UnreadableFile(f"{path.name}: holds {pages} pages, a mask is one")
-    if image.mode.startswith("I") or image.mode == "F":
-        mask, said = cut_numbers(_finite(image, path))
-    else:
-        mask, said = _cut_grey(image, lossy, path)
-    return mask, notes + said, orientation
+    picture = _open(path, page)
+    with reading(path, "a mask"):
+        if picture.pages > 1:
+            raise ValueError(f"it holds {picture.pages} pages; a mask must have one")
+        if picture.image.mode.startswith("I") or picture.image.mode == "F":
+            values = _finite(picture.image, path)
+            threshold, notes = decide_mask(*count_values([values]))
+        else:
+            values, threshold, notes = _decide_grey(picture)
+    return values > threshold, picture.notes + notes, picture.orientation
 
 
-def cut_numbers(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Mask of numbers without a scale of their own (16 bits, float, volumes), and notes: classes as they are, else over half of the largest."""
-    top = values.max(initial=0)
-    if (top <= CLASSES_UP_TO and (values == values.round()).all()) or ((values == 0) | (values == top)).all():
-        return values > 0, _class_note(top)
-    return values > top / 2, _between_note(int(np.count_nonzero((values > 0) & (values < top))), values.size, top)
-
-
-def _cut_grey(image: Image.Image, lossy: bool, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-    if image.mode in ("LA", "P", "PA", "RGBA"):
-        *bands, alpha = image.convert("RGBA").split()  # what a viewer shows: palettes number their colours at will
+def _decide_grey(picture: _Picture) -> tuple[np.ndarray, float, tuple[str, ...]]:
+    """Brightest channel of an 8-bit mask, the threshold and notes."""
+    image = picture.image
+    if image.mode in ("LA", "P", "PA", "RGBA"):  # colours as shown; palette numbers are arbitrary
+        *bands, alpha = image.convert("RGBA").split()
         bands = [alpha] if all(map(_flat, bands)) and not _flat(alpha) else bands
     else:
-        bands = [image] if image.mode == "L" else list(image.convert("L" if image.mode == "1" else "RGB").split())
+        bands = list(image.convert("L" if image.mode in ("1", "L") else "RGB").split())
     grey = reduce(ImageChops.lighter, bands)  # a red mask is a mask too
-    counts = grey.histogram()
-    present = [value for value, count in enumerate(counts) if count]
-    top, values = present[-1], np.asarray(grey)
-    if not lossy and (top == 0 or present == [1] or (present[0] == 0 and (len(present) == 2 or top <= CLASSES_UP_TO))):
-        return values > 0, _class_note(top)
-    coloured = not lossy and len(present) <= CLASSES_UP_TO + 1 and ImageChops.difference(grey, reduce(ImageChops.darker, bands)).getbbox()
-    if coloured and present[0] == 0:
-        return values > 0, ("colours other than black read as lesion",)
-    if (top <= 127 and not lossy) or (coloured and present[0] > 127):
-        raise UnreadableFile(f"{path.name}: mask values {present[0]} to {top} are neither class numbers (0 to {CLASSES_UP_TO}) nor bright on black; convert it")
-    if len(present) > 100 and (middle := sum(counts[64:192])) > MOSTLY_GREY * values.size:
-        raise UnreadableFile(f"{path.name}: {middle / values.size:.0%} of the mask's pixels are of middling grey; is it a photograph?")
-    return values > 127, _between_note(values.size - counts[0] - counts[255], values.size, 255)
+    counts = np.array(grey.histogram())
+    values = np.flatnonzero(counts)
+    few = not picture.lossy and len(values) <= CLASSES_UP_TO + 1
+    if few and ImageChops.difference(grey, reduce(ImageChops.darker, bands)).getbbox():
+        if values[0] > 127:
+            raise ValueError("colours are not on black; convert the mask to 0 and 255")
+        if values[0] == 0 and len(values) > 2:
+            return np.asarray(grey), 0, ("colours other than black read as lesion",)
+    return np.asarray(grey), *decide_mask(values, counts[values], 255, picture.lossy)
 
 
 def _flat(band: Image.Image) -> bool:
@@ -245,40 +415,32 @@ def _flat(band: Image.Image) -> bool:
     return low == high
 
 
-def _class_note(top: float) -> tuple[str, ...]:
-    return (f"values up to {top:g} read as lesion",) * (top not in (0, 255))
-
-
-def _between_note(between: int, size: int, scale: float) -> tuple[str, ...]:
-    return (f"{between} mask pixels ({between / size:.2%}) between 0 and {scale:g}, cut at half",) * bool(between)
+# Cases --------------------------------------------------------------------------------------------
 
 
 def read_case(case: Case) -> Reading:
-    """The image of a case and the union of its masks; their sizes agree.
+    """Read the picture of a case and the union of its masks.
 
     Raises
     ------
     UnreadableFile
-        A file is missing or broken, a mask has another size or there is none.
+        A file is missing or damaged, or a mask has another size than its image.
     """
-    if case.problem:
-        raise UnreadableFile(case.problem)
-    if not case.masks:
-        raise UnreadableFile(f"{case.image.name}: no mask belongs to this image")
-    if case.one_mask and len(case.masks) > 1:
-        raise UnreadableFile(f"{case.image.name}: {', '.join(path.name for path in case.masks)} are masks of one name; keep one")
-    image, notes, turned = _read_image(case.image)
+    case.check_masks()
+    image, notes, turned = _read_image(case.image, case.page)
     union: np.ndarray = np.zeros(image.shape[:2], dtype=bool)
     for path in case.masks:
-        mask, said, mask_turned = _read_mask(path)
-        if turned in range(2, 9) and mask_turned == 1:  # drawn on the pixels as they are stored, or on what a viewer showed
+        mask, said, mask_turned = _read_mask(path, case.page)
+        if turned in range(2, 9) and mask_turned == 1:  # drawn on the stored or the shown pixels?
             if mask.shape != union.shape and turned > 4 and mask.shape == union.shape[::-1]:
                 mask = _turn(mask, turned)
                 said += ("mask turned like its image",)
             elif turned <= 4 or union.shape[0] == union.shape[1]:
-                said += ("its size does not tell whether the mask is turned like its image; taken as upright",)
+                said += ("image turned by EXIF; its mask has no EXIF and is taken as upright",)
         if mask.shape != union.shape:
-            raise UnreadableFile(f"{path.name}: mask is {mask.shape[1]} x {mask.shape[0]} px, its image {union.shape[1]} x {union.shape[0]} px")
+            (height, width), (rows, columns) = mask.shape, union.shape
+            sizes = f"mask is {width} x {height} px, its image {columns} x {rows} px"
+            raise UnreadableFile(f"{path.name}: {sizes}")
         union |= mask
         notes += said
     if len(case.masks) > 1:

@@ -1,30 +1,210 @@
-"""The catalogue: every release of catalogue.toml by name, where it comes from and how its folder is read."""
+"""Finding a data set and listing its cases: releases of the catalogue, and your own data."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import os
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from . import busi, covid_ct, cvc_clinicdb, isic, paired, ph2, polyps, wounds
-from .files import Case
+from ..config import LesionKDError, PrepareConfig, nearest
+from ..results import CHECKOUT
+from . import phantom
+from .images import (
+    IMAGE_SUFFIXES,
+    VOLUME_SUFFIXES,
+    Case,
+    Reading,
+    by_stem,
+    count_pages,
+    images_in,
+    is_volume,
+    natural,
+    pair,
+    read_case,
+    sources_in,
+    stem_of,
+    unpacked,
+)
 
-LAYOUTS = {module.__name__.rpartition(".")[2]: module.cases for module in (busi, covid_ct, cvc_clinicdb, isic, paired, ph2, polyps, wounds)}
+
+class DatasetNotFound(LesionKDError):
+    """A data set is unknown, or its files are not where they should be."""
+
+
+class ManifestError(LesionKDError):
+    """A CSV manifest is not as data/own.md describes it."""
+
+
+# Layouts of releases: each lists the cases of a folder --------------------------------------------
+
+
+def busi(folder: Path) -> list[Case]:
+    """BUSI: `benign (1).png` with `benign (1)_mask.png`, `_mask_1.png`, ..., one for a lesion."""
+    found: list[Case] = []
+    for label in ("benign", "malignant", "normal"):
+        images: list[Path] = []
+        masks: dict[str, list[Path]] = {}
+        for path in images_in(folder / label):
+            stem, mark, _ = path.stem.partition("_mask")
+            (masks.setdefault(stem, []) if mark else images).append(path)
+        found += pair(images, masks, one_mask=False, label=label)
+    return found
+
+
+def covid_ct(folder: Path, images: str, masks: str) -> list[Case]:
+    """COVID-19 CT: NIfTI volumes and masks of equal names.
+
+    `radiopaedia_29_86490_1` and `radiopaedia_29_86491_1` are scans of one patient.
+    """
+    scans, labels = (sources_in(unpacked(folder / name)) for name in (images, masks))
+    found = pair(scans, by_stem(labels))
+    return [replace(case, group="_".join(case.id.split("_")[:2])) for case in found]
+
+
+def cvc_clinicdb(folder: Path) -> list[Case]:
+    """CVC-ClinicDB: `Original/1.tif` with `Ground Truth/1.tif`; the group is the video."""
+    videos = {}
+    with open(CHECKOUT / "data" / "cvc-clinicdb-videos.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            for frame in range(int(row["first_frame"]), int(row["last_frame"]) + 1):
+                videos[str(frame)] = f"video-{row['video']}"
+    found = pair(images_in(folder / "Original"), by_stem(images_in(folder / "Ground Truth")))
+    return [replace(case, group=videos.get(case.id, "")) for case in found]
+
+
+def em_stacks(folder: Path, images: str, masks: str, block: int) -> list[Case]:
+    """Sections of two multi-page TIFF files; the group is a block of consecutive sections."""
+    pages, cases = count_pages(folder / images), []
+    for page in range(pages):
+        first = page - page % block
+        group = f"sections-{first:02d}-{min(first + block, pages) - 1:02d}"
+        files = folder / images, (folder / masks,)
+        cases.append(Case(f"section-{page:02d}", *files, group, page=page, one_mask=True))
+    return cases
+
+
+def isic(folder: Path, images: str, masks: str, parts: dict[str, str]) -> list[Case]:
+    """ISIC: `ISIC_0000000.jpg` with `ISIC_0000000_segmentation.png`, two folders for each part.
+
+    A part whose masks are missing is ignored.
+    """
+    found = []
+    for part, split in parts.items():
+        files, labels = folder / images.format(part), folder / masks.format(part)
+        if files.is_dir() and labels.is_dir():
+            photos = images_in(unpacked(files))
+            photos = [path for path in photos if not path.stem.endswith("_superpixels")]
+            labelled = by_stem(images_in(unpacked(labels)))
+            found += pair(photos, labelled, "{}_segmentation", split=split)
+    return found
+
+
+def nih_pancreas(folder: Path, labels: str, withdrawn: list[str]) -> list[Case]:
+    """Pancreas-CT: `PANCREAS_0001/<study>/<series>/*.dcm` with `label0001.nii.gz`.
+
+    The patients may be in any folder that the download program made. Withdrawn copies are left out.
+    """
+    cases = []
+    patients = [p for above in ("", "*/", "*/*/") for p in folder.glob(f"{above}PANCREAS_????")]
+    for patient in sorted(patients, key=natural):
+        number = patient.name[-4:]
+        series = sorted({file.parent for file in patient.rglob("*.dcm")})
+        if series and number not in withdrawn:
+            masks = [p for p in sources_in(folder / labels) if stem_of(p) == f"label{number}"]
+            problem = f"{patient.name}: holds {len(series)} series; keep one" * (len(series) > 1)
+            case = Case(patient.name, series[0], tuple(masks), patient.name, problem=problem)
+            cases.append(replace(case, by_index=True, one_mask=True))
+    return cases
+
+
+def paired(folder: Path) -> list[Case]:
+    """`images/a.jpg` with `masks/a.png`, of any suffix; volumes and DICOM series too."""
+    return pair(sources_in(folder / "images"), by_stem(sources_in(folder / "masks")))
+
+
+def ph2(folder: Path) -> list[Case]:
+    """PH2: `IMD002/IMD002_Dermoscopic_Image/IMD002.bmp`, `IMD002/IMD002_lesion/IMD002_lesion.bmp`.
+
+    The label is the clinical diagnosis of `PH2_dataset.txt`: `|| IMD002 || histology || 0 || ...`.
+    """
+    diagnoses = {"0": "common nevus", "1": "atypical nevus", "2": "melanoma"}
+    table, labels, found = folder / "PH2_dataset.txt", {}, []
+    for line in table.read_text(errors="replace").splitlines() if table.is_file() else []:
+        cells = [cell.strip() for cell in line.split("||")]
+        if len(cells) > 3 and cells[3] in diagnoses:
+            labels[cells[1]] = diagnoses[cells[3]]
+    for case in sorted((folder / "PH2 Dataset images").iterdir(), key=natural):
+        if case.is_dir():
+            parts = (case / f"{case.name}_{part}" for part in ("Dermoscopic_Image", "lesion"))
+            images, masks = (images_in(part) if part.is_dir() else [] for part in parts)
+            found += pair(images, by_stem(masks), "{}_lesion", label=labels.get(case.name, ""))
+    return found
+
+
+def polyps(folder: Path) -> list[Case]:
+    """CVC-ColonDB and ETIS-Larib: `1.bmp` with `p1.bmp`, or images/ and masks/ as in benchmarks.
+
+    In the one folder of CVC-ColonDB `s1.bmp` (regions) and `c1.bmp` (contours) are ignored.
+    """
+    if (folder / "masks").is_dir():
+        return paired(folder)
+    names = ("ETIS-LaribPolypDB", "Ground Truth")
+    images, masks = (folder / name if (folder / name).is_dir() else folder for name in names)
+    frames = [path for path in images_in(images) if path.stem.isdigit()]
+    labels = (path for path in images_in(masks) if path.stem.lower().startswith("p"))
+    return pair(frames, by_stem(labels), "p{}")
+
+
+def wounds(folder: Path) -> list[Case]:
+    """FUSeg and Medetec: `train/images/0011.png` with `train/labels/0011.png`, and other parts.
+
+    A part without labels is ignored. Parts repeat names, so the id starts with the part. Medetec's
+    `foot-ulcer-0001_2` is a changed copy of `foot-ulcer-0001`: one group.
+    """
+    found = []
+    for part, split in {"train": "train", "validation": "val", "test": "test"}.items():
+        images, labels = folder / part / "images", folder / part / "labels"
+        if images.is_dir() and labels.is_dir():
+            for case in pair(images_in(images), by_stem(images_in(labels)), split=split):
+                ulcer = case.id.partition("_")[0]
+                group = ulcer if ulcer.startswith("foot-ulcer") else ""
+                found.append(replace(case, id=f"{part}-{case.id}", group=group))
+    return found
+
+
+LAYOUTS = (busi, covid_ct, cvc_clinicdb, em_stacks, isic, nih_pancreas, paired, ph2, polyps, wounds)
+
+
+# The catalogue ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Release:
-    """One entry of the catalogue.
+    """An entry of catalogue.toml.
 
-    `folder` is looked for under LESIONKD_DATA; `holds` are the folders in it that must be there, and
-    `others` what may be there instead. A folder may have any name, unless the release is `named`: then
-    only `folder` or one of `names`, since everybody's data has images and masks. `cases` reads the
-    folder. `count` is the official number of images, or of volumes. `archives` are direct addresses of
-    the download; where there are none, `access` says how to get it.
+    Parameters
+    ----------
+    folder : str
+        Looked for in the folder of data sets; it may have another name unless the release is
+        `named`, and then one of `names`.
+    holds, others : names
+        What must be in the folder, and what may be there instead.
+    cases : function
+        Lists the cases of the folder: `layout` of the entry with its `options`.
+    count : int
+        Official number of images or volumes.
+    archives : addresses
+        Direct downloads; if there are none, `access` says how to get the release.
+    window : str
+        Default of the option `window`.
     """
 
     name: str
@@ -41,20 +221,246 @@ class Release:
     others: tuple[tuple[str, ...], ...] = ()
     named: bool = False
     names: tuple[str, ...] = ()
+    window: str = ""
 
     def fits(self, folder: Path) -> bool:
         """Whether `folder` is this release."""
-        if self.named and folder.name.lower() not in {name.lower() for name in (self.folder, *self.names)}:
+        names = {name.lower() for name in (self.folder, *self.names)}
+        if self.named and folder.name.lower() not in names:
             return False
-        return any(all(os.path.exists(folder / name) for name in layout) for layout in (self.holds, *self.others))
+        layouts = (self.holds, *self.others)
+        return any(all(os.path.exists(folder / name) for name in layout) for layout in layouts)
 
 
-def _release(name: str, facts: dict[str, Any]) -> Release:
-    """An entry of catalogue.toml: `layout` names the reader, `options` what it is told."""
-    cases = partial(LAYOUTS[facts.pop("layout")], **facts.pop("options", {}))
-    others = tuple(map(tuple, facts.pop("others", ())))
-    rest: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
-    return Release(name=name, cases=cases, others=others, **rest)
+def _catalogue() -> dict[str, Release]:
+    text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
+    layouts: dict[str, Callable[..., list[Case]]] = {f.__name__: f for f in LAYOUTS}
+    releases = {}
+    for name, entry in tomllib.loads(text).items():
+        cases = partial(layouts[entry.pop("layout")], **entry.pop("options", {}))
+        others = tuple(map(tuple, entry.pop("others", ())))
+        facts: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+        }
+        releases[name] = Release(name=name, cases=cases, others=others, **facts)
+    return releases
 
 
-CATALOGUE = {name: _release(name, facts) for name, facts in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).items()}
+CATALOGUE = _catalogue()
+
+
+# Finding and reading ------------------------------------------------------------------------------
+
+
+def data_root() -> Path:
+    """The folder of data sets: LESIONKD_DATA, or data/raw of the checkout."""
+    named = os.environ.get("LESIONKD_DATA")
+    return Path(named or CHECKOUT / "data" / "raw").expanduser().resolve()
+
+
+def find(dataset: str) -> tuple[Release, Path]:
+    """The release of that name and its folder; your own folder or CSV manifest is a release too.
+
+    Raises
+    ------
+    DatasetNotFound
+        Says what was looked for, where, and how to get it.
+    """
+    if not (release := CATALOGUE.get(dataset)):
+        return _own(dataset)
+    root = data_root()
+    level = [root]
+    for _ in range(5):  # FUSeg is four folders down in its repository
+        for folder in sorted(level, key=lambda path: (path.name != release.folder, path)):
+            if release.fits(folder):
+                return release, folder
+        inside = (path for folder in level for path in _content(folder))
+        level = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
+    holds = ", ".join(map(repr, release.holds))
+    raise DatasetNotFound(
+        f"{dataset}: no folder {release.folder!r} with {holds} in it under {root}.\n"
+        f"Run `lesionkd download {dataset}`, or download it from the page in data/{dataset}.md "
+        f"({release.access}) and unpack it there,\nor set LESIONKD_DATA to the folder above it."
+    )
+
+
+def _content(folder: Path) -> list[Path]:
+    """What a folder holds, by name; nothing if there is no permission to read it."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _own(dataset: str) -> tuple[Release, Path]:
+    own = Release(dataset, "own data", dataset, ("images", "masks"), paired, access="your own")
+    places = [Path(dataset).expanduser(), data_root() / dataset]
+    for path in places:
+        if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+            return replace(own, cases=manifest), path.resolve()
+        if own.fits(path):
+            return own, path.resolve()
+    for path in places:
+        if path.is_dir():
+            raise DatasetNotFound(
+                f"{path} has no folders 'images' and 'masks'. Put your own data there as "
+                "images/a.jpg with masks/a.png (data/own.md)."
+            )
+    hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
+    raise DatasetNotFound(
+        f"dataset {dataset!r} is neither in the catalogue nor a folder nor a CSV manifest; {hint}\n"
+        f"A relative path is looked for in the working folder and in {data_root()}."
+    )
+
+
+def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
+    """A digest of the content of a data set, and its cases (none for the phantom).
+
+    Masks count with their content, since annotations are corrected, and so do images of your own.
+    Images of a release count with their name and size.
+    """
+    if cfg.dataset == phantom.NAME:
+        return f"{cfg.dataset} version {phantom.VERSION}", []
+    release, folder = find(cfg.dataset)
+    try:
+        cases = [replace(case, window=release.window) for case in release.cases(folder)]
+    except OSError as error:
+        why = f"{error.filename or folder} cannot be read ({error.strerror})"
+        raise DatasetNotFound(f"{cfg.dataset}: {why}.") from None
+    if not cases:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES))
+        raise DatasetNotFound(
+            f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
+            f"file that can be read ({kinds})."
+        )
+    official = release.name in CATALOGUE
+    digest = hashlib.sha256(f"{release.name} {release.window}".encode() if official else b"own")
+    for case in cases:
+        sizes = [path.stat().st_size for path in _files(case.image)]
+        about = (case.id, case.group, case.label, case.split, case.problem, case.image.name, sizes)
+        digest.update("|".join(map(str, about)).encode(errors="surrogateescape"))
+        for named in case.masks if official else (case.image, *case.masks):
+            digest.update(os.fsencode(named.name))
+            for path in _files(named):
+                stat = path.stat()
+                if os.access(path, os.R_OK):  # otherwise reading the case will say so
+                    digest.update(_hash_file(path, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest(), cases
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, the data file of a .mhd header too, or the files of a series; none if missing."""
+    raw = [path.with_suffix(suffix) for suffix in (".raw", ".zraw") if path.suffix == ".mhd"]
+    return [file for file in (_content(path) if path.is_dir() else [path, *raw]) if file.is_file()]
+
+
+@lru_cache(maxsize=1_000_000)  # every stage asks again
+def _hash_file(path: Path, size: int, changed: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def window_of(cfg: PrepareConfig) -> str:
+    """The option `window`, or the default of the release."""
+    return cfg.window or (CATALOGUE[cfg.dataset].window if cfg.dataset in CATALOGUE else "")
+
+
+def read(case: Case, window: str = "") -> Iterator[Reading]:
+    """Read the picture of a case with its mask, or every slice of its volume.
+
+    Raises
+    ------
+    UnreadableFile
+        Names the file and what is wrong with it.
+    """
+    if not case.problem and is_volume(case.image):
+        from .volumes import read_slices
+
+        yield from read_slices(case, window or case.window)
+    else:
+        yield read_case(case)
+
+
+# Your own list of cases ---------------------------------------------------------------------------
+
+COLUMNS = ("image", "mask", "group", "split", "label", "id")
+
+
+def manifest(path: Path) -> list[Case]:
+    """Cases of a CSV table with the columns image, mask, and if needed group, split, label, id.
+
+    Paths are relative to the table's folder. Several masks of an image are united: rows of the same
+    image, or paths with ';' between them. A missing file only rules out its own case.
+
+    Raises
+    ------
+    ManifestError
+        Names the line.
+    """
+    images: dict[Path, dict[str, str]] = {}
+    masks: dict[Path, list[Path]] = {}
+
+    def locate(cell: str) -> Path:
+        return Path(os.path.normpath(path.parent / cell.strip().replace("\\", "/")))
+
+    for line, row in _rows(path):
+        image = locate(row["image"])
+        said = {name: row[name] for name in COLUMNS[2:]}
+        if images.setdefault(image, said) != said:
+            raise ManifestError(
+                f"{path.name}, line {line}: {row['image']} is in an earlier line with another "
+                "group, split, label or id"
+            )
+        masks.setdefault(image, []).extend(map(locate, filter(str.strip, row["mask"].split(";"))))
+    stems, cases = Counter(map(stem_of, images)), []
+    for image, said in images.items():
+        name = stem_of(image)
+        name = said["id"] or (name if stems[name] == 1 else f"{image.parent.name}_{name}")
+        missing = [file.name for file in (image, *masks[image]) if not file.exists()]
+        problem = f"{', '.join(missing)}: file is missing" * bool(missing)
+        files = image, tuple(dict.fromkeys(masks[image]))
+        cases.append(
+            Case(name, *files, said["group"], said["label"], said["split"], problem=problem)
+        )
+    return cases
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells of every row that is not empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        header = text.partition("\n")[0]
+        how: dict[str, Any] = {"skipinitialspace": True, "strict": True}
+        how["delimiter"] = max(",;\t", key=header.count)
+        table = csv.DictReader(io.StringIO(text, newline=""), **how)
+        table.fieldnames = names = [name.strip().lower() for name in table.fieldnames or ()]
+        rows: list[tuple[int, dict[Any, Any]]] = []
+        rows += ((table.line_num, row) for row in table if any(row.values()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        why = f"cannot be read as a CSV table in UTF-8 ({error})"
+        raise ManifestError(f"{path.name}: {why}") from None
+    missing = sorted({"image", "mask"} - set(names))
+    unknown = [name for name in names if name not in COLUMNS]
+    twice = [name for name in names if names.count(name) > 1]
+    if missing:
+        known = f"columns are {', '.join(COLUMNS)} (data/own.md)"
+        raise ManifestError(f"{path.name}: no column {' and '.join(map(repr, missing))}; {known}")
+    if unknown:
+        hint = nearest(unknown[0], COLUMNS)
+        raise ManifestError(f"{path.name}: column {unknown[0]!r} is unknown; {hint}")
+    if twice or not rows:
+        why = f"column {twice[0]!r} is there twice" if twice else "no rows below the header"
+        raise ManifestError(f"{path.name}: {why}")
+    for line, row in rows:
+        cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
+        cells["split"] = cells["split"].lower()
+        why = ""
+        if None in row:
+            why = "more cells than columns; put a path with a comma in quotes"
+        elif not cells["image"]:
+            why = "no image"
+        elif cells["split"] not in ("", "train", "val", "test"):
+            why = f"split = {cells['split']!r}; it must be train, val, test or empty"
+        if why:
+            raise ManifestError(f"{path.name}, line {line}: {why}")
+        yield line, cells
