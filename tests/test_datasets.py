@@ -23,41 +23,7 @@ from lesionkd_core.data.images import (
     stem_of,
 )
 
-SIZE = (48, 64)  # height, width
-
-
-def save(path, pixels, mode=None, **options):
-    """Write (H, W) or (H, W, C) pixels as an image file; bool is black and white."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.asarray(pixels)
-    image = Image.fromarray(pixels.astype(np.uint8) * 255 if pixels.dtype == bool else pixels)
-    (image.convert(mode) if mode else image).save(path, **options)
-    return path
-
-
-def picture(seed, size=SIZE):
-    """A smooth random colour image (H, W, 3) uint8; two seeds look nothing alike."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(30, 190, (12, 12, 1)) + rng.integers(0, 40, (12, 12, 3))
-    return np.asarray(
-        Image.fromarray(coarse.astype(np.uint8)).resize(size[::-1], Image.Resampling.BICUBIC)
-    )
-
-
-def lesion(side, top=4, left=6, size=SIZE):
-    """A square lesion, (H, W) bool."""
-    mask = np.zeros(size, dtype=bool)
-    mask[top : top + side, left : left + side] = True
-    return mask
-
-
-def own_folder(root, count=24, empty=()):
-    """images/case_000.png ... with masks/case_000.png; lesions grow with the number."""
-    for i in range(count):
-        save(root / "images" / f"case_{i:03d}.png", picture(i))
-        save(root / "masks" / f"case_{i:03d}.png", lesion(0 if i in empty else 6 + i))
-    return root
-
+from .tiny import lesion, picture, save
 
 DARK, BRIGHT = np.array([10, 60, 30], np.uint8), np.array([200, 90, 250], np.uint8)
 LEFT = np.arange(6)[None, :].repeat(4, 0) < 2  # (4, 6): the two left columns

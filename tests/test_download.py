@@ -27,9 +27,10 @@ import pytest
 from lesionkd_core.config import LesionKDError
 from lesionkd_core.data.layouts import CATALOGUE, DatasetNotFound, find
 
+from .conftest import ROOT
+
 fetching = importlib.import_module("lesionkd_core.data.download")
 download, DownloadError = fetching.download, fetching.DownloadError
-ROOT = Path(__file__).resolve().parents[1]
 NOISE = np.random.default_rng(0).bytes(1_500_000)  # compression does not shorten it
 FILES = {
     "Kvasir-SEG/images/a.jpg": NOISE,

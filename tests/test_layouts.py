@@ -3,7 +3,6 @@
 import csv
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -23,11 +22,10 @@ from lesionkd_core.data.layouts import (
     window_of,
 )
 
-from .test_datasets import SIZE, lesion, own_folder, picture, save
+from .conftest import ROOT
 from .test_dicom import dicom
 from .test_volumes import HU, LESION, same, windowed
-
-ROOT = Path(__file__).resolve().parents[1]
+from .tiny import SIZE, image_folder, lesion, picture, save
 
 
 @pytest.fixture
@@ -466,8 +464,8 @@ def test_the_folder_of_the_official_name_is_preferred_to_a_copy(data):
 
 @pytest.mark.parametrize("name", ["kvasir-seg", "cvc-colondb", "etis-larib", "fuseg", "medetec"])
 def test_a_folder_of_ones_own_is_not_taken_for_a_release(data, name):
-    own_folder(data / "mine", 1)
-    own_folder(data / "parts" / "train", 1)
+    image_folder(data / "mine", 1)
+    image_folder(data / "parts" / "train", 1)
     save(data / "parts" / "train" / "labels" / "a.png", lesion(9))
     with pytest.raises(
         DatasetNotFound, match=f"{name}: no folder '{CATALOGUE[name].folder}' with .* under {data}"
@@ -524,7 +522,7 @@ def test_a_folder_that_may_not_be_listed_is_named(data, monkeypatch):
 
 
 def test_the_fingerprint_follows_the_masks_and_the_images_of_own_data(data):
-    own_folder(data / "mine", 3)
+    image_folder(data / "mine", 3)
     before = fingerprint(PrepareConfig(dataset="mine"))[0]
     assert fingerprint(PrepareConfig(dataset=str(data / "mine")))[0] == before
     save(data / "mine" / "masks" / "case_001.png", lesion(30))
