@@ -43,6 +43,12 @@ def runs(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
+def copy_of(path: Path, runs: Path, name: str = "") -> Path:
+    """A copy of a result in another folder of results."""
+    target = runs / (name or f"{path.parent.name}/{path.name}")
+    return shutil.copytree(path, target)
+
+
 @pytest.fixture(scope="session")
 def data():
     """The prepared arrays of `tiny.CFG`."""
