@@ -305,6 +305,9 @@ def test_files_beside_the_slices_are_ignored_and_counted(tmp_path):
     del report.PixelData, report.Rows, report.Columns
     report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = REPORT
     report.save_as(folder / "report.dcm")
+    image = pydicom.dcmread(folder / "b.dcm")
+    image.ReferencedSOPClassUID = REPORT  # a report that mentions this image
+    image.save_as(folder / "b.dcm")
     mask = MASKS["NIfTI, LPS"](tmp_path)
     assert np.array_equal(read_volume(folder).voxels, HU)
     assert notes_of(folder, mask) == "2 files without an image ignored"

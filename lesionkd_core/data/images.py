@@ -27,6 +27,8 @@ NEAR_INTEGER = 0.05
 """Class numbers that were stored with a scale factor differ from integers by less than this."""
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP"}
 """Formats whose compression changes the values of a mask."""
+MANY_VALUES = 4096
+"""From this number of distinct values on, the values of a mask are rounded."""
 MOSTLY_GREY = 0.3
 """A file with at least this fraction of medium grey pixels is not a mask."""
 ORIENTATION = 0x0112  # EXIF tag
@@ -247,7 +249,8 @@ class _Picture:
 
 def _open(path: Path, page: int | None = None) -> _Picture:
     with reading(path, "an image"), Image.open(path) as image:
-        image.seek(page or 0)
+        if page:
+            image.seek(page)
         deep = ";16" in str(image.tile) and not image.mode.startswith("I")
         pages = getattr(image, "n_frames", 1) if page is None else 1
         lossy, orientation = image.format in LOSSY, image.getexif().get(ORIENTATION, 1)
@@ -305,13 +308,20 @@ def _finite(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def count_values(planes: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values of a mask, ascending, and how many pixels have each."""
+    """Distinct values of a mask, ascending, and how many pixels have each.
+
+    If there are very many, as in a map of probabilities, values are rounded.
+    """
     values, counts = np.empty(0), np.empty(0, int)
     for plane in planes:
         found, number = np.unique(plane, return_counts=True)
-        together = np.concatenate([values, found.astype(np.float64)])
-        values, where = np.unique(together, return_inverse=True)
-        counts = np.bincount(where, np.concatenate([counts, number])).astype(int)
+        values = np.concatenate([values, found.astype(np.float64)])
+        counts = np.concatenate([counts, number])
+        if len(values) > MANY_VALUES:
+            step = 2 * np.abs(values).max() / MANY_VALUES
+            values = np.rint(values / step) * step
+        values, where = np.unique(values, return_inverse=True)
+        counts = np.bincount(where, counts).astype(int)
     return values, counts
 
 
@@ -349,9 +359,8 @@ def decide_mask(
         low, top = present[0], present[-1]
         classes = low == 0 and (not scale or top <= CLASSES_UP_TO or len(present) == 2)
     if not lossy and (classes or (len(values) == 1 and (top == 1 or not scale))):
-        return min(top, 1) / 2, (f"values up to {top:g} read as lesion",) * (
-            top not in (0, scale or 1)
-        )
+        note = f"values up to {top:g} read as lesion"
+        return 0 if scale else min(top, 1) / 2, (note,) * (top not in (0, scale or 1))
     if not scale and low != 0:
         raise ValueError(f"values run from {low:g} to {top:g}; 0 must mean no lesion")
     if scale and top <= scale / 2 and not lossy:
@@ -396,8 +405,10 @@ def _decide_grey(picture: _Picture) -> tuple[np.ndarray, float, tuple[str, ...]]
     if image.mode in ("LA", "P", "PA", "RGBA"):  # colours as shown; palette numbers are arbitrary
         *bands, alpha = image.convert("RGBA").split()
         bands = [alpha] if all(map(_flat, bands)) and not _flat(alpha) else bands
+    elif image.mode == "L":
+        bands = [image]
     else:
-        bands = list(image.convert("L" if image.mode in ("1", "L") else "RGB").split())
+        bands = list(image.convert("L" if image.mode == "1" else "RGB").split())
     grey = reduce(ImageChops.lighter, bands)  # a red mask is a mask too
     counts = np.array(grey.histogram())
     values = np.flatnonzero(counts)

@@ -42,8 +42,11 @@ SPACING = {"spacing": "0028|0030", "detector": "0018|1164", "distance": "0018|00
 VALUES = {"slope": "0028|1053", "intercept": "0028|1052", "bits": "0028|0101", "sign": "0028|0103"}
 WINDOW = {"centre": "0028|1050", "width": "0028|1051", "thickness": "0018|0050"}
 TAGS = IDENTITY | PLACE | SPACING | VALUES | WINDOW
-NO_IMAGE = re.compile(rb"1\.2\.840\.10008\.(1\.3\.10|5\.1\.4\.1\.1\.(11|66|88|104|481\.[3-9])\b)")
-"""SOP classes of directories, reports, plans and other DICOM files without an image."""
+NO_IMAGE = re.compile(
+    rb"\x02\0\x02\0UI..1\.2\.840\.10008\.(1\.3\.10|5\.1\.4\.1\.1\.(11|66(?!\.4)|88|104|481\.[3-9])\b)",
+    re.S,
+)
+"""The SOP class of a directory, report, plan or other DICOM file without an image."""
 PIXEL_DATA, END_OF_SEQUENCE = b"\xe0\x7f\x10\x00", b"\xfe\xff\xdd\xe0"
 
 
@@ -278,7 +281,7 @@ class _File:
         self.path, suffix = path, images.suffix_of(path)
         self.kind = {".nrrd": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}.get(suffix, "NIfTI")
         with images.reading(path, self.kind):
-            self.reader = _header(path)
+            self.reader = _itk_reader(path)
             size, shape = self.reader.GetSize(), " x ".join(map(str, self.reader.GetSize()))
             kind = sitk.GetPixelIDValueAsString(self.reader.GetPixelID())
             if len(size) > 3:
@@ -324,8 +327,9 @@ class _File:
 
 
 def _unit(axes: np.ndarray) -> np.ndarray:
-    lengths: np.ndarray = np.linalg.norm(axes, axis=0)
-    return axes / lengths
+    """Columns of length 1."""
+    unit: np.ndarray = axes / np.linalg.norm(axes, axis=0)
+    return unit
 
 
 def _swap(affine: np.ndarray) -> np.ndarray:
@@ -334,7 +338,7 @@ def _swap(affine: np.ndarray) -> np.ndarray:
     return swapped
 
 
-def _header(path: Path, kind: str = "") -> sitk.ImageFileReader:
+def _itk_reader(path: Path, kind: str = "") -> sitk.ImageFileReader:
     """An ITK reader that has read the header of a file."""
     path.stat()  # raises if it is missing
     reader = sitk.ImageFileReader()
@@ -406,7 +410,7 @@ class _Series:
         self.notes: tuple[str, ...] = ()
         with images.reading(path, "DICOM"):
             files = files_in(path) if path.is_dir() else [path]
-            headers = {file: header for file in files if (header := self._header(file))}
+            headers = {file: header for file in files if (header := self._attributes(file))}
             self.files, self.headers = list(headers), list(headers.values())
             if not headers:
                 raise ValueError("no image in it; list pictures of sub-folders in a CSV table")
@@ -421,7 +425,7 @@ class _Series:
             self.space = self._arrange()
         self.patient = self.headers[0].get("patient") or self.headers[0].get("series", "")
 
-    def _header(self, file: Path) -> dict[str, str]:
+    def _attributes(self, file: Path) -> dict[str, str]:
         """The attributes of `TAGS`, and the size; empty for what is not an image."""
         with images.reading(file, "DICOM"):
             with open(file, "rb") as opened:
@@ -432,7 +436,7 @@ class _Series:
                 return {}
             if NO_IMAGE.search(start):
                 return {}
-            reader = _header(file, "GDCMImageIO")
+            reader = _itk_reader(file, "GDCMImageIO")
             known = {name: key for name, key in TAGS.items() if reader.HasMetaDataKey(key)}
             header = {name: reader.GetMetaData(key).strip(" \0") for name, key in known.items()}
             return header | {"size": " x ".join(map(str, reader.GetSize()))}
@@ -443,7 +447,9 @@ class _Series:
         if frames > 1 and len(self.files) > 1:
             raise ValueError(f"one file holds {frames} frames; a series has one image in a file")
         if frames > 1:
-            return Space((frames, rows, columns), _affine(_header(self.files[0], "GDCMImageIO")))
+            return Space(
+                (frames, rows, columns), _affine(_itk_reader(self.files[0], "GDCMImageIO"))
+            )
         turns = [_numbers(header, "orientation") for header in self.headers]
         places = [_numbers(header, "position") for header in self.headers]
         if placed := all(turns) and all(places):
