@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from .config import (
     arm_options,
     nearest,
 )
-from .data.batches import epoch_batches, normalize
+from .data.batches import epoch_batches, labelled_rows, normalize
 from .data.prepare import Prepared
 from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, held_out_scores
@@ -328,8 +329,10 @@ def distill_arms(
             network = freeze(network, cfgs[0].teacher_bn == "batch")
         together: dict[int, list[Learner]] = {}
         measured = _measure(list(missing.values()), graph, data, network)
+        labelled = labelled_rows(data, cfgs[0].label_fraction)
+        prior = float(data.cases["lesion_share"].iloc[labelled].mean())
         for path, cfg in missing.items():
-            student = build(cfg, data.lesion_fraction)
+            student = build(cfg, prior)
             terms = build_terms(cfg, student, network, measured)
             learner = Learner(
                 fabric,
@@ -371,7 +374,10 @@ def _teacher_pass(
         return teacher_pass(network, fabric)
     terms = [term for learner in learners for term in learner.objective.terms.values()]
     names = {name for term in terms for name in getattr(term, "teacher_maps", ())}
-    folder = teacher.path.with_name(f"{teacher.path.name}.views")
+    weights = results.read_json(teacher.path / "DONE")["checkpoint_best"]
+    made_from = "|".join([weights, data.digest, cfg.augment, cfg.precision])
+    mark = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    folder = teacher.path.with_name(f"{teacher.path.name}.views-{mark}")
     return stored_views(network, folder, data, tuple(sorted(names)), cfg.teacher_views, cfg, fabric)
 
 
