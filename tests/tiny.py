@@ -35,6 +35,10 @@ def small_teacher() -> UNet:
     return UNet(width=8)
 
 
+def small_student(width: int, stem: int) -> UNet:
+    return UNet(width=2)
+
+
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
