@@ -12,6 +12,7 @@ from lesionkd_core.data.images import (
     UnreadableFile,
     by_stem,
     count_pages,
+    count_values,
     images_in,
     is_volume,
     natural,
@@ -400,6 +401,15 @@ def test_a_mask_that_may_mean_anything_is_refused(tmp_path, what):
 def test_a_photograph_is_not_a_mask(tmp_path):
     with pytest.raises(UnreadableFile, match="medium grey.*photograph"):
         read_mask(save(tmp_path / "x.png", picture(1), "L"))
+
+
+def test_very_many_values_are_counted_in_bounded_memory():
+    rng = np.random.default_rng(0)
+    planes = [rng.random((200, 200)).astype(np.float32) * (rng.random((200, 200)) < 0.5)] * 3
+    values, counts = count_values(planes)
+    assert len(values) <= 4096 and counts.sum() == 3 * 200 * 200
+    assert values[0] == 0 and abs(values[-1] - 1) < 1e-3
+    assert abs(counts[values > 0.5].sum() - 3 * (planes[0] > 0.5).sum()) < 100
 
 
 def test_instances_of_16_bits_are_all_lesion(tmp_path):

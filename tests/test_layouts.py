@@ -2,7 +2,6 @@
 
 import csv
 import re
-from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +13,7 @@ from lesionkd_core.config import PrepareConfig
 from lesionkd_core.data.images import UnreadableFile, read_case
 from lesionkd_core.data.layouts import (
     CATALOGUE,
+    LAYOUTS,
     DatasetNotFound,
     ManifestError,
     find,
@@ -514,7 +514,7 @@ def test_a_folder_that_may_not_be_listed_is_named(data, monkeypatch):
         raise PermissionError(13, "Permission denied", str(folder))
 
     small_busi(data)
-    monkeypatch.setitem(CATALOGUE, "busi", replace(CATALOGUE["busi"], cases=refuse))
+    monkeypatch.setitem(LAYOUTS, "busi", refuse)
     with pytest.raises(
         DatasetNotFound, match=r"^busi: .*Dataset_BUSI_with_GT cannot be read \(Permission denied\)"
     ):

@@ -8,9 +8,9 @@ import io
 import os
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -180,207 +180,6 @@ def wounds(folder: Path) -> list[Case]:
     return found
 
 
-LAYOUTS = (busi, covid_ct, cvc_clinicdb, em_stacks, isic, nih_pancreas, paired, ph2, polyps, wounds)
-
-
-# The catalogue ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Release:
-    """An entry of catalogue.toml.
-
-    Parameters
-    ----------
-    folder : str
-        Looked for in the folder of data sets; it may have another name unless the release is
-        `named`, and then one of `names`.
-    holds, others : names
-        What must be in the folder, and what may be there instead.
-    cases : function
-        Lists the cases of the folder: `layout` of the entry with its `options`.
-    count : int
-        Official number of images or volumes.
-    archives : addresses
-        Direct downloads; if there are none, `access` says how to get the release.
-    window : str
-        Default of the option `window`.
-    """
-
-    name: str
-    modality: str
-    folder: str
-    holds: tuple[str, ...]
-    cases: Callable[[Path], list[Case]]
-    count: int = 0
-    licence: str = ""
-    citation: str = ""
-    page: str = ""
-    archives: tuple[str, ...] = ()
-    access: str = "free, no registration"
-    others: tuple[tuple[str, ...], ...] = ()
-    named: bool = False
-    names: tuple[str, ...] = ()
-    window: str = ""
-
-    def fits(self, folder: Path) -> bool:
-        """Whether `folder` is this release."""
-        names = {name.lower() for name in (self.folder, *self.names)}
-        if self.named and folder.name.lower() not in names:
-            return False
-        layouts = (self.holds, *self.others)
-        return any(all(os.path.exists(folder / name) for name in layout) for layout in layouts)
-
-
-def _catalogue() -> dict[str, Release]:
-    text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
-    layouts: dict[str, Callable[..., list[Case]]] = {f.__name__: f for f in LAYOUTS}
-    releases = {}
-    for name, entry in tomllib.loads(text).items():
-        cases = partial(layouts[entry.pop("layout")], **entry.pop("options", {}))
-        others = tuple(map(tuple, entry.pop("others", ())))
-        facts: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
-        }
-        releases[name] = Release(name=name, cases=cases, others=others, **facts)
-    return releases
-
-
-CATALOGUE = _catalogue()
-
-
-# Finding and reading ------------------------------------------------------------------------------
-
-
-def data_root() -> Path:
-    """The folder of data sets: LESIONKD_DATA, or data/raw of the checkout."""
-    named = os.environ.get("LESIONKD_DATA")
-    return Path(named or CHECKOUT / "data" / "raw").expanduser().resolve()
-
-
-def find(dataset: str) -> tuple[Release, Path]:
-    """The release of that name and its folder; your own folder or CSV manifest is a release too.
-
-    Raises
-    ------
-    DatasetNotFound
-        Says what was looked for, where, and how to get it.
-    """
-    if not (release := CATALOGUE.get(dataset)):
-        return _own(dataset)
-    root = data_root()
-    level = [root]
-    for _ in range(5):  # FUSeg is four folders down in its repository
-        for folder in sorted(level, key=lambda path: (path.name != release.folder, path)):
-            if release.fits(folder):
-                return release, folder
-        inside = (path for folder in level for path in _content(folder))
-        level = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
-    holds = ", ".join(map(repr, release.holds))
-    raise DatasetNotFound(
-        f"{dataset}: no folder {release.folder!r} with {holds} in it under {root}.\n"
-        f"Run `lesionkd download {dataset}`, or download it from the page in data/{dataset}.md "
-        f"({release.access}) and unpack it there,\nor set LESIONKD_DATA to the folder above it."
-    )
-
-
-def _content(folder: Path) -> list[Path]:
-    """What a folder holds, by name; nothing if there is no permission to read it."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
-
-
-def _own(dataset: str) -> tuple[Release, Path]:
-    own = Release(dataset, "own data", dataset, ("images", "masks"), paired, access="your own")
-    places = [Path(dataset).expanduser(), data_root() / dataset]
-    for path in places:
-        if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
-            return replace(own, cases=manifest), path.resolve()
-        if own.fits(path):
-            return own, path.resolve()
-    for path in places:
-        if path.is_dir():
-            raise DatasetNotFound(
-                f"{path} has no folders 'images' and 'masks'. Put your own data there as "
-                "images/a.jpg with masks/a.png (data/own.md)."
-            )
-    hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
-    raise DatasetNotFound(
-        f"dataset {dataset!r} is neither in the catalogue nor a folder nor a CSV manifest; {hint}\n"
-        f"A relative path is looked for in the working folder and in {data_root()}."
-    )
-
-
-def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
-    """A digest of the content of a data set, and its cases (none for the phantom).
-
-    Masks count with their content, since annotations are corrected, and so do images of your own.
-    Images of a release count with their name and size.
-    """
-    if cfg.dataset == phantom.NAME:
-        return f"{cfg.dataset} version {phantom.VERSION}", []
-    release, folder = find(cfg.dataset)
-    try:
-        cases = [replace(case, window=release.window) for case in release.cases(folder)]
-    except OSError as error:
-        why = f"{error.filename or folder} cannot be read ({error.strerror})"
-        raise DatasetNotFound(f"{cfg.dataset}: {why}.") from None
-    if not cases:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES))
-        raise DatasetNotFound(
-            f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
-            f"file that can be read ({kinds})."
-        )
-    official = release.name in CATALOGUE
-    digest = hashlib.sha256(f"{release.name} {release.window}".encode() if official else b"own")
-    for case in cases:
-        sizes = [path.stat().st_size for path in _files(case.image)]
-        about = (case.id, case.group, case.label, case.split, case.problem, case.image.name, sizes)
-        digest.update("|".join(map(str, about)).encode(errors="surrogateescape"))
-        for named in case.masks if official else (case.image, *case.masks):
-            digest.update(os.fsencode(named.name))
-            for path in _files(named):
-                stat = path.stat()
-                if os.access(path, os.R_OK):  # otherwise reading the case will say so
-                    digest.update(_hash_file(path, stat.st_size, stat.st_mtime_ns))
-    return digest.hexdigest(), cases
-
-
-def _files(path: Path) -> list[Path]:
-    """The file, the data file of a .mhd header too, or the files of a series; none if missing."""
-    raw = [path.with_suffix(suffix) for suffix in (".raw", ".zraw") if path.suffix == ".mhd"]
-    return [file for file in (_content(path) if path.is_dir() else [path, *raw]) if file.is_file()]
-
-
-@lru_cache(maxsize=1_000_000)  # every stage asks again
-def _hash_file(path: Path, size: int, changed: int) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def window_of(cfg: PrepareConfig) -> str:
-    """The option `window`, or the default of the release."""
-    return cfg.window or (CATALOGUE[cfg.dataset].window if cfg.dataset in CATALOGUE else "")
-
-
-def read(case: Case, window: str = "") -> Iterator[Reading]:
-    """Read the picture of a case with its mask, or every slice of its volume.
-
-    Raises
-    ------
-    UnreadableFile
-        Names the file and what is wrong with it.
-    """
-    if not case.problem and is_volume(case.image):
-        from .volumes import read_slices
-
-        yield from read_slices(case, window or case.window)
-    else:
-        yield read_case(case)
-
-
 # Your own list of cases ---------------------------------------------------------------------------
 
 COLUMNS = ("image", "mask", "group", "split", "label", "id")
@@ -464,3 +263,197 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         if why:
             raise ManifestError(f"{path.name}, line {line}: {why}")
         yield line, cells
+
+
+READERS = (busi, covid_ct, cvc_clinicdb, em_stacks, isic, nih_pancreas, paired, ph2, polyps, wounds)
+LAYOUTS: dict[str, Callable[..., list[Case]]] = {f.__name__: f for f in (*READERS, manifest)}
+
+
+# The catalogue ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Release:
+    """An entry of catalogue.toml.
+
+    Parameters
+    ----------
+    folder : str
+        Looked for in the folder of data sets; it may have another name unless the release is
+        `named`, and then one of `names`.
+    holds, others : names
+        What must be in the folder, and what may be there instead.
+    layout, options
+        Name in `LAYOUTS` of the function that lists the cases of the folder, and its arguments.
+    count : int
+        Official number of images or volumes.
+    archives : addresses
+        Direct downloads; if there are none, `access` says how to get the release.
+    window : str
+        Default of the option `window`.
+    """
+
+    name: str
+    modality: str
+    folder: str
+    holds: Sequence[str]
+    layout: str
+    options: dict[str, Any] = field(default_factory=dict)
+    count: int = 0
+    licence: str = ""
+    citation: str = ""
+    page: str = ""
+    archives: Sequence[str] = ()
+    access: str = "free, no registration"
+    others: Sequence[Sequence[str]] = ()
+    named: bool = False
+    names: Sequence[str] = ()
+    window: str = ""
+
+    def fits(self, folder: Path) -> bool:
+        """Whether `folder` is this release."""
+        names = {name.lower() for name in (self.folder, *self.names)}
+        if self.named and folder.name.lower() not in names:
+            return False
+        layouts = (self.holds, *self.others)
+        return any(all(os.path.exists(folder / name) for name in layout) for layout in layouts)
+
+    def cases(self, folder: Path) -> list[Case]:
+        """The cases of a folder."""
+        return LAYOUTS[self.layout](folder, **self.options)
+
+
+_text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
+CATALOGUE = {name: Release(name, **entry) for name, entry in tomllib.loads(_text).items()}
+
+
+# Finding and reading ------------------------------------------------------------------------------
+
+
+def data_root() -> Path:
+    """The folder of data sets: LESIONKD_DATA, or data/raw of the checkout."""
+    named = os.environ.get("LESIONKD_DATA")
+    return Path(named or CHECKOUT / "data" / "raw").expanduser().resolve()
+
+
+def find(dataset: str) -> tuple[Release, Path]:
+    """The release of that name and its folder; your own folder or CSV manifest is a release too.
+
+    Raises
+    ------
+    DatasetNotFound
+        Says what was looked for, where, and how to get it.
+    """
+    if not (release := CATALOGUE.get(dataset)):
+        return _own(dataset)
+    root = data_root()
+    level = [root]
+    for _ in range(5):  # FUSeg is four folders down in its repository
+        for folder in sorted(level, key=lambda path: (path.name != release.folder, path)):
+            if release.fits(folder):
+                return release, folder
+        inside = (path for folder in level for path in _content(folder))
+        level = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
+    holds = ", ".join(map(repr, release.holds))
+    raise DatasetNotFound(
+        f"{dataset}: no folder {release.folder!r} with {holds} in it under {root}.\n"
+        f"Run `lesionkd download {dataset}`, or download it from the page in data/{dataset}.md "
+        f"({release.access}) and unpack it there,\nor set LESIONKD_DATA to the folder above it."
+    )
+
+
+def _content(folder: Path) -> list[Path]:
+    """What a folder holds, by name; nothing if there is no permission to read it."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _own(dataset: str) -> tuple[Release, Path]:
+    own = Release(dataset, "own data", dataset, ("images", "masks"), "paired", access="your own")
+    places = [Path(dataset).expanduser(), data_root() / dataset]
+    for path in places:
+        if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+            return replace(own, layout="manifest"), path.resolve()
+        if own.fits(path):
+            return own, path.resolve()
+    for path in places:
+        if path.is_dir():
+            raise DatasetNotFound(
+                f"{path} has no folders 'images' and 'masks'. Put your own data there as "
+                "images/a.jpg with masks/a.png (data/own.md)."
+            )
+    hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
+    raise DatasetNotFound(
+        f"dataset {dataset!r} is neither in the catalogue nor a folder nor a CSV manifest; {hint}\n"
+        f"A relative path is looked for in the working folder and in {data_root()}."
+    )
+
+
+def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
+    """A digest of the content of a data set, and its cases (none for the phantom).
+
+    Masks count with their content, since annotations are corrected, and so do images of your own.
+    Images of a release count with their name and size.
+    """
+    if cfg.dataset == phantom.NAME:
+        return f"{cfg.dataset} version {phantom.VERSION}", []
+    release, folder = find(cfg.dataset)
+    try:
+        cases = [replace(case, window=release.window) for case in release.cases(folder)]
+    except OSError as error:
+        why = f"{error.filename or folder} cannot be read ({error.strerror})"
+        raise DatasetNotFound(f"{cfg.dataset}: {why}.") from None
+    if not cases:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES))
+        raise DatasetNotFound(
+            f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
+            f"file that can be read ({kinds})."
+        )
+    official = release.name in CATALOGUE
+    digest = hashlib.sha256(f"{release.name} {release.window}".encode() if official else b"own")
+    for case in cases:
+        sizes = [path.stat().st_size for path in _files(case.image)]
+        about = (case.id, case.group, case.label, case.split, case.problem, case.image.name, sizes)
+        digest.update("|".join(map(str, about)).encode(errors="surrogateescape"))
+        for named in case.masks if official else (case.image, *case.masks):
+            digest.update(os.fsencode(named.name))
+            for path in _files(named):
+                stat = path.stat()
+                if os.access(path, os.R_OK):  # otherwise reading the case will say so
+                    digest.update(_hash_file(path, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest(), cases
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, the data file of a .mhd header too, or the files of a series; none if missing."""
+    raw = [path.with_suffix(suffix) for suffix in (".raw", ".zraw") if path.suffix == ".mhd"]
+    return [file for file in (_content(path) if path.is_dir() else [path, *raw]) if file.is_file()]
+
+
+@lru_cache(maxsize=1_000_000)  # every stage asks again
+def _hash_file(path: Path, size: int, changed: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def window_of(cfg: PrepareConfig) -> str:
+    """The option `window`, or the default of the release."""
+    return cfg.window or (CATALOGUE[cfg.dataset].window if cfg.dataset in CATALOGUE else "")
+
+
+def read(case: Case, window: str = "") -> Iterator[Reading]:
+    """Read the picture of a case with its mask, or every slice of its volume.
+
+    Raises
+    ------
+    UnreadableFile
+        Names the file and what is wrong with it.
+    """
+    if not case.problem and is_volume(case.image):
+        from .volumes import read_slices
+
+        yield from read_slices(case, window or case.window)
+    else:
+        yield read_case(case)
