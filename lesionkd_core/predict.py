@@ -18,6 +18,7 @@ from . import results
 from .config import DistillConfig, LesionKDError, TeacherConfig
 from .data.batches import normalize
 from .data.images import UnreadableFile, is_volume, read_image, sources_in, stem_of
+from .data.layouts import window_of
 from .data.pixels import prepare_image, restore
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
@@ -188,8 +189,8 @@ def predict_folder(
     paths = [path for path in sources_in(images) if not path.is_dir() or is_dicom(path)]
     if not paths:
         raise LesionKDError(
-            f"{images} has no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .dcm, or "
-            "folders of DICOM series)"
+            f"{images} has no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .nrrd, .mha, .mhd, "
+            ".dcm, or folders of DICOM series)"
         )
     results.make_folder(out)
     stems, unreadable = Counter(map(stem_of, paths)), []
@@ -218,7 +219,7 @@ def _predict_file(
     shape = volume.space.shape if volume else (1, *images[0].shape[:2])
     if min(shape[1:]) < 2:
         raise UnreadableFile(f"{path.name}: {shape[2]} x {shape[1]} px is too small to segment")
-    slices = volume.images(student.cfg.window) if volume else iter(images)
+    slices = volume.images(window_of(student.cfg)) if volume else iter(images)
     written = np.empty(shape, np.float32 if threshold is None else bool)
     z, most = 0, -1
     while batch := list(islice(slices, BATCH)):
