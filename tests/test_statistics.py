@@ -91,7 +91,7 @@ def study() -> pd.DataFrame:
 
 
 def history(**val_dice) -> pd.DataFrame:
-    """arm -> one list a seed of the validation Dice by epoch."""
+    """{arm: validation Dice by epoch, one list for each seed}."""
     return pd.DataFrame(
         [
             {"arm": arm, "seed": seed, "epoch": epoch, "val_dice": value}

@@ -325,8 +325,9 @@ TRUTH = "#FFFFFF"
 
 
 def panels(rows: int, columns: int, ratio: float = 1.0) -> tuple[Figure, np.ndarray]:
-    """A grid of picture panels without axes at a page's width; axes always (rows, columns)."""
-    size = (TWO_COLUMNS, TWO_COLUMNS / columns * rows * ratio)
+    """A grid of picture panels without axes, `ratio` times as high as wide; axes (rows, columns)."""
+    width = ONE_COLUMN if columns <= 2 else TWO_COLUMNS
+    size = (width, width / columns * rows * ratio)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -507,7 +508,7 @@ def nodes(
     views : {network: one NodeView for each case}
         From `inspect.GraphCases.views`.
     """
-    fig, axes = panels(len(images), 2 + 2 * len(views), ratio=1.2 if len(images) == 1 else 1.1)
+    fig, axes = panels(len(images), 2 + 2 * len(views), ratio=1.3 if len(images) == 1 else 1.1)
     for line, image, mask, *of_case in zip(axes, images, masks, *views.values()):
         draw_image(line[0], image, truth=mask)
         _draw_anchors(line[1], of_case[0])
@@ -734,7 +735,7 @@ def tertiles(table: pd.DataFrame) -> Figure:
         text, spread = MEASURES[measure]
         ticks = {}
         for i, (pair, look) in enumerate(zip(pairs, looks.values())):
-            wanted = (measure, *pair)
+            wanted = [measure, *pair]
             own = (part[["column", "arm", "other"]] == wanted).all(axis=1)
             for row in part[own].itertuples():
                 place = TERTILES.index(row.third)
@@ -941,6 +942,8 @@ def sweep(table: pd.DataFrame, defaults: dict[str, Any] | None = None) -> Figure
     texts = [f"{_label(option)}: {_brief(value)}" for option, value in what]
     table = table.assign(row=[text + mark for text, mark in zip(texts, marks)])
     tried = table[table["option"] != "arm"]
+    if tried.empty:
+        return _nothing()
     order = [row for n in options for row in tried.loc[tried["option"] == n, "row"].unique()]
     found = list(_parts(table))
     known = list(table.loc[table["option"] == "arm", "value"].unique())
@@ -958,7 +961,7 @@ def sweep(table: pd.DataFrame, defaults: dict[str, Any] | None = None) -> Figure
         sns.stripplot(part, jitter=False, color="black", size=2.5, zorder=3, **how)
         axis.set(xlabel=f"Validation Dice\n{name}".strip(), ylabel="")
     text = f"Validation Dice{_on(name for name, _ in found)} by value, seeds as points"
-    return _described(fig, f"{text}: {_names(tried['option'])}.")
+    return _described(fig, f"{text}: {_names(n for n in options if n != 'arm')}.")
 
 
 def _brief(value: str) -> str:
