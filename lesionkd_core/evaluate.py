@@ -206,7 +206,7 @@ def _scored(data: Prepared, rows: np.ndarray, probability: np.ndarray) -> pd.Dat
     cases = data.cases.iloc[rows].reset_index(drop=True)
     table = score_masks(probability > THRESHOLD, truth)
     table["soft_dice"] = soft_dice(probability, truth)
-    table["brier"] = np.square(probability - truth).mean((1, 2))
+    table["brier"] = np.square(probability - truth.astype(np.float32)).mean((1, 2))
     table["contrast"] = cases["contrast"].abs()
     return pd.concat([cases[["id", "group", "split", "label"]], table], axis=1)
 
