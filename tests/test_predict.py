@@ -1,0 +1,330 @@
+"""Predictions of images and folders; the network is built, not trained."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from PIL import Image
+
+from lesionkd_core import predict as module
+from lesionkd_core import results
+from lesionkd_core.config import DistillConfig, LesionKDError, TeacherConfig
+from lesionkd_core.data.batches import normalize
+from lesionkd_core.models import UNet
+from lesionkd_core.predict import build, load_student, predict, predict_folder, probabilities
+from tests.tiny import lesion, picture, save
+
+CFG = DistillConfig(losses="", pixels=32, width=2)
+ORANGE = (238, 119, 51)
+SIZES = {
+    "a.png": (48, 64),
+    "odd.jpg": (33, 47),
+    "grey.tif": (40, 40),
+    "alpha.png": (61, 35),
+    "tiny.bmp": (2, 3),
+}
+
+
+def finished(root, cfg=CFG, constant=None, **files):
+    """The folder of a run as training leaves it.
+
+    With `constant` the network predicts that probability everywhere; `files` are written over.
+    """
+    network = build(cfg)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0  # one pass in training mode gives the statistics of pictures
+    network(normalize(np.stack([picture(seed, (32, 32)) for seed in range(4)])))
+    with torch.no_grad():
+        network.head.bias += 0.75  # probabilities on both sides of a half
+    if constant is not None:
+        torch.nn.init.zeros_(network.head.weight)
+        torch.nn.init.constant_(network.head.bias, math.log(constant / (1 - constant)))
+
+    def make(missing):
+        for path in missing:
+            checkpoint = {"network": network.state_dict()}
+            results.write_checkpoint(path / "checkpoint_best", checkpoint)
+            for name, write in files.items():
+                write(path / name)
+
+    [run] = results.find_or_make([cfg], ["upstream"], make, results.Result)
+    return run.path
+
+
+@pytest.fixture
+def images(tmp_path, runs):
+    """Five images of every kind, one that is broken, and a text."""
+    folder = tmp_path / "images"
+    for seed, (name, size) in enumerate(SIZES.items()):
+        mode = {"grey.tif": "L", "alpha.png": "RGBA"}.get(name)
+        save(folder / name, picture(seed, size), mode)
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def border(mask):
+    """Brute force: pixels with a 4-neighbour of another label."""
+    marked = np.zeros(mask.shape, bool)
+    for y, x in np.ndindex(*mask.shape):
+        for v, u in ((y, x + 1), (y, x - 1), (y + 1, x), (y - 1, x)):
+            if 0 <= v < mask.shape[0] and 0 <= u < mask.shape[1]:
+                marked[y, x] |= mask[y, x] != mask[v, u]
+    return marked
+
+
+# Images -------------------------------------------------------------------------------------------
+
+
+def by_hand(image):
+    """A (32, 16) image as a network of 32 px sees it with padding."""
+    padded = np.zeros((32, 32, 3), np.uint8)
+    padded[:, 8:24] = image
+    return padded
+
+
+def test_images_are_prepared_as_for_the_training(runs):
+    student = load_student(finished(runs, CFG.with_values(fit="pad")))
+    image = picture(3, (32, 16))
+    [probability] = predict(student, [image])
+    expected = probabilities(student.network, by_hand(image)[None])[0, :, 8:24]
+    assert np.allclose(probability, expected, atol=1e-6)
+    [stretched] = predict(load_student(finished(runs)), [image])
+    assert not np.allclose(probability, stretched, atol=1e-3)
+
+
+def test_probabilities_are_the_sigmoid_of_the_logits_in_any_batch(runs):
+    network = load_student(finished(runs)).network
+    x = np.stack([picture(seed, (32, 32)) for seed in range(5)])
+    with torch.no_grad():
+        expected = network(normalize(x))[:, 0].sigmoid().numpy()
+    assert np.allclose(probabilities(network, x), expected, atol=1e-6)
+    assert np.allclose(probabilities(network, x, batch_size=2), expected, atol=1e-6)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((40, 50), np.uint8),
+        np.zeros((40, 50, 4), np.uint8),
+        np.zeros((40, 50, 3)),
+        lesion(9),
+    ],
+)
+def test_arrays_that_are_no_rgb_images_are_refused(runs, image):
+    student = load_student(finished(runs))
+    with pytest.raises(LesionKDError, match=r"image 1 has shape .* expected \(H, W, 3\) uint8"):
+        predict(student, [picture(0), image])
+    assert predict(student, []) == []
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threshold", "value"), [(None, 51), (0.1, 255), (0.3, 0)])
+def test_every_image_gets_a_mask_of_its_size_and_a_broken_one_is_listed(
+    tmp_path, images, threshold, value
+):
+    student = load_student(finished(tmp_path, constant=0.2))
+    out, steps = tmp_path / "new" / "out", []
+    unreadable = predict_folder(
+        student, images, out, threshold, progress=lambda *step: steps.append(step)
+    )
+    assert len(unreadable) == 1 and "broken.png" in unreadable[0]
+    assert steps == [(i, 6) for i in range(1, 7)]
+    masks = {path.name: pixels(path) for path in out.iterdir()}
+    assert set(masks) == {f"{name.split('.')[0]}.png" for name in SIZES}
+    for name, size in SIZES.items():
+        mask = masks[f"{name.split('.')[0]}.png"]
+        assert mask.shape == size and mask.dtype == np.uint8
+        assert set(np.unique(mask)) == {value}  # 0.2 x 255 = 51
+
+
+def test_masks_and_contours_follow_the_threshold(tmp_path, images):
+    student = load_student(finished(tmp_path))
+    predict_folder(student, images, tmp_path / "soft")
+    soft = pixels(tmp_path / "soft" / "a.png")
+    level = (int(soft.min()) + int(soft.max())) // 2 + 0.5  # between two grey levels
+    predict_folder(student, images, tmp_path / "hard", level / 255, overlays=True)
+    hard, drawn = (pixels(tmp_path / "hard" / name) for name in ("a.png", "a_overlay.png"))
+    assert set(np.unique(hard)) == {0, 255} and np.array_equal(hard == 255, soft > level)
+    contour = border(hard)
+    original = pixels(images / "a.png")
+    assert contour.any() and (drawn[contour] == ORANGE).all()
+    changed = (drawn != original).any(-1)  # black lines are beside the contour
+    assert (drawn[changed & ~contour] == 0).all()
+
+
+def test_a_threshold_of_0_marks_everything_also_in_the_overlay(tmp_path, images):
+    student = load_student(finished(tmp_path))
+    [probability] = predict(student, [pixels(images / "a.png")])
+    assert len(np.unique(probability > 0.5)) == 2
+    predict_folder(student, images, tmp_path / "out", 0.0, overlays=True)
+    assert (pixels(tmp_path / "out" / "a.png") == 255).all()
+    overlay = pixels(tmp_path / "out" / "a_overlay.png")
+    assert np.array_equal(overlay, pixels(images / "a.png"))  # no contour
+
+
+def test_images_of_one_stem_get_masks_of_their_own(tmp_path, images):
+    save(images / "a.jpg", picture(9))
+    predict_folder(load_student(finished(tmp_path)), images, tmp_path / "out")
+    assert {"a.png.png", "a.jpg.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def scan(path, voxels, direction=None):
+    """(D, H, W) as a volume 0.5 mm wide, 0.75 mm high and 2.5 mm deep."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing((0.5, 0.75, 2.5))
+    image.SetOrigin((30.0, -12.0, 40.0))
+    if direction:
+        image.SetDirection(direction)
+    sitk.WriteImage(image, str(path))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("threshold", "kind", "value"), [(None, sitk.sitkFloat32, 0.2), (0.1, sitk.sitkUInt8, 1)]
+)
+def test_volumes_among_the_images_get_masks_in_their_space(tmp_path, runs, threshold, kind, value):
+    folder, turned = tmp_path / "scans", (0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    voxels = np.random.default_rng(0).integers(-200, 300, (5, 7, 6)).astype(np.int16)
+    sources = {"way 1": scan(folder / "way 1.nii", voxels)}
+    sources["way 2"] = scan(folder / "way 2.nii.gz", voxels, turned)
+    (folder / "way 2.nii.gz").rename(folder / "way 2.NII.GZ")
+    save(folder / "a.png", picture(0))
+    (folder / "broken.nii.gz").write_bytes(b"broken")
+    save(folder / "thumbnails" / "b.png", picture(1))  # a folder, but no series
+    student = load_student(finished(tmp_path, constant=0.2))
+    unreadable = predict_folder(student, folder, tmp_path / "out", threshold)
+    assert len(unreadable) == 1 and "broken.nii.gz" in unreadable[0]
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"way 1.nii.gz", "way 2.nii.gz", "a.png"}
+    for name, source in sources.items():
+        mask = sitk.ReadImage(str(tmp_path / "out" / f"{name}.nii.gz"))
+        assert mask.GetSize() == source.GetSize() and mask.GetPixelID() == kind
+        for place in ("GetSpacing", "GetOrigin", "GetDirection"):
+            assert np.allclose(getattr(mask, place)(), getattr(source, place)(), atol=1e-5)
+        assert np.allclose(sitk.GetArrayFromImage(mask), value)
+
+
+def test_every_slice_is_segmented_in_the_window_of_the_run(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(module, "BATCH", 4)  # more slices than are in memory at a time
+    voxels = np.stack([picture(seed)[..., 0].astype(np.int16) * 3 - 300 for seed in range(6)])
+    identity = (
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+    )  # columns to the left, rows to the back
+    scan(tmp_path / "scans" / "a.nii.gz", voxels, identity)
+    student = load_student(finished(tmp_path, CFG.with_values(window="40, 400")))
+    predict_folder(student, tmp_path / "scans", tmp_path / "out", overlays=True)
+    windowed = np.floor(255 * np.clip((voxels + 160) / 400, 0, 1) + 0.5).astype(np.uint8)
+    expected = np.stack(predict(student, windowed[..., None].repeat(3, axis=-1)))
+    written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "a.nii.gz")))
+    assert expected.std((1, 2)).min() > 0
+    assert np.abs(written - expected).max() < 0.02  # a grey level may round either way
+    fullest = (expected > 0.5).sum((1, 2)).argmax()
+    drawn = (pixels(tmp_path / "out" / "a_overlay.png") == ORANGE).all(-1)
+    contour = border(expected[fullest] > 0.5)
+    assert contour.any() and (drawn != contour).mean() < 0.02
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [("empty", "has no images"), ("absent", "not a folder"), ("images/a.png", "not a folder")],
+)
+def test_a_folder_without_images_is_refused(tmp_path, images, folder, words):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LesionKDError, match=words):
+        predict_folder(load_student(finished(tmp_path)), tmp_path / folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_before_an_option_existed_has_its_default(runs):
+    path = finished(runs)
+    content = json.loads((path / "config.json").read_text())
+    for name in ("fit", "window", "split", "split_file", "folds", "fold", "test_dataset"):
+        content.pop(name)
+    old = shutil.copytree(path, runs / "distill" / "old")
+    (old / "config.json").write_text(json.dumps(content | {"normalize": "mass"}))
+    (old / "DONE").write_text("{}")
+    before, now = load_student(old), load_student(path)
+    assert before.cfg == now.cfg and before.pixels == 32
+    assert np.array_equal(predict(before, [picture(0)])[0], predict(now, [picture(0)])[0])
+
+
+def holding(content):
+    return lambda path: results.write_checkpoint(path, content)
+
+
+def unfinished(runs):
+    path = finished(runs)
+    (path / "DONE").unlink()
+    return path
+
+
+def with_config(runs, **changes):
+    path = finished(runs)
+    made = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(made | changes))
+    results.write_json(path / "DONE", results.checksums(path))
+    return path
+
+
+NO_STUDENT = {  # what is given for a run: how it is made, words of the message
+    "unfinished": (unfinished, ["is not finished", "DONE"]),
+    "no run": (lambda runs: save(runs / "x" / "a.png", lesion(9)).parent, ["no config.json"]),
+    "no folder": (lambda runs: runs / "nowhere", ["is not the folder or the name of a run"]),
+    "a file": (lambda runs: save(runs / "a.png", lesion(9)), ["not the folder of a run"]),
+    "a teacher": (
+        lambda runs: finished(runs, TeacherConfig(teacher="tests.tiny:small_teacher", pixels=32)),
+        ["is a teacher; give the folder of a student"],
+    ),
+    "another stage": (lambda runs: with_config(runs, stage="graph"), ["'graph'", "distill"]),
+    "a wrong value": (lambda runs: with_config(runs, width="x"), ["width = 'x'"]),
+    "text for a checkpoint": (
+        lambda runs: finished(runs, checkpoint_best=lambda path: path.write_text("hello")),
+        ["checkpoint_best is not a readable checkpoint"],
+    ),
+    "another network": (
+        lambda runs: finished(
+            runs, checkpoint_best=holding({"network": UNet(width=3).state_dict()})
+        ),
+        ["checkpoint_best", "another network"],
+    ),
+    "no network": (
+        lambda runs: finished(runs, checkpoint_best=holding({"epoch": 3})),
+        ["checkpoint_best", "another network"],
+    ),
+    "a list": (lambda runs: finished(runs, checkpoint_best=holding([1, 2])), ["another network"]),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("what", NO_STUDENT)
+def test_a_folder_that_is_no_finished_student_is_refused(runs, what):
+    make, words = NO_STUDENT[what]
+    with pytest.raises(LesionKDError) as error:
+        load_student(make(runs))
+    assert all(word in str(error.value) for word in words), str(error.value)
