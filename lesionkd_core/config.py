@@ -486,6 +486,9 @@ class GraphConfig(TeacherConfig, EdgeConfig):
     anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field(
         "masked_mean", description="a node's anchor: mean key of edge pixels, cosine, or EAGR's"
     )
+    background_node: bool = Field(
+        False, description="one more node of the graph, for the pixels off the edge"
+    )
     teacher_bn: Literal["eval", "batch"] = Field(
         "eval", description="statistics of the frozen teacher's BatchNorm: running, or the batch's"
     )
@@ -498,8 +501,11 @@ class GraphConfig(TeacherConfig, EdgeConfig):
 
     @model_validator(mode="after")
     def _eagr_has_its_own_grid(self) -> Self:
-        if self.anchors == "eagr" and self.grid_frame == "lesion":
-            raise ValueError("anchors = 'eagr' pools over the image: grid_frame must be 'image'")
+        if self.anchors == "eagr" and (self.grid_frame == "lesion" or self.background_node):
+            raise ValueError(
+                "anchors = 'eagr' pools over the image: grid_frame must be 'image' and "
+                "background_node False"
+            )
         return self
 
 

@@ -39,7 +39,7 @@ from .losses import (
     empirical_margins,
 )
 from .models import Network, build_network, channels_of, freeze, match_levels, stride_of
-from .predict import build, load_network
+from .predict import build, config_of, load_network
 from .results import Progress, Result, log, short
 from .train import Learner, TeacherPass, start_fabric, stored_views, teacher_pass, train
 
@@ -170,11 +170,9 @@ class Graph(Result):
 
     def load(self) -> FittedGraph:
         """The frozen module and the standard deviation of the teacher's H."""
-        cfg, saved = self.config, results.read_checkpoint(self.path / "checkpoint_best")
-        channels = saved["graph"]["phi.weight"].shape[1]
-        graph = EdgeGraph(
-            channels, cfg["states"], cfg["grid"], cfg["anchors"], frame=cfg["grid_frame"]
-        )
+        cfg = config_of(GraphConfig, self.config)
+        saved = results.read_checkpoint(self.path / "checkpoint_best")
+        graph = EdgeGraph.build(saved["graph"]["phi.weight"].shape[1], cfg)
         graph.load_state_dict(saved["graph"])
         return FittedGraph(graph.eval().requires_grad_(False), saved["std"])
 
@@ -206,8 +204,7 @@ def _fit_graph(
     teacher = freeze(network.to(device), cfg.teacher_bn == "batch")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.teacher_seed)
-        channels = channels_of(teacher, name)
-        graph = EdgeGraph(channels, cfg.states, cfg.grid, cfg.anchors, frame=cfg.grid_frame)
+        graph = EdgeGraph.build(channels_of(teacher, name), cfg)
         fitted = nn.ModuleDict({"graph": graph, "head": EdgeHead(cfg.states)}).to(device)
     optimizer = torch.optim.Adam(fitted.parameters(), cfg.graph_lr)
     history = []

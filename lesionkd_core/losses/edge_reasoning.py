@@ -50,7 +50,7 @@ def grid_cells(edge: Tensor, grid: int, frame: str = "image") -> Tensor:
 
 
 class EdgeGraph(nn.Module):
-    """Projection, graph and reasoning over edge pixels, with K = grid^2 nodes of `states` channels.
+    """Projection, graph and reasoning over edge pixels, K = grid^2 nodes of `states` channels.
 
     Parameters
     ----------
@@ -63,6 +63,9 @@ class EdgeGraph(nn.Module):
         Divide nodes by their mass sum_L P, not at all, or by L. The original has the last two.
     frame : 'image' or 'lesion'
         See `grid_cells`.
+    background : bool
+        One more node, whose anchor is the mean key of the pixels off the edge. Without it every pixel
+        has to be assigned to a node of the edge. Not for 'eagr'.
 
     Source: Te et al. 2020, section 3; docs/method.md, L_edge.
     """
@@ -77,13 +80,22 @@ class EdgeGraph(nn.Module):
         anchors: str = "masked_mean",
         normalize: str = "mass",
         frame: str = "image",
+        background: bool = False,
     ) -> None:
         super().__init__()
         self.grid, self.anchors, self.normalize, self.frame = grid, anchors, normalize, frame
+        self.background = background
+        nodes = grid * grid + background
         self.phi = nn.Conv2d(channels, states, 1)
         self.theta = nn.Conv2d(channels, states, 1)
-        self.node_mixing = nn.Linear(grid * grid, grid * grid)
+        self.node_mixing = nn.Linear(nodes, nodes)
         self.state_mixing = nn.Linear(states, states, bias=False)
+
+    @classmethod
+    def build(cls, channels: int, cfg: Any) -> EdgeGraph:
+        """A new graph with the options of a `GraphConfig`."""
+        shape = channels, cfg.states, cfg.grid, cfg.anchors
+        return cls(*shape, frame=cfg.grid_frame, background=cfg.background_node)
 
     def edge_at(self, edge: Tensor, stride: int) -> Tensor:
         """A full-size edge (N, 1, H, W) at a map's stride: max-pooled; nearest in 'eagr'."""
@@ -92,8 +104,10 @@ class EdgeGraph(nn.Module):
         return edge_at_stride(edge, stride)
 
     def members(self, edge: Tensor) -> Tensor:
-        """The edge pixels of each cell: edge (N, 1, H, W) at the map's size -> (N, K, L)."""
-        return grid_cells(edge, self.grid, self.frame) * edge.flatten(2)
+        """The pixels that make each node's anchor: edge (N, 1, H, W) -> (N, K, L)."""
+        flat = edge.flatten(2)
+        cells = grid_cells(edge, self.grid, self.frame) * flat
+        return torch.cat([cells, 1 - flat], 1) if self.background else cells
 
     def live_nodes(self, edge: Tensor) -> Tensor:
         """Cells that have an edge pixel, (N, 1, H, W) -> (N, K) bool; in 'eagr' all cells."""
@@ -209,6 +223,7 @@ GRAPH_OPTIONS = (
     "grid_frame",
     "states",
     "anchors",
+    "background_node",
     "graph_epochs",
     "graph_lr",
     "connector_lr",
@@ -326,8 +341,7 @@ class JointEdgeReasoning(EdgeReasoning):
     @classmethod
     def build(cls, cfg: Any, student: Network, teacher: Network, measured: Any) -> nn.Module:
         channels = channels_of(teacher, cfg.edge_level.rpartition(":")[2])
-        graph = EdgeGraph(channels, cfg.states, cfg.grid, cfg.anchors, frame=cfg.grid_frame)
-        return cls(student, teacher, graph, cfg.edge_level)
+        return cls(student, teacher, EdgeGraph.build(channels, cfg), cfg.edge_level)
 
     def compare(self, x: Tensor, target: Tensor, edge: Tensor, live: Tensor) -> Tensor:
         if not live.any():
