@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import platform
@@ -57,6 +58,7 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg.deterministic)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = "auto"
     if processes > 1:
         strategy = DDPStrategy(find_unused_parameters=True, timeout=timedelta(hours=12))
