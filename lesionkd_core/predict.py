@@ -184,6 +184,8 @@ def predict_folder(
     """
     from .data.volumes import is_dicom
 
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise LesionKDError(f"threshold = {threshold}: expected a probability from 0 to 1")
     if not images.is_dir():
         raise LesionKDError(f"{images} is not a folder of images")
     paths = [path for path in sources_in(images) if not path.is_dir() or is_dicom(path)]
