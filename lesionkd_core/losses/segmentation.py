@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from torch import Tensor, nn
 
 from .terms import register
@@ -13,11 +12,16 @@ from .terms import register
 if TYPE_CHECKING:
     from .terms import Step
 
-soft_dice_loss = DiceLoss(sigmoid=True)
-"""1 - 2 sum(p y) / (sum p + sum y) of each image's probabilities p and mask y; mean over images.
 
-Source: Milletari et al. 2016, in MONAI's form.
-"""
+def soft_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """1 - 2 sum(p y) / (sum p + sum y) of each image, mean over images; p = sigmoid(logits).
+
+    Source: Milletari et al. 2016, in MONAI's form.
+    """
+    from monai.losses import DiceLoss  # takes seconds to import, so not above
+
+    loss: Tensor = DiceLoss(sigmoid=True)(logits, masks)
+    return loss
 
 
 def bce_dice(logits: Tensor, masks: Tensor) -> Tensor:
