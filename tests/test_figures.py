@@ -178,7 +178,7 @@ def test_every_function_that_draws_is_tested_here():
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
-def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_without_a_title(name, tmp_path):
+def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_without_a_title(name, tmp_path, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for folder in ("a", "b"):
@@ -187,6 +187,7 @@ def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_without_a_title(name
     for suffix in ("pdf", "svg", "png", "csv"):
         first, second = (tmp_path / folder / f"{name}.{suffix}" for folder in "ab")
         assert first.read_bytes() == second.read_bytes(), suffix
+    assert not caplog.records, "no message of a font"
     assert any(fig.get_figwidth() * 25.4 == pytest.approx(width) for width in (85, 174))
     assert fig.get_figheight() * 25.4 < 240, "fits on a page"
     assert not any(axis.get_title() for axis in fig.axes) and fig.get_suptitle() == ""

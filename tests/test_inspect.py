@@ -496,7 +496,7 @@ class Ideal(nn.Module):
         return x[:, :1], {LEVEL: values}
 
 
-def information(masks: np.ndarray, known: bool) -> dict[str, float]:
+def in_graph(masks: np.ndarray, known: bool) -> GraphCases:
     torch.manual_seed(0)
     graph = EdgeGraph(4, 4, grid=2)
     with torch.no_grad():  # keys and states are the map itself
@@ -509,22 +509,36 @@ def information(masks: np.ndarray, known: bool) -> dict[str, float]:
     network = TrainedNetwork(Ideal(masks, known), CFG, None)
     images = np.zeros((len(masks), 64, 64, 3), np.uint8)
     fitted = FittedGraph(graph.requires_grad_(False), torch.full((4,), 0.5))
-    return GraphCases(CFG, network, fitted, images, masks).edge_information()
+    return GraphCases(CFG, network, fitted, images, masks)
+
+
+def squares(count: int) -> np.ndarray:
+    """Masks with a rectangle in both halves of the image."""
+    masks = np.zeros((count, 64, 64), np.uint8)
+    for i, mask in enumerate(masks):
+        mask[10 + i % 5 : 50 - i % 7, 10 + i % 3 : 56 - i % 11] = 1
+    return masks
 
 
 def test_a_graph_that_knows_the_edge_predicts_it_better_than_a_constant():
-    masks = np.zeros((24, 64, 64), np.uint8)
-    for i, mask in enumerate(masks):  # in both halves of the image
-        mask[10 + i % 5 : 50 - i % 7, 10 + i % 3 : 56 - i % 11] = 1
-    rich, poor = information(masks, known=True), information(masks, known=False)
+    masks = squares(24)
+    rich, poor = (in_graph(masks, known).edge_information() for known in (True, False))
     assert rich["bce"] < 0.8 * rich["bce_constant"]
     assert rich["average_precision"] > 2 * rich["ap_constant"]
     assert poor["bce"] > 0.9 * poor["bce_constant"]
     edge = edges_of(masks)[1::2].numpy()
     assert rich["ap_constant"] == poor["ap_constant"] == pytest.approx(edge.mean())
-    q = edges_of(masks)[::2].mean().item()
+    q = edges_of(masks)[::2].mean().item()  # the cases that the head is fitted on
     by_hand = -(edge.mean() * np.log(q) + (1 - edge.mean()) * np.log(1 - q))
     assert rich["bce_constant"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_head_can_be_fitted_on_other_cases():
+    masks = squares(24)
+    test, training = in_graph(masks[1::2], known=True), in_graph(masks[::2], known=True)
+    found = test.edge_information(training)
+    assert found["bce"] == pytest.approx(in_graph(masks, True).edge_information()["bce"], rel=0.05)
+    assert found["ap_constant"] == pytest.approx(edges_of(masks[1::2]).mean().item())
 
 
 def test_the_changes_with_another_cases_edge_by_hand(teacher):

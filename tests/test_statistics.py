@@ -59,9 +59,9 @@ def study() -> pd.DataFrame:
     """Two data sets, two teachers, three seeds, missed lesions, a case without a lesion."""
     rng, parts = np.random.default_rng(5), []
     for dataset, teacher, cases in (
-        ("busi", "resnet34_unet", 18),
-        ("busi", "unet64", 18),
-        ("isic2018", "resnet34_unet", 24),
+        ("busi", "resnet34_unet", 28),
+        ("busi", "unet64", 28),
+        ("isic2018", "resnet34_unet", 36),
     ):
         ids, pixels = (
             [f"c{i:02d}" for i in range(cases)],
@@ -414,7 +414,7 @@ def test_the_ratio_to_the_reference_network_is_that_of_the_means():
         row["cases"],
         row["groups"],
         row["seeds"],
-    ) == (18, 9, 3)
+    ) == (28, 14, 3)
 
 
 def test_interval_of_the_ratio_by_brute_force():
@@ -683,7 +683,7 @@ def test_means_of_arms_by_hand():
     assert row["dice"] == pytest.approx(kd["dice"].mean())
     assert row["iou"] == pytest.approx(kd["iou"].mean())
     assert row["missed"] == pytest.approx(kd["missed"].sum() / 3)
-    assert row[["seeds", "cases", "groups"]].tolist() == [3, 24, 12]
+    assert row[["seeds", "cases", "groups"]].tolist() == [3, 36, 18]
     assert row["dice_seed1"] == pytest.approx(kd[kd["seed"] == 1]["dice"].mean())
     assert row["low"] < row["dice"] < row["high"]
 

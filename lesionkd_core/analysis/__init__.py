@@ -1,1 +1,1 @@
-"""What the results show: statistics, tables, figures, and a look inside the networks."""
+"""What the results show: statistics, tables, figures, and what is inside the networks."""

@@ -261,9 +261,9 @@ def _charts(
     return fig, list(axes.flat[:count])
 
 
-def _handles(looks: dict[str, Style], **changes: Any) -> dict[str, Line2D]:
+def _handles(pens: dict[str, Style], **changes: Any) -> dict[str, Line2D]:
     """What a legend shows of each style, by its text."""
-    return {text: Line2D([], [], **look.line | changes) for text, look in looks.items()}
+    return {text: Line2D([], [], **pen.line | changes) for text, pen in pens.items()}
 
 
 def _arm_handles(arms: Iterable[str], **changes: Any) -> dict[str, Line2D]:
@@ -271,16 +271,16 @@ def _arm_handles(arms: Iterable[str], **changes: Any) -> dict[str, Line2D]:
 
 
 def _interval(
-    axis: Axes, x: float, y: float, limits: Sequence[float], look: Style, along: str, **how: Any
+    axis: Axes, x: float, y: float, limits: Sequence[float], pen: Style, along: str, **how: Any
 ) -> None:
     """A mean and its interval (NaN: none) along x or y; `hollow=True` for a white marker."""
     mean, (low, high) = x if along == "x" else y, limits
-    edge = look.colour if (hollow := how.pop("hollow", False)) else "black"
-    how |= {"fmt": look.marker, "markersize": 5, "ecolor": "black", "elinewidth": 0.9}
+    edge = pen.colour if (hollow := how.pop("hollow", False)) else "black"
+    how |= {"fmt": pen.marker, "markersize": 5, "ecolor": "black", "elinewidth": 0.9}
     how |= {"color": edge, "markeredgewidth": 0.9 if hollow else 0.5}
     if low == low:
         how[f"{along}err"] = [[max(mean - low, 0)], [max(high - mean, 0)]]
-    axis.errorbar(x, y, markerfacecolor="white" if hollow else look.colour, **how)
+    axis.errorbar(x, y, markerfacecolor="white" if hollow else pen.colour, **how)
 
 
 def _seeds(axis: Axes, values: Iterable[float], place: float, colour: str, along: str) -> None:
@@ -291,13 +291,13 @@ def _seeds(axis: Axes, values: Iterable[float], place: float, colour: str, along
     axis.plot(*xy, "|" if along == "x" else "_", color=colour, markersize=4, markeredgewidth=0.9)
 
 
-def _band(axis: Axes, x: Any, table: pd.DataFrame, look: Style, name: str, shift: float) -> None:
+def _band(axis: Axes, x: Any, table: pd.DataFrame, pen: Style, name: str, shift: float) -> None:
     """Columns mean, low, high over x; `shift` (0..1) moves the markers apart."""
     step = max(1, len(x) // 5)
-    how = look.line | {"markevery": (int(shift * step), step)}
+    how = pen.line | {"markevery": (int(shift * step), step)}
     axis.plot(x, table["mean"], label=name, zorder=2.5 if name == "method" else 2, **how)
     if (table["high"] > table["low"]).any():
-        shade = {"color": look.colour, "alpha": 0.15, "linewidth": 0}
+        shade: dict[str, Any] = {"color": pen.colour, "alpha": 0.15, "linewidth": 0}
         axis.fill_between(x, table["low"], table["high"], **shade)
 
 
@@ -325,7 +325,7 @@ TRUTH = "#FFFFFF"
 
 
 def panels(rows: int, columns: int, ratio: float = 1.0) -> tuple[Figure, np.ndarray]:
-    """A grid of picture panels without axes, `ratio` times as high as wide; axes (rows, columns)."""
+    """A grid of pictures without axes, panels `ratio` times as high as wide; (rows, columns)."""
     width = ONE_COLUMN if columns <= 2 else TWO_COLUMNS
     size = (width, width / columns * rows * ratio)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
@@ -446,8 +446,8 @@ def refinement(image: np.ndarray, view: RefinementView) -> Figure:
     fig, axes = panels(1, 4, ratio=1.12)
     draw_image(axes[0, 0], image, "image")
     maps = [stack[view.channel] for stack in (view.teacher, view.target, view.student)]
-    scale = float(np.abs(maps[0]).max()) or 1.0
-    captions = ("$T$, before its ReLU", r"$T' = \max(T, m)$", "$S$, after the connector")
+    scale = float(np.abs(maps).max()) or 1.0
+    captions = ("T, before its ReLU", "T' = max(T, m)", "S, after the connector")
     for axis, values, caption in zip(axes[0, 1:], maps, captions):
         drawn = axis.imshow(values, cmap="PuOr", vmin=-scale, vmax=scale)
         _caption(axis, caption)
@@ -605,11 +605,11 @@ def per_case_scores(tables: dict[str, pd.DataFrame], metric: str = "dice") -> Fi
     """Each test case as a point, with mean and 95 % interval, one column for each network."""
     fig, axis = plt.subplots(figsize=(ONE_COLUMN, 2.4))
     for x, (name, table) in enumerate(tables.items()):
-        values, look = table[metric].to_numpy(float), style_of(name)
+        values, pen = table[metric].to_numpy(float), style_of(name)
         spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(values))
-        axis.plot(x + spread, values, ".", color=look.colour, alpha=0.45, markersize=3, zorder=1)
+        axis.plot(x + spread, values, ".", color=pen.colour, alpha=0.45, markersize=3, zorder=1)
         limits = bootstrap_mean(values, table["group"].to_numpy())
-        _interval(axis, x, table[metric].mean(), limits, look, "y", label=name)
+        _interval(axis, x, table[metric].mean(), limits, pen, "y", label=name)
     axis.set_xticks(range(len(tables)), [_label(name) for name in tables])
     axis.set(ylabel=f"{METRIC_LABELS[metric]} of a test case", xlim=(-0.6, len(tables) - 0.4))
     counts = " or ".join(str(n) for n in sorted({len(table) for table in tables.values()}))
@@ -640,10 +640,10 @@ def ablation(per_case: pd.DataFrame, comparison: pd.DataFrame, metric: str = "di
     for left, right, (name, part, arms) in zip(axes[::2], axes[1::2], found):
         places = {arm: -i for i, arm in enumerate(arms)}
         for arm, y in places.items():
-            scores, look = by_seed(part, arm, metric), style_of(arm)
+            scores, pen = by_seed(part, arm, metric), style_of(arm)
             mean, *limits = case_mean(scores)
-            _seeds(left, scores.mean(), y, look.colour, "x")
-            _interval(left, mean, y, limits, look, "x", label=arm)
+            _seeds(left, scores.mean(), y, pen.colour, "x")
+            _interval(left, mean, y, limits, pen, "x", label=arm)
         _differences(right, _same_part(comparison, part), places)
         _arm_ticks(left, places)
         left.set_xlabel(f"{METRIC_LABELS[metric]}, mean over test cases\n{name}".strip())
@@ -726,15 +726,15 @@ def tertiles(table: pd.DataFrame) -> Figure:
     pairs = list(dict.fromkeys(zip(table["arm"], table["other"])))
     differing = 0 if table["other"].nunique() == 1 else 1
     texts = [f"{_label(arm)} minus {_label(other)}" for arm, other in pairs]
-    looks = {text: style_of(pair[differing]) for text, pair in zip(texts, pairs)}
+    pens = {text: style_of(pair[differing]) for text, pair in zip(texts, pairs)}
     columns = len(measures) if len(measures) > 1 else 3
     how: dict[str, Any] = {"columns": columns, "sharey": True}
-    fig, axes = _charts(len(found) * len(measures), 1.9, _handles(looks, linestyle=""), **how)
+    fig, axes = _charts(len(found) * len(measures), 1.9, _handles(pens, linestyle=""), **how)
     charts = [(name, part, measure) for name, part in found for measure in measures]
     for axis, (name, part, measure) in zip(axes, charts):
         text, spread = MEASURES[measure]
         ticks = {}
-        for i, (pair, look) in enumerate(zip(pairs, looks.values())):
+        for i, (pair, pen) in enumerate(zip(pairs, pens.values())):
             wanted = [measure, *pair]
             own = (part[["column", "arm", "other"]] == wanted).all(axis=1)
             for row in part[own].itertuples():
@@ -743,7 +743,7 @@ def tertiles(table: pd.DataFrame) -> Figure:
                 ticks[place] = f"{row.third}\n{size}\n{row.cases} cases"
                 x = place + 0.18 * (i - (len(pairs) - 1) / 2)
                 how = {"label": " - ".join(pair)}
-                _interval(axis, x, row.difference, (row.low, row.high), look, "y", **how)
+                _interval(axis, x, row.difference, (row.low, row.high), pen, "y", **how)
         axis.axhline(0, color="black", linewidth=0.6, zorder=1)
         axis.set_xticks(list(ticks), list(ticks.values()))
         axis.set(xlabel=", ".join(filter(None, (text, name))), xlim=(-0.5, 2.5))
@@ -880,16 +880,16 @@ def gradients(history: pd.DataFrame) -> Figure:
         for name, part in _parts(history)
         for arm in in_order(part)
     }
-    looks, count = dict(_term_style(term) for term in terms), len(runs)
+    pens, count = dict(_term_style(term) for term in terms), len(runs)
     how: dict[str, Any] = {"columns": count, "sharex": True, "sharey": "row"}
-    fig, axes = _charts(2 * count, 1.45, _handles(looks), **how)
+    fig, axes = _charts(2 * count, 1.45, _handles(pens), **how)
     for i, axis in enumerate(axes):
         name, run = list(runs.items())[i % count]
-        for j, (term, look) in enumerate(zip(terms, looks.values())):
+        for j, (term, pen) in enumerate(zip(terms, pens.values())):
             column = f"{'grad' if i < count else 'cos'}_{term}"
             if column in run and run[column].notna().any():
                 seeds = run.groupby("epoch")[column].agg(mean="mean", low="min", high="max")
-                _band(axis, seeds.index, seeds, look, term, j / len(terms))
+                _band(axis, seeds.index, seeds, pen, term, j / len(terms))
     if history.filter(regex="^grad_").gt(0).any(axis=None):
         axes[0].set_yscale("log")
     for axis, name in zip(axes[count:], runs):
@@ -952,9 +952,9 @@ def sweep(table: pd.DataFrame, defaults: dict[str, Any] | None = None) -> Figure
     for axis, (name, part) in zip(axes, found):
         for arm in known:
             dice = part.query("option == 'arm' and value == @arm")["val_dice"]
-            look = style_of(arm)
-            axis.axvline(dice.mean(), **look.line | {"marker": ""})
-            axis.axvspan(dice.min(), dice.max(), color=look.colour, alpha=0.15, linewidth=0)
+            pen = style_of(arm)
+            axis.axvline(dice.mean(), **pen.line | {"marker": ""})
+            axis.axvspan(dice.min(), dice.max(), color=pen.colour, alpha=0.15, linewidth=0)
         how = {"x": "val_dice", "y": "row", "order": order, "ax": axis}
         mean = {"errorbar": None, "linestyle": "none", "marker": "D", "markersize": 4}
         sns.pointplot(part, color=style_of("method").colour, **mean, **how)
@@ -1006,12 +1006,12 @@ def when_teacher_helps(comparison: pd.DataFrame, base: dict[str, Any] | None = N
         values = list(part[factor].unique())
         values = values if factor == "teacher" else sorted(values)
         for row in part.to_dict("records"):
-            look = style_of(row["arm"])
+            pen = style_of(row["arm"])
             x = values.index(row[factor]) + 0.22 * (arms.index(row["arm"]) - (len(arms) - 1) / 2)
-            _seeds(axis, _of_seeds(row), x, look.colour, "y")
+            _seeds(axis, _of_seeds(row), x, pen.colour, "y")
             limits, hollow = (row["low"], row["high"]), row["verdict"] not in SIGNIFICANT
             how = {"hollow": hollow, "label": row["arm"]}
-            _interval(axis, x, row["difference"], limits, look, "y", **how)
+            _interval(axis, x, row["difference"], limits, pen, "y", **how)
         axis.axhline(0, color="black", linewidth=0.6, zorder=1)
         axis.set_xticks(range(len(values)), [_factor_text(factor, value) for value in values])
         at = [
@@ -1041,10 +1041,8 @@ def latency(cost: pd.DataFrame) -> Figure:
     """
     models, sizes = list(dict.fromkeys(cost["model"])), sorted(cost["pixels"].unique())
     engines = cost["engine"].unique()
-    looks = {name: Style(f"C{i}", "os^Dv<"[i % 6], (1, 1e3)) for i, name in enumerate(engines)}
-    handles = _handles(
-        {name.partition(" (")[0]: look for name, look in looks.items()}, linestyle=""
-    )
+    pens = {name: Style(f"C{i}", "os^Dv<"[i % 6], (1, 1e3)) for i, name in enumerate(engines)}
+    handles = _handles({name.partition(" (")[0]: pen for name, pen in pens.items()}, linestyle="")
     if "int8" in set(cost["precision"]):
         handles["int8"] = Line2D([], [], marker="o", markerfacecolor="none", **BLACK)
     how: dict[str, Any] = {"columns": 2, "sharey": True}
@@ -1052,11 +1050,11 @@ def latency(cost: pd.DataFrame) -> Figure:
     for axis, size in zip(axes, sizes):
         for row in cost[cost["pixels"] == size].itertuples():
             int8 = row.precision == "int8"
-            shift = 0.14 * ((len(looks) - 1) / 2 - list(looks).index(row.engine)) - 0.05 * int8
+            shift = 0.14 * ((len(pens) - 1) / 2 - list(pens).index(row.engine)) - 0.05 * int8
             limits = row.latency_ms_p10, row.latency_ms_p90
             y = shift - models.index(row.model)
-            look = looks[row.engine]
-            _interval(axis, row.latency_ms_median, y, limits, look, "x", hollow=int8)
+            pen = pens[row.engine]
+            _interval(axis, row.latency_ms_median, y, limits, pen, "x", hollow=int8)
         axis.set(xscale="log", xlabel=f"Latency at {size} px, one thread (ms)")
         _plain_log(axis.xaxis)
     _arm_ticks(axes[0], {model: -i for i, model in enumerate(models)})
@@ -1087,8 +1085,8 @@ def pareto(points: pd.DataFrame, x: str = "macs") -> Figure:
         front = part[part["dice"].cummax().diff().fillna(1) > 0]
         axis.plot(front["at"], front["dice"], color="#999999", linewidth=0.8, zorder=0)
         for row in part.to_dict("records"):
-            limits, look = (row["low"], row["high"]), style_of(row["model"])
-            _interval(axis, row["at"], row["dice"], limits, look, "y", label=row["model"])
+            limits, pen = (row["low"], row["high"]), style_of(row["model"])
+            _interval(axis, row["at"], row["dice"], limits, pen, "y", label=row["model"])
         axis.set(xscale="log", xlabel=f"{what}\n{name}".strip())
         axis.margins(x=0.15)
     axes[0].set_ylabel("Dice on test cases")
@@ -1111,10 +1109,10 @@ def calibration(found: dict[str, Calibration]) -> Figure:
     fig, (above, below) = plt.subplots(2, 1, figsize=(ONE_COLUMN, 3.4), **how)
     above.plot([0, 1], [0, 1], color="black", linewidth=0.6, zorder=1)
     for name, of in found.items():
-        look, bins = style_of(name), of.bins[of.bins["pixels"] > 0]
+        pen, bins = style_of(name), of.bins[of.bins["pixels"] > 0]
         text = f"{_label(name)}, ECE {of.ece:.4f}"
-        above.plot(bins["predicted"], bins["observed"], label=text, **look.line)
-        below.plot(bins["predicted"], bins["pixels"] / bins["pixels"].sum(), **look.line)
+        above.plot(bins["predicted"], bins["observed"], label=text, **pen.line)
+        below.plot(bins["predicted"], bins["pixels"] / bins["pixels"].sum(), **pen.line)
     above.set(ylabel="Fraction that is lesion", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     below.set(ylabel="Fraction of\nall pixels", xlabel="Predicted probability", yscale="log")
     above.legend(loc="upper left")

@@ -1,4 +1,4 @@
-"""A look inside: cases to show, edge labels, feature maps, nodes of the graph, and source code."""
+"""Inspection: cases to show, edge labels, feature maps, nodes of the graph, and source code."""
 
 from __future__ import annotations
 
@@ -265,7 +265,8 @@ def graph_of(run: results.Result, teacher: TrainedNetwork) -> tuple[FittedGraph,
     """The graph that a student run ended with, and the student as the graph sees it.
 
     The student has the one map that the graph reads, after its connector and under the teacher's
-    name, so `GraphCases` takes it like the teacher.
+    name, so `GraphCases` takes it like the teacher. The standard deviation of an `edge_joint` graph
+    is 1, since it is that of each batch in training.
 
     Raises
     ------
@@ -397,10 +398,11 @@ class GraphCases:
         return pd.DataFrame(rows)
 
     @torch.no_grad()
-    def edge_information(self) -> dict[str, float]:
+    def edge_information(self, training: GraphCases | None = None) -> dict[str, float]:
         """How much the graph knows about the edge.
 
-        The 1x1 head that fitted the graph was dropped, so it is refitted here on every other case
+        The 1x1 head that fitted the graph was dropped, so it is refitted here, on `training` (such
+        as the training cases) and evaluated on these cases; by default fitted on every other case
         with an edge and evaluated on the rest. The anchors are computed from the edge itself, so
         this is an upper bound of what the nodes know.
 
@@ -414,12 +416,10 @@ class GraphCases:
             h_change_std: root mean square of H' - H in units of `FittedGraph.std`. Two unrelated
             nodes give 1.41.
         """
-        inside = self.edge.flatten(1).amax(1) > 0
-        if inside.sum() < 4:
-            raise LesionKDError(f"edge_information needs 4 cases with an edge; got {inside.sum()}")
-        graph, x, edge = self.graph, self.x[inside], self.edge[inside]
-        states, p = graph.project(x, edge)
-        h = graph.reason(graph.build_graph(states, p))
+        (x, edge), graph = self._with_edge(), self.graph
+        if len(x) < 4:
+            raise LesionKDError(f"edge_information needs 4 cases with an edge; got {len(x)}")
+        h, p = graph(x, edge), graph.project(x, edge)[1]
         order, others = np.random.default_rng(0).permutation(len(x)), torch.empty_like(edge)
         others[order] = edge[np.roll(order, 1)]  # neighbours may be frames of one video
         both = (graph.live_nodes(edge) & graph.live_nodes(others)).unsqueeze(1)
@@ -429,8 +429,21 @@ class GraphCases:
             "p_change": (graph.project(x, others)[1] - p).norm() / p.norm(),
             "h_change_std": ((apart / self.std.view(1, -1, 1)).square().sum() / count).sqrt(),
         }
-        seen = (h.relu() @ p).transpose(1, 2).double().numpy(), edge.flatten(1).numpy()
-        return _refitted_head(*seen) | {name: float(value) for name, value in changes.items()}
+        own = self._reprojected()
+        fit = training._reprojected() if training else [part[::2] for part in own]
+        test = own if training else [part[1::2] for part in own]
+        return _refitted_head(*fit, *test) | {name: float(v) for name, v in changes.items()}
+
+    def _with_edge(self) -> tuple[Tensor, Tensor]:
+        inside = self.edge.flatten(1).amax(1) > 0
+        return self.x[inside], self.edge[inside]
+
+    @torch.no_grad()
+    def _reprojected(self) -> list[np.ndarray]:
+        """ReLU(H) P of the cases with an edge, (N, L, s), and their edges, (N, L)."""
+        x, edge = self._with_edge()
+        states = self.graph(x, edge).relu() @ self.graph.project(x, edge)[1]
+        return [states.transpose(1, 2).double().numpy(), edge.flatten(1).numpy()]
 
     @torch.no_grad()
     def collapse(self, untrained: EdgeGraph | None = None) -> dict[str, Any]:
@@ -474,15 +487,17 @@ class GraphCases:
         return found | {"verdict": verdict}
 
 
-def _refitted_head(features: np.ndarray, edges: np.ndarray) -> dict[str, float]:
-    """Logistic regression of edges (N, L) on features (N, L, s), fitted on the even cases."""
+def _refitted_head(
+    features: np.ndarray, edges: np.ndarray, test_features: np.ndarray, test_edges: np.ndarray
+) -> dict[str, float]:
+    """Logistic regression of edges (N, L) on features (N, L, s), fitted and evaluated."""
     from scipy.optimize import minimize
     from scipy.special import expit
 
-    x = (features - features.mean((0, 1))) / np.maximum(features.std((0, 1)), 1e-9)
-    x = np.concatenate([x, np.ones_like(x[..., :1])], 2)
-    fit, test = (part.reshape(-1, x.shape[2]) for part in (x[::2], x[1::2]))
-    target, truth = edges[::2].ravel(), edges[1::2].ravel()
+    mean, std = features.mean((0, 1)), np.maximum(features.std((0, 1)), 1e-9)
+    both = ((x.reshape(-1, len(mean)) - mean) / std for x in (features, test_features))
+    fit, test = (np.concatenate([x, np.ones_like(x[:, :1])], 1) for x in both)
+    target, truth = edges.ravel(), test_edges.ravel()
 
     def bce(logits: Any, label: np.ndarray) -> float:
         return float((np.logaddexp(0, logits) - label * logits).mean())
@@ -491,7 +506,7 @@ def _refitted_head(features: np.ndarray, edges: np.ndarray) -> dict[str, float]:
         slope = fit.T @ (expit(fit @ w) - target) / len(fit)
         return bce(fit @ w, target) + 1e-6 * w @ w, slope + 2e-6 * w
 
-    predicted = test @ minimize(loss, np.zeros(x.shape[2]), jac=True).x
+    predicted = test @ minimize(loss, np.zeros(fit.shape[1]), jac=True).x
     constant = np.log(target.mean() / (1 - target.mean()))
     ap = {"average_precision": average_precision(predicted, truth), "ap_constant": truth.mean()}
     return {"bce": bce(predicted, truth), "bce_constant": bce(constant, truth)} | ap

@@ -23,6 +23,7 @@ METRIC_LABELS = {
     "precision": "Precision",
     "hd95": "HD95 (px)",
     "surface_dice": "Surface Dice (2 px)",
+    "brier": "Brier score",
 }
 """Labels of the scores of a case."""
 LABELS = {
@@ -229,8 +230,10 @@ def collect_study(
     for (arm, seed), run in runs.items():
         cfg, env, summary = run.config, results.read_json(run.path / "env.json"), run.summary
         dataset = Path(cfg["dataset"]).name
-        row = {"run": results.short(run.path).removeprefix("runs/"), "dataset": dataset}
-        row |= {name: cfg[name] for name in ("profile", "teacher", "fold", "seg_loss")}
+        row: dict[str, Any] = {"run": results.short(run.path).removeprefix("runs/")}
+        row |= {"dataset": dataset} | {
+            name: cfg[name] for name in ("profile", "teacher", "fold", "seg_loss")
+        }
         row |= {"arm": arm, "seed": seed} | (about or {})
         scored = {dataset: run.per_case.query("split == 'test'")}
         scored |= {name: r.per_case for name, r in score_external(run, test_dataset).items()}
