@@ -117,19 +117,31 @@ def read_sweep(file: Path) -> list[dict[str, Any]]:
         if key not in KEYS:
             raise ConfigError(f"{file}: unknown key {key!r}; {nearest(key, KEYS)}")
     common, product = content.get("parameters") or {}, content.get("product") or {}
-    lists = [value if isinstance(value, list) else [value] for value in product.values()]
-    grid = [dict(zip(product, values)) for values in itertools.product(*lists)] if product else []
+    try:
+        lists = [value if isinstance(value, list) else [value] for value in product.values()]
+        grid = [dict(zip(product, values)) for values in itertools.product(*lists)]
+        wanted = grid * bool(product) + (content.get("include") or [])
+        wanted = [{str(n): _number(v) for n, v in (common | own).items()} for own in wanted]
+    except (AttributeError, TypeError):
+        raise ConfigError(
+            f"{file}: parameters and product must map names to values, include lists such mappings"
+        ) from None
     kind = configuration(find_notebook(content.get("notebook", "05_ablations")))
-    runs: dict[Any, dict[str, Any]] = {}
-    for own in grid + (content.get("include") or []):
+    runs: dict[str, dict[str, Any]] = {}
+    for values in wanted:
         try:
-            cfg = kind(**common | own)
+            runs[kind(**values).model_dump_json()] = values
         except ConfigError as error:
-            raise ConfigError(f"{file}, run {own}: {error}") from None
-        runs[cfg.model_dump_json()] = common | own
+            raise ConfigError(f"{file}, run {values}: {error}") from None
     if not runs:
         raise ConfigError(f"{file}: no runs; give lists of values under product, or include")
     return list(runs.values())
+
+
+def _number(value: Any) -> Any:
+    """1e-3 as a number; YAML reads it as text."""
+    exponent = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    return float(value) if exponent else value
 
 
 def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
