@@ -1,0 +1,211 @@
+"""Many runs: what a sweep file asks for; made, found and failed runs on local Dask workers."""
+
+import re
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+import yaml
+
+from lesionkd_core import results
+from lesionkd_core import sweep as module
+from lesionkd_core.config import ConfigError, LesionKDError
+from lesionkd_core.sweep import MEMORY, executed, find_notebook, named_results, read_sweep, sweep
+from tests.conftest import ROOT
+from tests.test_cli import PREPARES, command, notebook
+
+
+@pytest.fixture
+def sweep_of(tmp_path):
+    """A sweep file with the given content."""
+
+    def write(content):
+        text = content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+        (tmp_path / "study.yaml").write_text(text)
+        return tmp_path / "study.yaml"
+
+    return write
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def test_every_combination_and_every_included_run_is_there_once(sweep_of):
+    content = {
+        "parameters": {"profile": "cpu", "epochs": 3},
+        "product": {"teacher": ["resnet34_unet", "unet64"], "seeds": ["0", "1", "2"]},
+        "include": [{"arms": "alone, method", "epochs": 7}, {"teacher": "unet64", "seeds": "1"}],
+    }
+    runs = read_sweep(sweep_of(content))
+    assert len(runs) == 2 * 3 + 1  # the second included run is one of the product
+    common = {"profile": "cpu", "epochs": 3}
+    teachers = ("resnet34_unet", "unet64")
+    assert runs[:6] == [common | {"teacher": t, "seeds": s} for t in teachers for s in "012"]
+    assert runs[6] == {"profile": "cpu", "epochs": 7, "arms": "alone, method"}
+
+
+def test_one_configuration_written_in_several_ways_is_one_run(sweep_of):
+    same = [{}, {"seeds": 1}, {"seeds": "0"}, {"pixels": 64, "profile": "smoke"}]
+    other = [{"test_dataset": "busi"}, {"seeds": 2}, {"losses": "feat=0.001"}]
+    assert len(read_sweep(sweep_of({"include": same + other}))) == 4
+
+
+def test_numbers_with_an_exponent_are_numbers(sweep_of):
+    [run] = read_sweep(sweep_of("include:\n  - {lr: 1e-3, teacher_lr: 2E-2, seeds: '0'}"))
+    assert run == {"lr": 0.001, "teacher_lr": 0.02, "seeds": "0"}
+
+
+def test_the_example_of_the_documentation_is_a_sweep(sweep_of):
+    [example] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.S)
+    assert len(read_sweep(sweep_of(example))) == 13
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            {"product": {"teachr": ["unet64"]}},
+            ["unknown parameter 'teachr'", "did you mean 'teacher'"],
+        ),
+        ({"product": {"epochs": [1, "many"]}}, ["epochs = 'many'", "'epochs': 'many'"]),
+        ({"product": {"epochs": [0], "seeds": [0]}}, ["epochs = 0", "seeds = 0"]),
+        ({"prodct": {}}, ["unknown key 'prodct'", "did you mean 'product'"]),
+        ({"product": {"epochs": []}}, ["no runs"]),
+        ({"parameters": {"epochs": 1}}, ["no runs"]),
+        ({"include": [3]}, ["include lists such mappings"]),
+        ({"product": [1]}, ["must map names to values"]),
+        ({"include": [{1: 2}]}, ["unknown parameter '1'"]),
+        ("", ["expected the keys"]),
+        ([1, 2], ["expected the keys notebook, parameters, product, include"]),
+        ("product: {epochs: [1, 2}", ["cannot be read as YAML"]),
+        (
+            {"notebook": "05_ablation", "include": [{}]},
+            ["no notebook '05_ablation'", "did you mean '05_ablations'"],
+        ),
+        ({"notebook": "03_teacher", "include": [{"epochs": 3}]}, ["unknown parameter 'epochs'"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_sweep_file_is_refused_before_anything_starts(sweep_of, runs, content, words):
+    code, _, errors = command("sweep", sweep_of(content))
+    assert code == 1 and all(word in errors for word in words), errors
+    assert "Traceback" not in errors and not runs.exists()
+
+
+@pytest.mark.fault
+def test_an_absent_file_and_an_absent_scheduler_are_named(sweep_of, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"no\.yaml: .*No such file"):
+        read_sweep(tmp_path / "no.yaml")
+
+    def absent(address, **_):
+        raise OSError("timed out")
+
+    monkeypatch.setattr("distributed.Client", absent)
+    with pytest.raises(LesionKDError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
+        sweep(sweep_of({"include": [{}]}), scheduler="tcp://127.0.0.1:9")
+
+
+# Executed notebooks -------------------------------------------------------------------------------
+
+
+def test_notebooks_are_found_by_name_and_by_path(tmp_path):
+    assert find_notebook("05_ablations") == ROOT / "notebooks" / "05_ablations.ipynb"
+    assert find_notebook("05_ablations.ipynb") == find_notebook("05_ablations")
+    own = notebook(tmp_path / "mine.ipynb")
+    assert find_notebook(str(own)) == own
+
+
+def test_an_executed_notebook_is_named_by_all_options_and_the_data(tmp_path, monkeypatch):
+    path = notebook(tmp_path / "01_small.ipynb")
+    names = {
+        executed(path, {"cases": n, "device": d}).name for n in (20, 30) for d in ("cpu", "auto")
+    }
+    assert len(names) == 4
+    monkeypatch.setattr(module, "fingerprint", lambda cfg: ("other data", []))
+    assert executed(path, {"cases": 20, "device": "cpu"}).name not in names
+
+
+def test_named_results_must_be_finished(tmp_path, runs):
+    folder = runs / "teacher" / "phantom-0123"
+    folder.mkdir(parents=True)
+    path = notebook(tmp_path / "a.ipynb", "print('DONE')")
+    book = nbformat.read(path, 4)
+    book.cells[-1].outputs = [
+        nbformat.v4.new_output("stream", text="runs/teacher/phantom-0123\nDONE\n")
+    ]
+    nbformat.write(book, path)
+    assert named_results(path) is None
+    results.write_json(folder / "DONE", {})
+    assert named_results(path) == folder
+    assert named_results(tmp_path / "absent.ipynb") is None
+
+
+# Workers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("runs", "workers", "gpus", "expected"),
+    [
+        (9, 0, 0, (4, "2")),  # memory bounds workers
+        (3, 0, 0, (3, "2")),  # runs bound workers
+        (9, 2, 0, (2, "4")),  # as asked
+        (9, 0, 2, (2, "4")),  # one for each GPU
+    ],
+)
+def test_workers_share_the_cores_of_the_machine(monkeypatch, runs, workers, gpus, expected):
+    monkeypatch.setattr("dask.system.CPU_COUNT", 8)
+    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 4 * MEMORY + 1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    monkeypatch.setattr(module.os, "environ", environment)
+    how = module._local(runs, workers)
+    assert (how["n_workers"], environment["OMP_NUM_THREADS"]) == expected
+    assert how["threads_per_worker"] == 1 and how["host"] == "127.0.0.1"
+
+
+def test_a_failing_run_is_listed_the_others_are_made_and_a_second_call_finds_them(
+    sweep_of, runs, tmp_path
+):
+    path = notebook(tmp_path / "01_small.ipynb", *PREPARES)
+    content = {
+        "notebook": str(path),
+        "parameters": {"pixels": 32},
+        "product": {"cases": [30, 4, 40]},
+    }
+    code, out, errors = command("sweep", sweep_of(content), "--workers", 2)
+    assert code == 1 and "2 made, 1 failed" in out, (out, errors)
+    assert "cases 4: LesionKDError: phantom: 4 usable cases" in errors or "usable" in errors
+    [kept] = re.findall(r"executed notebook: runs/(.*\.ipynb)", errors)
+    assert "usable cases" in (runs / kept).read_text() and "Traceback" not in errors
+    table = pd.read_csv(runs / "sweeps" / "study.csv").set_index("run")
+    assert table["status"].to_dict() == {
+        "pixels 32, cases 30": "made",
+        "pixels 32, cases 4": "failed",
+        "pixels 32, cases 40": "made",
+    }
+    for label in ("pixels 32, cases 30", "pixels 32, cases 40"):
+        folder = results.locate(table.loc[label, "results"])
+        assert results.is_done(folder) and (folder / "notebook.ipynb").exists()
+    content["product"]["cases"] = [30, 40]
+    code, out, errors = command("sweep", sweep_of(content), "--workers", 1)
+    assert code == 0 and "2 found" in out, (out, errors)
+    left = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert not any("spawn_main" in line for line in left)
+
+
+def test_a_run_whose_worker_is_lost_is_given_to_another(sweep_of, runs, tmp_path):
+    """The first attempt kills its worker; the second finds the mark and succeeds."""
+    lose = f"""
+import os, pathlib, signal, psutil
+mark = pathlib.Path({str(tmp_path)!r}) / "tried"
+if not mark.exists():
+    mark.touch()
+    os.kill(psutil.Process().ppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = notebook(tmp_path / "01_small.ipynb", lose, *PREPARES)
+    include = [{"pixels": 32, "cases": 30}]
+    table = sweep(sweep_of({"notebook": str(path), "include": include}), workers=1)
+    assert (tmp_path / "tried").exists() and table["status"].tolist() == ["made"], table.iloc[0]
