@@ -646,8 +646,8 @@ class AblationConfig(DistillConfig):
         return DistillConfig(**own | {"losses": weights, "seed": seed})
 
 
-FORMATS = ("onnx", "executorch", "coreml", "page")
-ENGINES = ("torch", "onnx", "executorch", "browser")
+FORMATS = ("onnx", "executorch", "coreml", "native", "page")
+ENGINES = ("torch", "onnx", "executorch", "browser", "native")
 
 
 class ExportConfig(StageConfig):
@@ -661,7 +661,8 @@ class ExportConfig(StageConfig):
     )
     formats: Names = Field(FORMATS, min_length=1, description=f"files: {', '.join(FORMATS)}")
     sizes: Sizes = Field(
-        (128, 256), description="ExecuTorch's image sides besides the student's own, px"
+        (128, 256),
+        description="image sides of ExecuTorch and of comparisons besides the student's own, px",
     )
     threshold: float = Field(
         0.5, ge=0.05, le=0.95, description="probability above which a pixel is lesion"

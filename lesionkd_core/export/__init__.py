@@ -1,8 +1,8 @@
-"""A finished student on its way to phones: files, proof that they are the same model, a page, a model card."""
+"""Take a trained student to phones: files, a comparison with PyTorch, a page, a model card."""
 
 from __future__ import annotations
 
-import hashlib
+import re
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,160 +12,277 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .. import store
+from .. import results
+from ..analysis.inspect import spread_of_cases
 from ..config import DistillConfig, ExportConfig, LesionKDError
-from ..inference import TrainedNetwork, load_student
-from ..prepare import Prepared, prepare_data
-from ..progress import Tell
-from ..stages import distill
-from ..views import spread_of_cases
-from .card import facts, model_card
-from .deploy import MULTIPLE, Deployed
-from .engines import Engine, executorch_engine, onnx_engine, torch_engine
-from .page import check_look, fetch_runtime, write_page
-from .parity import at_size, check_parity, parity
-from .to_coreml import write_coreml
-from .to_executorch import write_executorch
-from .to_onnx import write_half, write_int8, write_onnx
+from ..data.prepare import Prepared, prepare
+from ..models import parameter_count
+from ..predict import TrainedNetwork
+from ..results import log
+from .coreml import write_coreml
+from .executorch import executorch_engine, write_executorch
+from .native import native_engine, pack, write_native
+from .onnx import onnx_engine, write_half, write_int8, write_onnx
+from .page import write_page
+from .parity import MULTIPLE, Deployed, Engine, at_size, check_parity, parity, torch_engine
 
-NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "executorch": ("executorch", "torchao"), "coreml": ("coremltools",)}
-"""Packages of the extra `mobile` by format; ONNX is always written, since the page holds it."""
+NEEDS = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "executorch": ("executorch", "torchao"),
+    "coreml": ("coremltools",),
+    "native": ("ziglang",),
+    "page": ("ziglang",),
+}
+"""Packages of the extra `mobile` by format."""
+INTENDED = (
+    "Research: comparing, measuring and demonstrating small segmentation networks on devices."
+)
+LIMITS = (
+    "Not a medical device; not for diagnosis, screening or treatment. It finds what resembles its "
+    "training images. Other cameras, scanners, skin tones, organs and populations were not tested "
+    "unless a table says so. It also returns a mask where there is no lesion."
+)
+PATENT = (
+    "The method is the subject of a patent application (Zhejiang University of Technology, 2021); "
+    "ask for the rights before commercial use."
+)
 
 
-class Exported(store.Result):
-    """A finished export: the files of `files`, and the table that says they are the same model."""
+class Exported(results.Result):
+    """A finished export."""
 
     @property
     def parity(self) -> pd.DataFrame:
-        """One row an engine, precision and size: how far it is from PyTorch on test cases."""
-        return pd.read_csv(self.path / "parity.csv")
+        """One row for each engine, precision and size: its differences from PyTorch."""
+        return results.read_table(self.path / "parity.csv")
 
     @property
     def model(self) -> dict[str, Any]:
-        """What an app must know: layout, size, resize rule, colour order, threshold, checksums."""
-        return self._json("model.json")
+        """What an app must know: layout, size, resizing, colour order, threshold, checksums."""
+        content: dict[str, Any] = results.read_json(self.path / "model.json")
+        return content
+
+    def golden(self) -> pd.DataFrame:
+        """Compare ONNX files and C code with the golden mask, as an app's first test does."""
+        image = np.asarray(Image.open(self.path / "golden.png"))[None]
+        mask = np.asarray(Image.open(self.path / "golden_mask.png"))
+        engines = [onnx_engine(f, "") for f in sorted(self.path.glob("student*.onnx"))]
+        if (model := self.path / "native" / "student.npy").exists():
+            engines.append(native_engine(results.read_array(model, mmap=False), model))
+        rows = []
+        for engine in engines:
+            if engine.file and engine.file.name != "student-logits.onnx":
+                gap = np.abs(engine(image)[0].astype(int) - mask)
+                what = {
+                    "largest difference": int(gap.max()),
+                    "pixels that differ": int((gap > 0).sum()),
+                }
+                rows.append({"engine": engine.name, "file": engine.file.name} | what)
+        return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        return f"Exported({store.short(self.path)}: {', '.join(self.model['files'])})"
+        return f"Exported({results.short(self.path)}: {', '.join(self.model['files'])})"
 
 
-def export_student(cfg: ExportConfig, tell: Tell = print) -> Exported:
-    """Write a finished student in every format asked for, and hold each against PyTorch on test cases (step S7).
+def export_student(cfg: ExportConfig, student: TrainedNetwork) -> Exported:
+    """Write a student in every format of `cfg` and compare each with PyTorch on test cases (S7).
 
     Raises
     ------
-    UnfinishedRun, LesionKDError
-        `run` is no finished student, or a format's converter is not installed.
+    LesionKDError
+        The run is not a student, or the converter of a format is not installed.
     ParityError
-        A file is not the network that was trained; nothing is declared finished then.
+        A file does not compute what the student computes. The export is then left unfinished.
     """
-    student = load_student(cfg.run or distill(DistillConfig(profile=cfg.profile, device=cfg.device, threads=cfg.threads), tell))
-    run = store.read_json(student.path / "config.json")
-    path = store.runs_root() / cfg.stage / f"{student.path.name.rpartition('-')[0] or student.path.name}-{cfg.digest(run['digest'])[:8]}"
-    if not store.is_done(path):
-        _check(cfg, student)
-        with store.lock(path, tell):
-            if not store.is_done(path):
-                _export(cfg, student, path, run["digest"], tell)
-    return Exported(path)
+    if not isinstance(student.cfg, DistillConfig):
+        raise LesionKDError(f"{student.path} is a teacher; give the folder of a student")
+    for name in cfg.formats:
+        for package in NEEDS[name]:
+            if find_spec(package) is None:
+                raise LesionKDError(
+                    f"the format {name} needs the package {package}, which is not installed: "
+                    f"pip install -e '.[mobile]', or leave {name} out of formats."
+                )
+    network = Deployed(student.network)
+    if {"native", "page"} & set(cfg.formats):
+        pack(network)  # refuses what these formats do not take
+
+    def make(missing: dict[Path, ExportConfig]) -> None:
+        for path, made in missing.items():
+            _export(made, student, network, path)
+
+    upstream = results.read_json(student.path / "config.json")["digest"]
+    return results.find_or_make([cfg], [upstream], make, Exported)[0]
 
 
-def _check(cfg: ExportConfig, student: TrainedNetwork) -> None:
-    """What is missing is said before minutes of work."""
-    for name, modules in NEEDS.items():
-        if name != "onnx" and name not in cfg.formats:
-            continue
-        for module in modules:
-            if find_spec(module) is None:
-                cure = "" if name == "onnx" else f", or leave {name} out of formats"
-                raise LesionKDError(f"exporting to {name} needs the package {module}, which is not installed: pip install -e '.[mobile]'{cure}")
-    if "page" in cfg.formats:
-        check_look(student)
-        fetch_runtime()
-
-
-def _export(cfg: ExportConfig, student: TrainedNetwork, path: Path, upstream: str, tell: Tell) -> None:
-    prepared = prepare_data(student.cfg, tell)
-    store.begin(path, cfg, upstream)
-    network, engines, notes = Deployed(student.network).eval(), [], {}
+def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path: Path) -> None:
+    data, notes = prepare(student.cfg), {}
+    engines: list[tuple[Engine, int]] = []
     sizes = tuple(sorted({student.pixels, *cfg.sizes}))
-    calibration = prepared.images[spread_of_cases(prepared, "train", cfg.calibration)]
-    tell("writing ONNX")
-    write_onnx(network, path / "student.onnx")
-    engines.append((onnx_engine(path / "student.onnx", "float32"), student.pixels))
-    if cfg.logits:
-        write_onnx(Deployed(student.network, logits=True).eval(), path / "student-logits.onnx")
+    images = data.images[spread_of_cases(data, "train", cfg.calibration)]
     if "onnx" in cfg.formats:
+        log.info("writing ONNX")
+        write_onnx(network, path / "student.onnx")
         write_half(path / "student.onnx", path / "student-fp16.onnx")
-        write_int8(path / "student.onnx", path / "student-int8.onnx", calibration)
-        for file, precision in (("student-fp16.onnx", "float16"), ("student-int8.onnx", "int8")):
-            engines.append((onnx_engine(path / file, precision), student.pixels))
+        write_int8(path / "student.onnx", path / "student-int8.onnx", images)
+        for suffix, precision in (("", "float32"), ("-fp16", "float16"), ("-int8", "int8")):
+            engine = onnx_engine(path / f"student{suffix}.onnx", precision)
+            engines.append((engine, student.pixels))
+        if cfg.logits:
+            write_onnx(Deployed(student.network, logits=True), path / "student-logits.onnx")
     if "executorch" in cfg.formats:
-        tell("writing ExecuTorch")
+        log.info("writing ExecuTorch")
         write_executorch(network, path / "student.pte", sizes)
-        write_executorch(network, path / "student-int8.pte", sizes, {s: at_size(calibration, s) for s in sizes})
-        for file, precision in (("student.pte", "float32"), ("student-int8.pte", "int8")):
-            engine = executorch_engine(path / file, precision)
+        calibration = {s: at_size(images, s) for s in sizes}
+        write_executorch(network, path / "student-int8.pte", sizes, calibration)
+        for suffix, precision in (("", "float32"), ("-int8", "int8")):
+            engine = executorch_engine(path / f"student{suffix}.pte", precision)
             engines += [(engine, size) for size in sizes]
     if "coreml" in cfg.formats:
-        tell("writing Core ML")
-        notes["student.mlpackage"] = write_coreml(network, path / "student.mlpackage", student.pixels)
-    _prove(cfg, network, engines, prepared, path, tell)
+        log.info("writing Core ML")
+        mlpackage = path / "student.mlpackage"
+        notes[mlpackage.name] = write_coreml(network, mlpackage, student.pixels)
+    if "native" in cfg.formats:
+        log.info("writing C")
+        write_native(network, path / "native")
+        results.write_array(path / "native" / "student.npy", pack(network))
+        engine = native_engine(pack(network), path / "native" / "segment.c")
+        engines += [(engine, size) for size in sizes]
+    log.info("comparing with PyTorch")
+    rows = data.index("test")
+    reference, masks = torch_engine(network), data.masks[rows]
+    table = parity(reference, engines, data.images[rows], masks, cfg.threshold)
+    results.write_table(path / "parity.csv", table)  # first, so that a refusal can be examined
+    if engines:
+        check_parity(table)
+    golden = _golden(network, data, path)
     about = facts(student)
     if "page" in cfg.formats:
-        write_page(student, path / "student.onnx", path / "segment.html", about, cfg.threshold)
-    _golden(network, prepared, path)
-    store.write_text(path / "model_card.md", model_card(student, Exported(path).parity, cfg.threshold))
-    store.write_json(path / "model.json", _settings(cfg, student, path, notes))
-    store.finish(path)
+        write_page(student, network, path / "segment.html", about, cfg.threshold, golden)
+    results.write_text(path / "model_card.md", model_card(student, about, table, cfg.threshold))
+    results.write_json(path / "model.json", _settings(cfg, student, path, notes))
 
 
-def _prove(cfg: ExportConfig, network: Deployed, engines: list[tuple[Engine, int]], prepared: Prepared, path: Path, tell: Tell) -> None:
-    tell("comparing with PyTorch")
-    rows = prepared.index("test")
-    table = parity(torch_engine(network), engines, prepared.images[rows], prepared.masks[rows], cfg.threshold)
-    store.write_table(path / "parity.csv", table)  # written first, so that a refusal can be looked at
-    check_parity(table, prepared.images.shape[1])
-
-
-def _golden(network: Deployed, prepared: Prepared, path: Path) -> None:
-    """An image as the network sees it and the mask image that it gives: what an app must reproduce."""
-    rows = spread_of_cases(prepared, "test", 3)
-    image = np.asarray(prepared.images[rows[len(rows) // 2]])
-    for name, pixels in (("golden.png", image), ("golden_mask.png", torch_engine(network)(image[None])[0])):
-        with store.replacing(path / name) as partial:
+def _golden(network: Deployed, data: Prepared, path: Path) -> np.ndarray:
+    """Write a test image at the network's size and its mask image: what an app must reproduce."""
+    rows = spread_of_cases(data, "test", 3)
+    image = np.asarray(data.images[rows[len(rows) // 2]])
+    mask = torch_engine(network)(image[None])[0]
+    for name, pixels in (("golden.png", image), ("golden_mask.png", mask)):
+        with results.replacing(path / name) as partial:
             Image.fromarray(pixels).save(partial, format="PNG")
+    return image
 
 
-def _settings(cfg: ExportConfig, student: TrainedNetwork, path: Path, notes: dict[str, str]) -> dict[str, Any]:
-    made = student.cfg
-    assert isinstance(made, DistillConfig)
-    files = sorted(p for p in path.iterdir() if p.suffix in (".onnx", ".pte", ".html") or p.suffix == ".mlpackage")
+def _settings(
+    cfg: ExportConfig, student: TrainedNetwork, path: Path, notes: dict[str, str]
+) -> dict[str, Any]:
+    made: Any = student.cfg
+    packages = ("torch", "onnx", "onnxruntime", "executorch", "torchao", "coremltools", "ziglang")
+    kinds = {".onnx", ".pte", ".html", ".mlpackage", ".c", ".h", ".so", ".o"}
+    found = sorted(p for p in path.rglob("*") if p.suffix in kinds and ".mlpackage/" not in str(p))
+    sizes = sorted({made.pixels, *cfg.sizes}) if "executorch" in cfg.formats else []
+    sums = results.checksums(path)
     return {
-        "network": {"width": made.width, "stem": made.stem, "parameters": sum(p.numel() for p in student.network.parameters()), "run": student.path.name},
-        "input": {"name": "image", "layout": "NHWC", "type": "uint8", "colour_order": "RGB", "range": [0, 255], "multiple": MULTIPLE,
-                  "normalization": "inside the network"},
-        "output": {"name": "mask", "layout": "NHW", "type": "uint8", "meaning": "probability of lesion x 255"},
-        "size": made.pixels, "fit": made.fit, "colour": made.colour, "clahe": made.clahe, "gamma": made.gamma,
-        "resize": "Pillow's BOX where the image shrinks both ways, BILINEAR otherwise; the mask comes back BILINEAR",
-        "threshold": cfg.threshold, "threshold_byte": 255 * cfg.threshold,
-        "executorch": {"methods": [f"forward_{s}" for s in sorted({made.pixels, *cfg.sizes})]} if "executorch" in cfg.formats else None,
-        "made_with": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "executorch", "torchao", "coremltools") if find_spec(name)},
+        "network": {
+            "width": made.width,
+            "stem": made.stem,
+            "parameters": parameter_count(student.network),
+            "run": student.path.name,
+        },
+        "input": {
+            "name": "image",
+            "layout": "NHWC",
+            "type": "uint8",
+            "colour_order": "RGB",
+            "range": [0, 255],
+            "multiple": MULTIPLE,
+            "normalization": "inside the network",
+        },
+        "output": {
+            "name": "mask",
+            "layout": "NHW",
+            "type": "uint8",
+            "meaning": "probability of lesion x 255",
+        },
+        "size": made.pixels,
+        "fit": made.fit,
+        "resize": "Pillow's BOX where the image shrinks both ways, BILINEAR otherwise; "
+        "the mask comes back BILINEAR",
+        "threshold": cfg.threshold,
+        "threshold_byte": 255 * cfg.threshold,
+        "executorch": {"methods": [f"forward_{s}" for s in sizes]},
+        "made_with": {name: version(name) for name in packages if find_spec(name)},
         "golden": {"image": "golden.png", "mask": "golden_mask.png"},
-        "files": {p.name: {"bytes": _size(p), "sha256": None if p.is_dir() else hashlib.sha256(p.read_bytes()).hexdigest(), "note": notes.get(p.name, "")}
-                  for p in files},
+        "files": {
+            file.relative_to(path).as_posix(): {
+                "bytes": sum(f.stat().st_size for f in [file, *file.rglob("*")] if f.is_file()),
+                "sha256": sums.get(file.relative_to(path).as_posix()),
+                "note": notes.get(file.name, ""),
+            }
+            for file in found
+        },
     }
 
 
-def _size(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+# The model card -----------------------------------------------------------------------------------
 
 
-def segment_golden(exported: Exported) -> pd.DataFrame:
-    """Run every ONNX file of an export on its golden image, as an app's first test would, and compare with the golden mask."""
-    golden = {name: np.asarray(Image.open(exported.path / file)) for name, file in exported.model["golden"].items()}
-    rows = []
-    for file in sorted(set(exported.path.glob("*.onnx")) - {exported.path / "student-logits.onnx"}):
-        gap = np.abs(onnx_engine(file, "")(golden["image"][None])[0].astype(int) - golden["mask"])
-        rows.append({"file": file.name, "largest difference": int(gap.max()), "pixels that differ": int((gap > 0).sum())})
-    return pd.DataFrame(rows)
+def licence_of(dataset: str) -> str:
+    """The licence in the data set's card in data/, or a note that it is not known."""
+    card = results.CHECKOUT / "data" / f"{dataset}.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    found = re.search(r"^\| Licence \| (.+) \|$", text, re.M)
+    return found[1] if found else "not known; state it before you pass the model on"
+
+
+def facts(student: TrainedNetwork) -> list[str]:
+    """Training, scores, licence, use, limits and rights: six paragraphs of plain text."""
+    cfg, test = student.cfg, results.Result(student.path).summary["test"]
+    assert isinstance(cfg, DistillConfig)
+    how = f"with {', '.join(cfg.terms)} from a {cfg.teacher} teacher" if cfg.terms else "alone"
+    dice = test["dice"]
+    return [
+        f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
+        f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
+        f"{cfg.seed}).",
+        f"On {test['cases']} test cases, at threshold 0.5: Dice {dice['mean']:.3f} (95 % interval "
+        f"{dice['low']:.3f} to {dice['high']:.3f}), {test['missed']} of {test['lesions']} lesions "
+        f"missed, {test['false_alarms']} false alarms on images without a lesion.",
+        f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
+        INTENDED,
+        LIMITS,
+        PATENT,
+    ]
+
+
+def model_card(
+    student: TrainedNetwork, about: list[str], table: pd.DataFrame, threshold: float
+) -> str:
+    """The model card in Markdown, with the scores and the parity of every file."""
+    made, scores, licence, intended, limits, patent = about
+    test = results.Result(student.path).summary["test"]
+    metrics = {n: v for n, v in test.items() if isinstance(v, dict) and v.get("mean") is not None}
+    scored = pd.DataFrame(
+        [{"metric": n} | {k: v.get(k) for k in ("mean", "low", "high")} for n, v in metrics.items()]
+    )
+    parts = [
+        f"# Model card: {student.path.name}",
+        made,
+        "## Scores",
+        scores,
+        "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5. The "
+        f"page and model.json use {threshold}.",
+        scored.to_markdown(index=False, floatfmt=".3f"),
+        "## The same model in every file",
+        "Differences from PyTorch in float32 on the test cases:",
+        table.drop(columns="rule", errors="ignore").to_markdown(index=False, floatfmt=".4f"),
+        "## Intended use",
+        intended,
+        "## Limits",
+        limits,
+        "## Data and rights",
+        licence,
+        patent,
+    ]
+    return "\n\n".join(parts) + "\n"

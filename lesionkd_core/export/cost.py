@@ -1,13 +1,16 @@
-"""What a network costs: parameters, multiplications, bytes, memory and milliseconds, in every engine."""
+"""What a network costs: parameters, multiplications, bytes, memory, and milliseconds by engine."""
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,18 +20,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..config import LesionKDError
-from ..networks import ResNet34UNet, UNet
-from ..progress import Tell
-from .browser import BrowserEngine
-from .deploy import Deployed
-from .engines import Engine, executorch_engine, executorch_threads, onnx_engine, torch_engine
-from .to_executorch import write_executorch
-from .to_onnx import write_int8, write_onnx
+from ..config import ENGINES, LesionKDError
+from ..models import ResNet34UNet, UNet, parameter_count
+from ..results import log
+from .executorch import executorch_engine, set_threads, write_executorch
+from .native import native_engine, pack, peak, wasm
+from .onnx import onnx_engine, write_int8, write_onnx
+from .page import part
+from .parity import Deployed, Engine, torch_engine
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "student": lambda: UNet(width=4),
-    "student, width 2": lambda: UNet(width=2),
     "student, width 8": lambda: UNet(width=8),
     "student, width 16": lambda: UNet(width=16),
     "student, stem 2": lambda: UNet(width=4, stem=2),
@@ -36,15 +38,20 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "unet64": lambda: UNet(width=64),
     "resnet34_unet": ResNet34UNet,
 }
-"""What is compared, untrained: time does not depend on the weights' values. BatchNorm is folded in all U-Nets."""
+"""Networks that are compared, untrained: time does not depend on the values of the weights."""
 SMALL = 2_000_000
-"""Parameters up to which a network is also measured in int8."""
-ENGINES = ("torch", "onnx", "executorch", "browser")
-COLUMNS = ["model", "engine", "precision", "pixels", "parameters", "macs", "bytes", "latency_ms_median", "latency_ms_p10", "latency_ms_p90", "ratio_to_student"]
+"""Parameters up to which a network is also timed in int8."""
+COLUMNS = [
+    *("model", "engine", "precision", "pixels", "parameters", "macs", "bytes"),
+    *("latency_ms_median", "latency_ms_p10", "latency_ms_p90", "ratio_to_student", "share_of_peak"),
+]
+
+Timer = Callable[[], list[float]]
+More = Callable[[str, Path, tuple[int, ...]], Iterator[tuple[dict[str, Any], Timer]]]
 
 
 def macs(network: nn.Module, pixels: int) -> int:
-    """Multiplications with addition of one image, exact: half of torch's FlopCounterMode."""
+    """Multiply-adds of one image, exact: half of torch's FlopCounterMode."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -53,82 +60,122 @@ def macs(network: nn.Module, pixels: int) -> int:
 
 
 def measure_cost(
-    pixels: tuple[int, ...] = (128,), engines: tuple[str, ...] = ENGINES[:3], networks: tuple[str, ...] = tuple(NETWORKS), repeats: int = 15,
-    tell: Tell = print,
+    pixels: tuple[int, ...] = (128,),
+    engines: tuple[str, ...] = ENGINES,
+    networks: tuple[str, ...] = tuple(NETWORKS),
+    repeats: int = 15,
+    more: More | None = None,
 ) -> pd.DataFrame:
-    """Latency of one image on one thread, all networks and engines in turns in one process.
+    """Time one image on one thread, all networks and engines in turns in one process.
 
-    In every turn each network in each engine runs once or, where it is quick, for about 30 ms; so a disturbance of the
-    machine meets all alike. int8 is measured for the small networks only.
+    In every turn each network runs in each engine once or, where it is fast, for about 30 ms. So a
+    disturbance of the machine affects all alike.
+
+    Parameters
+    ----------
+    more : function of (network, ONNX file, pixels)
+        Further engines: yields ({"engine", "precision", "pixels", "bytes"}, timer).
 
     Returns
     -------
     DataFrame
-        `COLUMNS`: bytes are the file's; milliseconds with 10th and 90th percentile; ratio_to_student is the median over
-        that of the plain student in float32 in the same engine at the same size.
+        `COLUMNS`: median milliseconds with 10th and 90th percentile; ratio_to_student is to the
+        plain student in float32 in the same engine and size; share_of_peak is the multiply-adds per
+        second as a fraction of what a loop of multiply-adds in registers reaches in the same turns
+        (only where the engine native is measured).
     """
+    rows: list[dict[str, Any]] = []
+    timers: list[Timer] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         stack.enter_context(one_thread("executorch" in engines))
-        browser = stack.enter_context(BrowserEngine()) if "browser" in engines else None
-        rows, timers = [], []
+        browser = stack.enter_context(Browser()) if "browser" in engines else None
         for name in networks:
-            tell(f"exporting {name}")
-            for row, timer in _prepared(name, folder / name.replace(", ", "-").replace(" ", ""), pixels, engines, browser):
+            log.info(f"exporting {name}")
+            own = folder / name.replace(", ", "-").replace(" ", "")
+            for row, timer in _prepared(name, own, pixels, engines, browser, more):
                 rows.append(row)
                 timers.append(timer)
+        count, run = peak() if "native" in engines else (0, lambda: None)
         times: list[list[float]] = [[] for _ in timers]
+        best: list[float] = []
         for turn in range(repeats + 1):
-            tell(f"turn {turn} of {repeats}")
+            log.info(f"turn {turn} of {repeats}")
+            best += _timer(run)() if count and turn else []
             for timer, found in zip(timers, times):
                 found.extend(timer() if turn else timer()[:0])  # the first turn warms up
     table = pd.DataFrame(rows)
-    table[["latency_ms_median", "latency_ms_p10", "latency_ms_p90"]] = [np.percentile(found, (50, 10, 90)) for found in times]
-    plain = table[(table["model"] == "student") & (table["precision"] == "float32")].set_index(["engine", "pixels"])["latency_ms_median"]
-    table["ratio_to_student"] = [row.latency_ms_median / plain.get((row.engine, row.pixels), np.nan) for row in table.itertuples()]
+    columns = ["latency_ms_median", "latency_ms_p10", "latency_ms_p90"]
+    table[columns] = [np.percentile(found, (50, 10, 90)) for found in times]
+    plain = table[(table["model"] == "student") & (table["precision"] == "float32")]
+    plain = plain.set_index(["engine", "pixels"])["latency_ms_median"]
+    table["ratio_to_student"] = [
+        row.latency_ms_median / plain.get((row.engine, row.pixels), np.nan)
+        for row in table.itertuples()
+    ]
+    speed = table["macs"] / table["latency_ms_median"]
+    table["share_of_peak"] = speed / (count / np.median(best)) if best else np.nan
     return table[COLUMNS]
 
 
 def _prepared(
-    name: str, folder: Path, pixels: tuple[int, ...], engines: tuple[str, ...], browser: BrowserEngine | None
-) -> Iterator[tuple[dict[str, Any], Callable[[], list[float]]]]:
+    name: str,
+    folder: Path,
+    pixels: tuple[int, ...],
+    engines: tuple[str, ...],
+    browser: Browser | None,
+    more: More | None,
+) -> Iterator[tuple[dict[str, Any], Timer]]:
     """A row and its timer for every engine, precision and size of one network."""
     folder.mkdir()
     torch.manual_seed(0)
     network = NETWORKS[name]()
-    deployed, count = Deployed(network).eval(), sum(p.numel() for p in network.parameters())
-    precisions = ("float32", "int8") if count <= SMALL else ("float32",)
-    images = {s: np.random.default_rng(0).integers(0, 256, (4, s, s, 3), dtype=np.uint8) for s in pixels}
-    known = {s: {"model": name, "pixels": s, "parameters": count, "macs": macs(network, s)} for s in pixels}
-    write_onnx(deployed, folder / "float32.onnx")
-    if "int8" in precisions:
-        write_int8(folder / "float32.onnx", folder / "int8.onnx", images[pixels[0]])
-    if "torch" in engines:
-        engine = torch_engine(deployed)
+    deployed, count = Deployed(network), parameter_count(network)
+    noise = np.random.default_rng(0)
+    images = {s: noise.integers(0, 256, (4, s, s, 3), dtype=np.uint8) for s in pixels}
+    known = {
+        s: {"model": name, "pixels": s, "parameters": count, "macs": macs(network, s)}
+        for s in pixels
+    }
+
+    def timed(engine: Engine, size: int) -> Iterator[tuple[dict[str, Any], Timer]]:
+        about = {"engine": engine.name, "precision": engine.precision, "bytes": size}
         for s in pixels:
-            yield known[s] | {"engine": engine.name, "precision": "float32", "bytes": 4 * count}, _timer(engine, images[s][:1])
-    for precision in precisions:
-        for kind in ("onnx", "executorch"):
-            if kind not in engines:
-                continue
-            file = folder / f"{precision}.{'onnx' if kind == 'onnx' else 'pte'}"
-            if kind == "executorch":
-                write_executorch(deployed, file, pixels, images if precision == "int8" else None)
-            engine = onnx_engine(file, precision, threads=1) if kind == "onnx" else executorch_engine(file, precision)
-            for s in pixels:
-                yield known[s] | {"engine": engine.name, "precision": precision, "bytes": file.stat().st_size}, _timer(engine, images[s][:1])
-        if browser:
+            yield known[s] | about, _timer(partial(engine, images[s][:1]))
+
+    write_onnx(deployed, folder / "float32.onnx")
+    if "torch" in engines:
+        yield from timed(torch_engine(deployed), 4 * count)
+    for precision in ("float32", "int8") if count <= SMALL else ("float32",):
+        quantized = precision == "int8"
+        if "onnx" in engines:
             file = folder / f"{precision}.onnx"
-            for s, timer in browser.timer(file, pixels).items():
-                yield known[s] | {"engine": "browser (ONNX Runtime Web)", "precision": precision, "bytes": file.stat().st_size}, timer
+            if quantized:
+                write_int8(folder / "float32.onnx", file, images[pixels[0]])
+            yield from timed(onnx_engine(file, precision, threads=1), file.stat().st_size)
+        if "executorch" in engines:
+            file = folder / f"{precision}.pte"
+            write_executorch(deployed, file, pixels, images if quantized else None)
+            yield from timed(executorch_engine(file, precision), file.stat().st_size)
+    if isinstance(network, UNet):
+        model = pack(deployed)
+        if "native" in engines:
+            yield from timed(native_engine(model), model.nbytes)
+        if browser:
+            which = browser.load(model)
+            about = {"engine": "browser", "precision": "float32", "bytes": model.nbytes}
+            for s in pixels:
+                yield known[s] | about, partial(browser.time, which, s)
+    for row, timer in more(name, folder / "float32.onnx", pixels) if more else ():
+        yield known[row["pixels"]] | row, timer
 
 
-def _timer(engine: Engine, image: np.ndarray) -> Callable[[], list[float]]:
+def _timer(run: Callable[[], Any]) -> Timer:
     def time_it() -> list[float]:
         times: list[float] = []
         while sum(times) < 30 and len(times) < 20:
             begun = time.perf_counter()
-            engine(image)
+            run()
             times.append(1e3 * (time.perf_counter() - begun))
         return times
 
@@ -137,36 +184,121 @@ def _timer(engine: Engine, image: np.ndarray) -> Callable[[], list[float]]:
 
 @contextmanager
 def one_thread(executorch: bool) -> Iterator[None]:
-    """Torch on one thread, and where the system can do that, everything started meanwhile on one core."""
-    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    """Use one thread in torch, and on Linux one core for all that is started meanwhile."""
+    threads, pinned = torch.get_num_threads(), hasattr(os, "sched_setaffinity")
+    cores = os.sched_getaffinity(0) if pinned else set()
     torch.set_num_threads(1)
     if executorch:
-        executorch_threads(1)
-    if cores:
+        set_threads(1)
+    if pinned:
         os.sched_setaffinity(0, {max(cores)})
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         if executorch:
-            executorch_threads(threads)
-        if cores:
+            set_threads(threads)
+        if pinned:
             os.sched_setaffinity(0, cores)
 
 
 def peak_memory(file: Path, pixels: int) -> float:
-    """MiB that a fresh process needs at its peak to load a network in ONNX Runtime and segment one image, beyond the runtime itself."""
+    """Peak of a fresh process that loads an ONNX file and segments one image, MiB.
+
+    The memory of ONNX Runtime itself is not counted.
+    """
     code = (
         "import re, sys, numpy as np, onnxruntime as ort\n"
-        "def status(name): return int(re.search(name + r':\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts anew; a child's ru_maxrss would start at its parent's
-        "before = status('VmRSS')\n"
+        "def status(name): return int(re.search(name + r':\\s+(\\d+)', "
+        "open('/proc/self/status').read())[1])\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak
+        "before, side = status('VmRSS'), int(sys.argv[2])\n"
         "options = ort.SessionOptions(); options.intra_op_num_threads = 1\n"
         "session = ort.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])\n"
-        "session.run(None, {'image': np.zeros((1, int(sys.argv[2]), int(sys.argv[2]), 3), np.uint8)})\n"
+        "session.run(None, {'image': np.zeros((1, side, side, 3), np.uint8)})\n"
         "print(status('VmHWM') - before)"
     )
     if not Path("/proc/self/clear_refs").exists():
-        raise LesionKDError("peak memory is read from /proc, which this system does not have; measure on Linux")
-    done = subprocess.run([sys.executable, "-c", code, str(file), str(pixels)], capture_output=True, text=True, check=True)
+        raise LesionKDError("peak memory is read from /proc, which this system lacks; use Linux")
+    command = [sys.executable, "-c", code, str(file), str(pixels)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout) / 1024
+
+
+# The browser --------------------------------------------------------------------------------------
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+LOAD = """async ([builds, model]) => {
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const code = builds.map(bytes).find((build) => WebAssembly.validate(build));
+  window.networks = window.networks ?? [];
+  return window.networks.push(await load(code, bytes(model))) - 1;
+}"""
+TIME = """([which, pixels]) => {
+  const image = new Uint8Array(pixels * pixels * 3), times = [];
+  while (times.reduce((a, b) => a + b, 0) < 30 && times.length < 20) {
+    const begun = performance.now();
+    window.networks[which](image, pixels, pixels);
+    times.push(performance.now() - begun);
+  }
+  return times;
+}"""
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium, headless, driven by Playwright."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise LesionKDError(
+            "the engine browser needs the package playwright, which is not installed: "
+            "pip install -e '.[dev]', or leave browser out of engines."
+        ) from None
+    if not CHROMIUM.exists():
+        raise LesionKDError(
+            f"no browser at {CHROMIUM}: install Debian's package chromium, or leave browser out of "
+            "engines."
+        )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Browser:
+    """The phone page's code in one browser page, in a thread of its own: notebooks have a loop."""
+
+    def __enter__(self) -> Browser:
+        self._thread, self._stack = ThreadPoolExecutor(1), ExitStack()
+        self.page: Any = self.call(self._open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.call(self._stack.close)
+        self._thread.shutdown()
+
+    def call(self, function: Callable[..., Any], *values: Any) -> Any:
+        """Call a function of Playwright."""
+        return self._thread.submit(function, *values).result()
+
+    def load(self, model: np.ndarray) -> int:
+        """Load a packed network and return its number."""
+        parts = [base64.b64encode(c).decode() for c in (wasm(True), wasm(), model.tobytes())]
+        which: int = self.call(self.page.evaluate, LOAD, [parts[:2], parts[2]])
+        return which
+
+    def time(self, which: int, pixels: int) -> list[float]:
+        """Milliseconds of a few runs at pixels x pixels."""
+        times: list[float] = self.call(self.page.evaluate, TIME, [which, pixels])
+        return times
+
+    def _open(self) -> Any:
+        page = self._stack.enter_context(chromium()).new_page()
+        page.set_default_timeout(600_000)
+        page.add_script_tag(content=part("network.js"))
+        return page

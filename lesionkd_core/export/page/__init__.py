@@ -1,4 +1,4 @@
-"""The phone page: one HTML file that holds the student and the runtime, and needs no server."""
+"""The phone page: one HTML file that holds the student and needs no server and no connection."""
 
 from __future__ import annotations
 
@@ -12,79 +12,61 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import store
-from ...config import LesionKDError
-from ...inference import TrainedNetwork
+from ... import results
+from ...predict import TrainedNetwork
+from ..native import pack, wasm
+from ..parity import Deployed, at_size, torch_engine
 
-RUNTIME = "onnxruntime-web"
-VERSION = "1.30.0"
-ADDRESS = f"https://registry.npmjs.org/{RUNTIME}/-/{RUNTIME}-{VERSION}.tgz"
-CHECKSUM = "sha256:d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
-PARTS = {"runtime": "ort.wasm.min.js", "glue": "ort-wasm-simd-threaded.mjs", "wasm": "ort-wasm-simd-threaded.wasm"}
+GOLDEN = 128
+"""Largest side of the image that the page segments first, px."""
 
 
-def fetch_runtime(folder: Path | None = None, address: str = ADDRESS, checksum: str = CHECKSUM) -> dict[str, Path]:
-    """The runtime's files from its npm package, checked against a checksum and kept in the user's cache.
-
-    Raises
-    ------
-    LesionKDError
-        It is not there and cannot be had, or is another file than the pinned one.
-    """
-    import pooch
-    import requests
-
-    folder = folder or pooch.os_cache("lesionkd_core")
-    name, members = f"{RUNTIME}-{VERSION}.tgz", [f"package/dist/{part}" for part in PARTS.values()]
-    pooch.get_logger().setLevel("WARNING")
-    try:
-        pooch.retrieve(address, checksum, fname=name, path=folder, processor=pooch.Untar(members=members, extract_dir=f"{RUNTIME}-{VERSION}"))
-    except (requests.RequestException, ValueError, OSError) as error:
-        raise LesionKDError(
-            f"the phone page needs {RUNTIME} {VERSION} from {address}, which could not be had: {error}.\n"
-            f"Run `make runtime` with a connection, put the pinned file into {folder} as {name}, or leave page out of formats."
-        ) from None
-    return {part: Path(folder) / f"{RUNTIME}-{VERSION}" / "package" / "dist" / file for part, file in PARTS.items()}
-
-
-def check_look(student: TrainedNetwork) -> None:
-    """Refuse a student whose images are prepared in a way that the page does not compute."""
-    if student.cfg.clahe:
-        raise LesionKDError(f"the student was trained with clahe = {student.cfg.clahe}, which the phone page does not compute; leave page out of formats")
-
-
-def write_page(student: TrainedNetwork, network: Path, path: Path, about: list[str], threshold: float = 0.5, runtime: dict[str, Path] | None = None) -> None:
-    """One HTML file with the runtime and an exported network (.onnx) inside.
+def write_page(
+    student: TrainedNetwork,
+    network: Deployed,
+    path: Path,
+    about: list[str],
+    threshold: float,
+    golden: np.ndarray,
+) -> None:
+    """Write the page.
 
     Parameters
     ----------
     about : list of str
         Paragraphs on data, scores and limits, plain text.
     threshold : float
-        Where the slider stands at first, in 0.05..0.95.
-
-    Raises
-    ------
-    LesionKDError
-        The student's images are prepared in a way that the page does not compute (clahe).
+        First position of the slider, 0.05 to 0.95.
+    golden : (S, S, 3) uint8
+        The page segments this image when it loads, and says so if the mask is another one.
     """
-    check_look(student)
-    cfg = student.cfg
-    curve = (255 * (np.arange(256) / 255) ** cfg.gamma).round().astype(int).tolist() if cfg.gamma != 1 else None
-    settings = {"pixels": cfg.pixels, "fit": cfg.fit, "colour": cfg.colour, "gamma": curve, "threshold": threshold}
-    licence = f"Contains ONNX Runtime Web {VERSION}, Copyright (c) Microsoft Corporation, MIT licence."
-    here = files(__package__)
+    golden = at_size(golden[None], min(GOLDEN, student.pixels))
+    settings = {
+        "pixels": student.pixels,
+        "fit": student.cfg.fit,
+        "threshold": threshold,
+        "golden": golden.shape[1],
+    }
     filled = {
-        "title": html.escape(f"Lesion segmentation: {cfg.dataset_name}"),
-        "about": "".join(f"<p>{html.escape(text)}</p>" for text in (*about, licence)),
+        "title": html.escape(f"Lesion segmentation: {student.cfg.dataset_name}"),
+        "about": "".join(f"<p>{html.escape(text)}</p>" for text in about),
         "settings": json.dumps(settings).replace("<", "\\u003c"),
-        "style": here.joinpath("segment.css").read_text(encoding="utf-8"),
-        "script": here.joinpath("segment.js").read_text(encoding="utf-8"),
-        "network": _packed(network),
-    } | {part: _packed(file) for part, file in (runtime or fetch_runtime()).items()}
-    page = here.joinpath("segment.html").read_text(encoding="utf-8")
-    store.write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], page))
+        "style": part("segment.css"),
+        "script": part("network.js") + part("segment.js"),
+        "relaxed": _packed(wasm(relaxed=True)),
+        "simd": _packed(wasm()),
+        "student": _packed(pack(network).tobytes()),
+        "golden": _packed(golden.tobytes()),
+        "mask": _packed(torch_engine(network)(golden).tobytes()),
+    }
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], part("segment.html"))
+    results.write_text(path, page)
 
 
-def _packed(file: Path) -> str:
-    return base64.b64encode(gzip.compress(file.read_bytes(), mtime=0)).decode()
+def part(name: str) -> str:
+    """A file of the page."""
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _packed(content: bytes) -> str:
+    return base64.b64encode(gzip.compress(content, mtime=0)).decode()
