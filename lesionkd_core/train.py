@@ -205,7 +205,8 @@ class Learner:
     def close_epoch(self, steps: int, data: Prepared) -> dict[str, float]:
         """Validate, append to the history and save: the best network, then the last state."""
         row = {"epoch": len(self.history) + 1, "lr": float(self.schedule.get_last_lr()[0])}
-        row |= {f"loss_{name}": float(value) / steps for name, value in self.sums.items()}
+        sums = {name: float(self.fabric.all_reduce(value)) for name, value in self.sums.items()}
+        row |= {f"loss_{name}": value / steps for name, value in sums.items()}
         leader = self.fabric.is_global_zero
         dice = validation_dice(self.network, data) if leader else 0.0
         row |= self.measured | {"val_dice": self.fabric.broadcast(dice)}
