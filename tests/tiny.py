@@ -39,6 +39,21 @@ def small_student(width: int, stem: int) -> UNet:
     return UNet(width=2)
 
 
+class FixedNormUNet(UNet):
+    """Its BatchNorm never uses the batch, so that an image's output depends on that image alone."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.training = False
+        return self
+
+
+def fixed_norm_student(width: int, stem: int) -> UNet:
+    return FixedNormUNet(width=width)
+
+
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
