@@ -1,8 +1,15 @@
-"""The whole way of the data in a process of its own, ended at a chosen moment: `python -m tests.interruption UNTIL [STAGE MOMENT HOW]`.
+"""The chain of stages in forked processes that are ended at a chosen moment.
 
-A moment is the n-th event of a stage: a file under LESIONKD_RUNS opened, renamed or removed, a folder made, or a training step.
-`kill` is kill -9; `full` is a disk that takes nothing more from then on. The last line printed counts the events of each stage.
+`python -m tests.interruption` reads requests from standard input, each a line with a JSON list of
+jobs, and answers with a list of [exit code, output, errors]. The jobs of a request run at the same
+time, each forked from this process, which has imported everything and computed nothing.
+
+A moment is the n-th event of a stage: a file under LESIONKD_RUNS opened, renamed or removed, a
+folder made, or a training step. `kill` is kill -9; `full` is a disk that takes nothing more from
+then on. The last line of a job's output counts the events of each stage.
 """
+
+from __future__ import annotations
 
 import errno
 import hashlib
@@ -10,138 +17,143 @@ import json
 import os
 import signal
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 
-from lesionkd_core import store
-from lesionkd_core.config import AblationConfig, ExportConfig, LesionKDError
+import monai.losses
+import monai.metrics  # noqa: F401  # the core imports MONAI late, every fork would do it again
 
-TINY = {
-    "dataset": "phantom-ct", "pixels": 32, "cases": 40, "batch_size": 6, "teacher_epochs": 2, "graph_epochs": 1, "epochs": 3, "threads": 1, "device": "cpu",
-    "weak_teacher": "allow",
-}
-CFG = AblationConfig(**TINY, arms="alone, feat, method", seeds=1)
+import lesionkd_core.pipeline as pipeline
+from lesionkd_core.config import AblationConfig, LesionKDError
+from lesionkd_core.data.prepare import prepare
+from lesionkd_core.train import Learner
+from tests.tiny import OPTIONS
+
+CFG = AblationConfig(**OPTIONS, arms="alone, method", seeds=1)
 FILES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
-counts: dict[str, int] = {}
-stage, target, how, full = "", ("", 0), "kill", False
+
+class Chain:
+    """Every stage once; each calls the ones before, whose results are found."""
+
+    def prepare(self):
+        return prepare(CFG)
+
+    def teacher(self):
+        return pipeline.train_teacher(self.prepare(), CFG)
+
+    def graph(self):
+        return pipeline.fit_edge_graph(self.teacher(), self.prepare(), CFG)
+
+    def distill(self):
+        cfgs = [CFG.arm(arm, 0) for arm in ("feat", "method")]
+        return pipeline.distill_arms(self.teacher(), self.graph(), self.prepare(), cfgs)
+
+    def views(self):
+        cfg = CFG.arm("method", 0).with_values(teacher_views=2)
+        return pipeline.distill(self.teacher(), self.graph(), self.prepare(), cfg)
+
+    def ablation(self):
+        return pipeline.ablate(self.prepare(), CFG)
 
 
-def event() -> None:
-    global full
-    counts[stage] = counts.get(stage, 0) + 1
-    if (stage, counts[stage]) == target:
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        full = True
+STAGES = ("prepare", "teacher", "graph", "distill", "views", "ablation")
 
 
-def listen(name: str, arguments: tuple) -> None:
-    if stage and name in FILES and str(arguments[0]).startswith(os.environ["LESIONKD_RUNS"]):
-        event()
+class Events:
+    """Counts events by stage and ends the process, or fills the disk, at the target."""
+
+    def __init__(self, stage: str, moment: int, how: str) -> None:
+        self.target, self.how = (stage, moment), how
+        self.stage, self.counts, self.full = "", {}, False
+        self.fsync, self.step = os.fsync, Learner.step
+
+    def happen(self) -> None:
+        self.counts[self.stage] = self.counts.get(self.stage, 0) + 1
+        if (self.stage, self.counts[self.stage]) == self.target:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.full = True
+
+    def listen(self) -> None:
+        runs = os.environ["LESIONKD_RUNS"]
+
+        def hook(name, arguments):
+            if self.stage and name in FILES and str(arguments[0]).startswith(runs):
+                self.happen()
+
+        def fsync(descriptor):
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.fsync(descriptor)
+
+        def step(learner, *args, **options):
+            self.happen()
+            name = f"{self.stage} steps"
+            self.counts[name] = self.counts.get(name, 0) + 1
+            return self.step(learner, *args, **options)
+
+        sys.addaudithook(hook)
+        os.fsync, Learner.step = fsync, step
 
 
-def flush(descriptor: int, really=os.fsync) -> None:
-    if full:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    really(descriptor)
-
-
-def prepare():
-    from lesionkd_core.prepare import prepare_data
-
-    prepare_data(CFG, tell)
-
-
-def teacher():
-    from lesionkd_core.stages import train_teacher
-
-    train_teacher(CFG, tell)
-
-
-def graph():
-    from lesionkd_core.stages import fit_graph
-
-    fit_graph(CFG, tell)
-
-
-def distill():
-    from lesionkd_core.stages import distill as make
-
-    make(CFG.arm("feat", 1), tell)
-
-
-def ablation():
-    from lesionkd_core.stages import ablate
-
-    ablate(CFG, tell)
-
-
-def figures():
-    import matplotlib
-
-    matplotlib.use("agg")
-    from lesionkd_core import figures as draw
-    from lesionkd_core import tables
-    from lesionkd_core.stages import ablate
-
-    made = ablate(CFG, tell)
-    draw.save(draw.gradients(made.history), "gradients", made.path / "figures", data=made.history)
-    tables.save(made.table, "table", made.path / "figures")
-
-
-def export():
-    from lesionkd_core.export import export_student
-    from lesionkd_core.stages import ablate
-
-    export_student(ExportConfig(run=str(ablate(CFG, tell).runs["alone", 0].path), formats="onnx", sizes="32", threads=1, device="cpu", calibration=4), tell)
-
-
-STAGES = {step.__name__: step for step in (prepare, teacher, graph, distill, ablation, figures, export)}
-
-
-def tell(_message: str) -> None:
-    """Nothing: only results count."""
-
-
-def main() -> int:
-    global stage, target, how
-    from lesionkd_core.training import Learner
-
-    until, *chosen = sys.argv[1:]
-    if chosen:
-        target, how = (chosen[0], int(chosen[1])), chosen[2]
-    really_step = Learner.step
-
-    def step(*args, **options):
-        event()
-        counts[f"{stage} steps"] = counts.get(f"{stage} steps", 0) + 1
-        return really_step(*args, **options)
-
-    Learner.step = step
-    os.fsync = flush
-    sys.addaudithook(listen)
-    for name, work in STAGES.items():
-        stage = name
+def work(until: str, stage: str, moment: int, how: str) -> int:
+    """All stages up to one; the exit code."""
+    events = Events(stage, moment, how)
+    events.listen()
+    for name in STAGES[: STAGES.index(until) + 1]:
+        events.stage = name
         try:
-            work()
+            getattr(Chain(), name)()
         except LesionKDError as error:
             print(error, file=sys.stderr)
             return 1
-        stage = ""
-        if name == until:
-            break
-    print(json.dumps(counts))
+        events.stage = ""
+    print(json.dumps(events.counts))
     return 0
 
 
-def outcome() -> dict[str, str]:
-    """Every file of every finished result with its checksum, figures too, but for those that tell times or places."""
-    found, differing = {}, ("env.json", "summary.json", "checkpoint_last", "model_card.md", "config.json")
-    for path in sorted(store.runs_root().glob("*/*")):
-        if path.is_dir() and store.is_done(path):
-            found |= {f"{path.name}/{name}": digest for name, digest in json.loads((path / "DONE").read_text()).items() if name not in differing}
-            found |= {f"{path.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("figures/*")}
+def start(job: dict) -> tuple[int, list]:
+    """Fork a process for a job; its number, and the files of its output and errors."""
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115  # serve reads them
+    child = os.fork()
+    if not child:
+        for file, descriptor in zip(files, (1, 2)):
+            os.dup2(file.fileno(), descriptor)
+        os.environ["LESIONKD_RUNS"] = job.pop("runs")
+        code = 3
+        try:
+            code = work(**job)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return child, files
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        answers = []
+        for child, files in [start(job) for job in json.loads(line)]:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            texts = [(file.seek(0), file.read())[1] for file in files]
+            answers.append([code, *texts])
+        print(json.dumps(answers), flush=True)
+
+
+def outcome(runs: Path) -> dict[str, str]:
+    """Checksums of all files of finished results and of stored views, but those that hold times."""
+    times, found = ("env.json", "summary.json", "checkpoint_last"), {}
+    for done in sorted(runs.glob("*/*/DONE")):
+        checksums = json.loads(done.read_text())
+        found |= {f"{done.parent.name}/{n}": x for n, x in checksums.items() if n not in times}
+    for file in sorted(runs.glob("teacher/*.views-*/*/*.npy")):
+        name = file.relative_to(runs / "teacher").as_posix()
+        found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve()
