@@ -118,6 +118,7 @@ def export_student(cfg: ExportConfig, student: TrainedNetwork) -> Exported:
 def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path: Path) -> None:
     data, notes = prepare(student.cfg), {}
     engines: list[tuple[Engine, int]] = []
+    golden = _golden(network, data, path)
     sizes = tuple(sorted({student.pixels, *cfg.sizes}))
     images = data.images[spread_of_cases(data, "train", cfg.calibration)]
     if "onnx" in cfg.formats:
@@ -144,7 +145,7 @@ def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path:
         notes[mlpackage.name] = write_coreml(network, mlpackage, student.pixels)
     if "native" in cfg.formats:
         log.info("writing C")
-        write_native(network, path / "native")
+        write_native(network, path / "native", golden)
         results.write_array(path / "native" / "student.npy", pack(network))
         engine = native_engine(pack(network), path / "native" / "segment.c")
         engines += [(engine, size) for size in sizes]
@@ -155,7 +156,6 @@ def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path:
     results.write_table(path / "parity.csv", table)  # first, so that a refusal can be examined
     if engines:
         check_parity(table)
-    golden = _golden(network, data, path)
     about = facts(student)
     if "page" in cfg.formats:
         write_page(student, network, path / "segment.html", about, cfg.threshold, golden)

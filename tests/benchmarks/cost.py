@@ -1,36 +1,132 @@
-"""`make cost`: every network in every engine, in turns in one process; writes data/results/cost.csv and memory.csv."""
+"""`make cost`: every network in every engine, in turns in one process on one core.
 
-import time
+Writes cost.csv, cost.json (the environment) and memory.csv to data/results. Two more engines are
+measured where they can be had: OpenVINO if it is installed (pip install openvino), and ONNX Runtime
+Web if ORT_WEB names the folder of the unpacked npm package onnxruntime-web.
+"""
+
+import os
+import re
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pandas as pd
 
 import lesionkd_core as lkd
-from lesionkd_core import store
-from lesionkd_core.export.cost import ENGINES, NETWORKS
-from lesionkd_core.export.deploy import Deployed
-from lesionkd_core.export.to_onnx import write_onnx
-from tests.conftest import ROOT
+from lesionkd_core import results
+from lesionkd_core.config import ENGINES, ExportConfig
+from lesionkd_core.export.cost import NETWORKS, Browser, measure_cost, peak_memory, timer_of
+from lesionkd_core.export.onnx import write_onnx
+from lesionkd_core.export.parity import Deployed
 
-RESULTS = ROOT / "data" / "results"
+RESULTS = results.CHECKOUT / "data" / "results"
+SIZES = (128, 256)
+WEB = os.environ.get("ORT_WEB")
+START = """async () => {
+  const file = (id) => document.querySelector(id).files[0];
+  ort.env.wasm.numThreads = 1;
+  ort.env.wasm.wasmBinary = new Uint8Array(await file('#wasm').arrayBuffer());
+  const glue = new Blob([file('#glue')], { type: 'text/javascript' });
+  ort.env.wasm.wasmPaths = { mjs: URL.createObjectURL(glue) };
+}"""
+LOAD = """async () => {
+  const bytes = new Uint8Array(await document.querySelector('#network').files[0].arrayBuffer());
+  const session = await ort.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
+  return (window.sessions = window.sessions ?? []).push(session) - 1;
+}"""
+TIME = """async ([which, pixels]) => {
+  const times = [];
+  while (times.reduce((a, b) => a + b, 0) < 30 && times.length < 20) {
+    const begun = performance.now(), bytes = new Uint8Array(pixels * pixels * 3);
+    const image = new ort.Tensor('uint8', bytes, [1, pixels, pixels, 3]);
+    await window.sessions[which].run({ image });
+    times.push(performance.now() - begun);
+  }
+  return times;
+}"""
 
 
-def memory(pixels: tuple[int, ...]) -> pd.DataFrame:
-    """Peak of a fresh process that segments one image in ONNX Runtime, MiB beyond the runtime."""
+class OnnxRuntimeWeb(Browser):
+    """ONNX Runtime Web in one browser page."""
+
+    def _open(self):
+        page, dist = super()._open(), Path(WEB) / "dist"
+        page.set_content("".join(f"<input type=file id={i}>" for i in ("network", "wasm", "glue")))
+        page.add_script_tag(path=dist / "ort.wasm.min.js")
+        for part, ending in (("wasm", "wasm"), ("glue", "mjs")):
+            page.set_input_files(f"#{part}", dist / f"ort-wasm-simd-threaded.{ending}")
+        page.evaluate(START)
+        return page
+
+    def load(self, file):
+        self.call(self.page.set_input_files, "#network", file)
+        return self.call(self.page.evaluate, LOAD)
+
+    def time(self, which, pixels):
+        return self.call(self.page.evaluate, TIME, [which, pixels])
+
+
+def yardsticks(web, network, file, pixels):
+    """OpenVINO and ONNX Runtime Web, in float32."""
+    about = {"precision": "float32", "bytes": file.stat().st_size}
+    if find_spec("openvino"):
+        import openvino
+
+        how = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+        for s in pixels:
+            model = openvino.Core().read_model(file)
+            model.reshape({"image": [1, s, s, 3]})
+            compiled = openvino.Core().compile_model(model, "CPU", how)
+            request, image = compiled.create_infer_request(), np.zeros((1, s, s, 3), np.uint8)
+            run = timer_of(partial(request.infer, {"image": image}))
+            yield about | {"engine": "OpenVINO", "pixels": s}, run
+    if web:
+        which = web.load(file)
+        for s in pixels:
+            row = about | {"engine": "browser (ONNX Runtime Web)", "pixels": s}
+            yield row, partial(web.time, which, s)
+
+
+def memory(pixels):
+    """Peak of a fresh process that segments one image in ONNX Runtime, MiB."""
     rows = []
     with TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
         for name, build in NETWORKS.items():
-            write_onnx(Deployed(build()).eval(), file)
-            rows += [{"model": name, "engine": "ONNX Runtime", "precision": "float32", "pixels": s, "peak_mib": lkd.peak_memory(file, s)} for s in pixels]
+            write_onnx(Deployed(build()), file)
+            about = {"model": name, "engine": "ONNX Runtime", "precision": "float32"}
+            rows += [about | {"pixels": s, "peak_mib": peak_memory(file, s)} for s in pixels]
     return pd.DataFrame(rows)
 
 
+def environment():
+    """Processor, versions and load."""
+    info = Path("/proc/cpuinfo").read_text()
+    found = {name: set(re.findall(rf"^{name}\s*: (.+)$", info, re.M)) for name in ("flags",)}
+    model = re.findall(r"^(?:vendor_id|cpu family|model|model name)\s*: (.+)$", info, re.M)[:4]
+    flags = " ".join(found["flags"]).split()
+    packages = ("onnxruntime", "executorch", "openvino", "ziglang", "playwright")
+    return results.environment(ExportConfig()) | {
+        "processor": ", ".join(model),
+        "vectors": sorted({f for f in flags if f.startswith(("avx512f", "avx2", "fma", "amx_"))}),
+        "load": os.getloadavg(),
+        "engines": {name: version(name) for name in packages if find_spec(name)},
+        "onnxruntime-web": WEB and results.read_json(Path(WEB) / "package.json")["version"],
+    }
+
+
 if __name__ == "__main__":
-    begun = time.monotonic()
-    sizes = (128, 256)
-    cost = lkd.measure_cost(sizes, ENGINES, repeats=15, tell=lambda text: print(f"{time.monotonic() - begun:6.0f} s  {text}", flush=True))
-    store.write_table(RESULTS / "cost.csv", cost)
-    store.write_table(RESULTS / "memory.csv", memory(sizes))
-    print(lkd.tables.speedups(cost))
+    results.write_json(RESULTS / "cost.json", environment())
+    repeats = int(os.environ.get("REPEATS", 15))
+    if WEB:
+        with OnnxRuntimeWeb() as web:
+            cost = measure_cost(SIZES, ENGINES, repeats=repeats, more=partial(yardsticks, web))
+    else:
+        cost = measure_cost(SIZES, ENGINES, repeats=repeats, more=partial(yardsticks, None))
+    results.write_table(RESULTS / "cost.csv", cost)
+    results.write_table(RESULTS / "memory.csv", memory(SIZES))
+    print(lkd.tables.speedups(cost).to_string())

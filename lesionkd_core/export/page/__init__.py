@@ -14,11 +14,8 @@ import numpy as np
 
 from ... import results
 from ...predict import TrainedNetwork
-from ..native import pack, wasm
+from ..native import GOLDEN, pack, wasm
 from ..parity import Deployed, at_size, torch_engine
-
-GOLDEN = 128
-"""Largest side of the image that the page segments first, px."""
 
 
 def write_page(
