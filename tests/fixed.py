@@ -11,6 +11,7 @@ from torch import nn
 
 from lesionkd_core import results
 from lesionkd_core.config import DistillConfig
+from lesionkd_core.export.parity import Deployed
 from lesionkd_core.models import UNet
 from lesionkd_core.predict import TrainedNetwork, load_student
 
@@ -53,6 +54,17 @@ def unet(seed: int = 0, **options) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return lively(UNet(**options), seed)
+
+
+def undecided(network: nn.Module, images: np.ndarray, spread: float) -> Deployed:
+    """A network whose logits on the images have the median 0 and this standard deviation."""
+    with torch.no_grad():
+        head = network.head
+        logits = Deployed(network, logits=True)(torch.from_numpy(images))
+        factor = spread / logits.std()
+        head.weight *= factor
+        head.bias.copy_((head.bias - logits.median()) * factor)
+    return Deployed(network)
 
 
 def noise(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -33,7 +33,7 @@ from lesionkd_core.export.parity import (
 )
 from lesionkd_core.models import NETWORKS, UNet
 from lesionkd_core.predict import probabilities
-from tests.fixed import CFG, fixed_run, lively, noise, unet
+from tests.fixed import CFG, fixed_run, lively, noise, undecided, unet
 
 
 @pytest.fixture(scope="module")
@@ -216,12 +216,8 @@ def test_a_file_is_refused_for_two_steps_in_float32_or_for_decided_pixels(
 
 def test_a_right_int8_file_of_a_poor_student_passes(tmp_path):
     """Its probabilities are all near a half, so any rounding flips pixels."""
-    network = unet(width=4)
-    nn.init.normal_(network.head.weight, std=0.1)
     images = noise(8, 64, 64)
-    logits = Deployed(network, logits=True)(torch.from_numpy(images))
-    network.head.bias.data -= logits.median()
-    poor = Deployed(network)
+    poor = undecided(unet(width=4), images, spread=0.05)
     write_onnx(poor, tmp_path / "a.onnx")
     write_int8(tmp_path / "a.onnx", tmp_path / "int8.onnx", images)
     engine = onnx_engine(tmp_path / "int8.onnx", "int8")

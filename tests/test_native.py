@@ -22,7 +22,7 @@ from lesionkd_core.export.native import (
     write_native,
 )
 from lesionkd_core.export.parity import Deployed, torch_engine
-from tests.fixed import CFG, fixed_run, noise, unet
+from tests.fixed import CFG, fixed_run, noise, undecided, unet
 
 HERE = Path(__file__).parent / "native"
 QEMU = shutil.which("qemu-aarch64")
@@ -72,15 +72,13 @@ def snippet(language: str) -> str:
 @pytest.mark.parametrize("stem", [1, 2, 4])
 @pytest.mark.parametrize("width", [4, 8, 12, 20])
 def test_every_width_and_stem_is_pytorch_within_one_step(width, stem):
-    network = Deployed(unet(width=width, stem=stem))
+    network = undecided(unet(width=width, stem=stem), noise(1, 64, 64), spread=2)
     engine = native_engine(pack(network))
-    spread = []
     for height, columns in ((32, 32), (64, 96), (128, 32), (160, 224)):
         images = noise(1, height, columns, seed=height)
         expected = torch_engine(network)(images)
         assert np.abs(engine(images).astype(int) - expected).max() <= 1, (height, columns)
-        spread.append(expected.std())
-    assert max(spread) > 0.5, "a mask of one value would show nothing"
+        assert expected.std() > 20, "a mask of one value would show nothing"
 
 
 def test_the_fixed_student_is_pytorch_on_test_cases(network, data):
@@ -99,7 +97,7 @@ def test_the_written_files_are_pytorch_on_the_baseline_processor(network, data, 
 
 @pytest.mark.skipif(not QEMU, reason="aarch64 is emulated by qemu-user: apt-get install qemu-user")
 def test_aarch64_is_pytorch_on_test_cases(network, data, folder, tmp_path):
-    images = np.asarray(data.images[data.index("test")])
+    images = np.asarray(data.images[data.index("test")[:4]])
     program = build(folder, tmp_path / "run", *STATIC)
     gap = np.abs(segmented([QEMU, program], images).astype(int) - torch_engine(network)(images))
     assert gap.max() <= 1
@@ -108,10 +106,10 @@ def test_aarch64_is_pytorch_on_test_cases(network, data, folder, tmp_path):
 @pytest.mark.skipif(not QEMU, reason="aarch64 is emulated by qemu-user: apt-get install qemu-user")
 @pytest.mark.parametrize("stem", [1, 2, 4])
 def test_aarch64_takes_every_stem_and_narrow_images(stem, data, tmp_path):
-    network = Deployed(unet(width=8, stem=stem))
+    images = noise(1, 96, 32)
+    network = undecided(unet(width=8, stem=stem), images, spread=2)
     write_native(network, tmp_path, data.images[0])
     program = build(tmp_path, tmp_path / "run", *STATIC)
-    images = noise(1, 96, 32)
     gap = np.abs(segmented([QEMU, program], images).astype(int) - torch_engine(network)(images))
     assert gap.max() <= 1
 
@@ -134,7 +132,7 @@ def test_the_caller_of_the_manual_reproduces_the_golden_mask(folder, tmp_path, r
     changed = tmp_path / "changed"
     shutil.copytree(folder, changed)
     (changed / "golden.h").write_text(
-        re.sub(r"(golden_mask\[.*?\] = \{\n)\d+,", r"\g<1>99,", golden)
+        re.sub(r"(golden_mask_bytes\[.*?\] = \{\n)\d+,", r"\g<1>99,", golden)
     )
     program = build(changed, tmp_path / "run", code=tmp_path / "caller.c")
     assert subprocess.run([program], capture_output=True).returncode == 1

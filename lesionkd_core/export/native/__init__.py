@@ -111,7 +111,7 @@ def _grouped(layer: nn.Conv2d | nn.ConvTranspose2d) -> np.ndarray:
 
 
 def write_native(network: Deployed, folder: Path, golden: np.ndarray) -> None:
-    """Write the C files with the student, and a golden image (S, S, 3); build them for `TARGETS`."""
+    """Write the C files, the student and a golden image (S, S, 3); build them for `TARGETS`."""
     model = pack(network)
     for name in SOURCES:
         results.write_text(folder / name, source(name))
@@ -127,8 +127,10 @@ def write_native(network: Deployed, folder: Path, golden: np.ndarray) -> None:
         folder / "golden.h",
         "/* An image and its mask in PyTorch: an app computes them within one step of 255. */\n"
         f"enum {{ golden_side = {golden.shape[1]} }};\n"
-        + _array("unsigned char golden_rgb", golden.flatten())
-        + _array("unsigned char golden_mask", torch_engine(network)(golden).flatten()),
+        + _array("unsigned char golden_rgb_bytes", golden.flatten())
+        + _array("unsigned char golden_mask_bytes", torch_engine(network)(golden).flatten())
+        + "static const unsigned char *const golden_rgb = golden_rgb_bytes;\n"
+        + "static const unsigned char *const golden_mask = golden_mask_bytes;\n",
     )
     for name, options in TARGETS.items():
         compile_c(folder / "segment.c", folder / name, *options)

@@ -179,14 +179,14 @@ async function sizeOf(file) {  // without decoding the pixels yet
   try {
     await new Promise((resolve, reject) => { photo.onload = resolve; photo.onerror = reject; });
   } catch {
-    throw new Error(`${file.name} is no picture that this browser can read. Choose a JPEG or PNG photo.`);
+    throw new Error(`${file.name} is not a picture that this browser can read. Choose a JPEG or PNG photo.`);
   } finally {
     URL.revokeObjectURL(photo.src);
   }
   return [photo.naturalWidth, photo.naturalHeight];
 }
 
-async function decode(file) {  // turned as the camera says, colours as they are in the file: as the training's images were read
+async function decode(file) {  // rotated by its Exif orientation, without colour management: as Pillow reads it
   const [width, height] = await sizeOf(file);
   if (width * height > LARGEST) {
     throw new Error(`${file.name} has ${Math.round(width * height / 1e6)} megapixels; this page takes up to ${LARGEST / 1e6}. Choose a smaller photo or make it smaller first.`);
