@@ -2,12 +2,11 @@ PY := .venv/bin/python
 SETUP := .venv/.done
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 
-.PHONY: run test soak coverage lab notebooks paper bench runtime cost
+.PHONY: run test soak coverage lab notebooks paper bench cost
 run: $(SETUP)  ## distil a student on the built-in data
 	$(PY) -m lesionkd_core run 04_distill
 
 test: $(SETUP)  ## unit, method, notebook and fault tests; nbval compares the committed outputs
-	-@$(MAKE) --no-print-directory runtime
 	$(PY) -m pytest --nbval -n 2 --dist loadfile
 
 soak: $(SETUP)  ## the slow tests: kills in every stage, full disks, flipped bits; prints the fault table of docs/trust.md
@@ -19,7 +18,7 @@ coverage: $(SETUP)  ## lines and branches of the core that the tests run, proces
 lab: $(SETUP)  ## read and run the notebooks
 	$(PY) -m jupyterlab notebooks
 
-notebooks: $(SETUP) runtime  ## execute all notebooks with the smoke profile and save them, then the README's index
+notebooks: $(SETUP)  ## execute all notebooks with the smoke profile and save them, then the README's index
 	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	$(PY) -m tests.readme_index
 
@@ -27,10 +26,7 @@ paper: $(SETUP)  ## notebook 06, then notebooks/paper/paper.tex with its figures
 	@results=$$($(PY) -m lesionkd_core run 06_paper_figures | sed -n 's/^results: //p') && cd "$${results:?notebook 06 failed}" && for pass in 1 2; do \
 	TEXINPUTS="$(CURDIR)/notebooks/paper:" pdflatex -interaction=batchmode -halt-on-error -output-directory=.. paper || exit 1; done; echo "$${results%/*}/paper.pdf"
 
-runtime: $(SETUP)  ## fetch what the phone page runs on: onnxruntime-web, one npm package, checked; once into the user's cache
-	@$(PY) -c "from lesionkd_core.export.page import fetch_runtime; print('onnxruntime-web:', fetch_runtime()['wasm'])"
-
-cost: $(SETUP) runtime  ## latency of all networks in all engines, Chromium included; into data/results/cost.csv (20 minutes, wants an idle machine)
+cost: $(SETUP)  ## latency of all networks in all engines, Chromium included; into data/results/cost.csv (10 minutes on an idle machine)
 	$(PY) -m tests.benchmarks.cost
 
 bench: $(SETUP)  ## ratios of times, in one run; into runs/bench.json (BEFORE=an earlier one stands beside it)
