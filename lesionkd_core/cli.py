@@ -41,7 +41,7 @@ def main() -> None:
 
 def parameters(command: Command) -> Command:
     """papermill's options -p, -r, -f and -y; the command gets one dict `given`."""
-    pair = {"nargs": 2, "multiple": True, "metavar": "NAME VALUE"}
+    pair: Any = {"nargs": 2, "multiple": True, "metavar": "NAME VALUE"}
     options: list[Any] = [
         click.option("-p", "--parameters", "p", **pair, help="a parameter"),
         click.option("-r", "--parameters_raw", "r", **pair, help="a parameter that stays text"),

@@ -515,7 +515,7 @@ class DistillConfig(GraphConfig):
     stage = "distill"
     seed_field = "seed"
     losses: Losses = Field(
-        "feat, edge",  # type: ignore[assignment]  # becomes a dict
+        "feat, edge",  # type: ignore[arg-type]  # becomes a dict
         description="loss terms besides seg with optional weights, such as 'feat=1, edge'; "
         "empty trains the student alone",
     )
@@ -572,8 +572,8 @@ class DistillConfig(GraphConfig):
     def _views_are_of_one_image(self) -> Self:
         if self.teacher_views and self.teacher_bn == "batch":
             raise ValueError(
-                "teacher_views: with teacher_bn = 'batch' the teacher's output depends on the other "
-                "images of the batch, so it cannot be stored; use one of the two"
+                "teacher_views: with teacher_bn = 'batch' the teacher's output depends on the "
+                "other images of the batch, so it cannot be stored; use one of the two"
             )
         return self
 
@@ -616,7 +616,7 @@ class AblationConfig(DistillConfig):
 
     stage = "ablation"
     losses: Losses = Field(
-        "",  # type: ignore[assignment]
+        "",  # type: ignore[arg-type]
         description="weights that replace the defaults, such as 'feat=1, kd=3'",
     )
     arms: Names = Field(

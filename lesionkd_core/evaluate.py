@@ -1,4 +1,4 @@
-"""Scores of masks and networks, case by case: own split, other data sets, original size, volumes."""
+"""Scores of masks and networks by case: own split, other data sets, original size, volumes."""
 
 from __future__ import annotations
 
@@ -146,11 +146,11 @@ def score_volume(
     Returns
     -------
     dict
-        dice, iou, sensitivity, precision; hd95_mm; surface_dice_mm at 2 mm; lesion_ml, predicted_ml;
-        lesion_pixels, predicted_pixels (voxels); missed and false_alarm, 0 or 1. Empty masks as in
-        `score_masks`, with the diagonal of the volume in mm.
+        dice, iou, sensitivity, precision; hd95_mm; surface_dice_mm at 2 mm; lesion_ml,
+        predicted_ml; lesion_pixels, predicted_pixels (voxels); missed and false_alarm, 0 or 1.
+        Empty masks as in `score_masks`, with the diagonal of the volume in mm.
     """
-    hit, lesion, marked = (np.count_nonzero(m) for m in (predicted & truth, truth, predicted))
+    hit, lesion, marked = (int(m.sum()) for m in (predicted & truth, truth, predicted))
     either = lesion + marked - hit
     ml = float(np.prod(spacing)) / 1000
     hd95, surface = 0.0, 1.0
@@ -192,8 +192,8 @@ def score_network(
     -------
     DataFrame
         id, group, split, label; columns of `score_masks`; soft_dice; brier (mean squared error of
-        the probabilities); contrast (|mean grey of the lesion - that of its ring| / 255; NaN without
-        a lesion).
+        the probabilities); contrast (|mean grey of the lesion - that of its ring| / 255; NaN
+        without a lesion).
     """
     rows = np.concatenate([data.index(split) for split in splits])
     blocks = [rows[i : i + 256] for i in range(0, len(rows), 256)]  # bounds the memory

@@ -80,7 +80,7 @@ class UNet(Network):
     def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(N, in, H, W) -> logits (N, out, H, W) and maps {name: (N, C, H/stride, W/stride)}."""
         _check_size(x)
-        image, maps, skips = x, {}, []
+        image, maps, skips = x, {}, []  # type: Tensor, dict[str, Tensor], list[Tensor]
         for stride, block in zip(self.strides, self.encoder):
             if skips:
                 x = F.max_pool2d(x, 2, 2)  # converters for phones need the stride spelled out
@@ -215,14 +215,15 @@ class ThinBatchNorm(nn.BatchNorm2d):
         fits = 64 % self.num_features == 0 and x.numel() % 64 == 0 and x.device.type == "cpu"
         if not (self.training and fits and x.is_contiguous(memory_format=torch.channels_last)):
             return super().forward(x)
-        out, mean, variance = _ThinBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        apply: Any = _ThinBatchNorm.apply
+        out, mean, variance = apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
+            tracked: Any = self.num_batches_tracked, self.running_mean, self.running_var
             with torch.no_grad():
                 count = x.numel() // self.num_features
-                self.num_batches_tracked += 1  # type: ignore[operator]
-                self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
-                unbiased = variance * count / (count - 1)
-                self.running_var.lerp_(unbiased, self.momentum)  # type: ignore[union-attr, arg-type]
+                tracked[0].add_(1)
+                tracked[1].lerp_(mean, self.momentum)
+                tracked[2].lerp_(variance * count / (count - 1), self.momentum)
         return out  # type: ignore[no-any-return]
 
 

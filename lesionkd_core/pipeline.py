@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from .losses import (
 )
 from .models import Network, build_network, channels_of, freeze, match_levels, stride_of
 from .predict import build, config_of, load_network
-from .results import Progress, Result, log, short
+from .results import C, Progress, R, Result, log, short
 from .train import Learner, TeacherPass, start_fabric, stored_views, teacher_pass, train
 
 
@@ -85,14 +85,20 @@ def train_teacher(data: Prepared, cfg: TeacherConfig) -> Run:
             learner.finish(data)
 
     fabric = start_fabric(cfg)
-    return _find_or_train(fabric, [cfg], [data.digest], make, Run)[0]
+    [run] = _find_or_train(fabric, [cfg], [data.digest], make, Run)
+    return run
 
 
-def _find_or_train(fabric: Fabric, *stage: Any) -> list[Any]:
+def _find_or_train(
+    fabric: Fabric,
+    cfgs: Sequence[C],
+    upstreams: Sequence[str],
+    make: Callable[[dict[Path, C]], None],
+    kind: Callable[[Path], R],
+) -> list[R]:
     """`find_or_make` for one or several processes."""
-    return results.find_or_make(
-        *stage, resume=True, leader=fabric.is_global_zero, wait=fabric.barrier
-    )
+    processes: Any = {"leader": fabric.is_global_zero, "wait": fabric.barrier}
+    return results.find_or_make(cfgs, upstreams, make, kind, resume=True, **processes)
 
 
 def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
@@ -194,7 +200,8 @@ def fit_edge_graph(teacher: Run, data: Prepared, cfg: GraphConfig) -> Graph:
                 _fit_graph(path, cfg, data, load_network(teacher).network, fabric)
 
     fabric = start_fabric(cfg)
-    return _find_or_train(fabric, [cfg], [teacher.digest], make, Graph)[0]
+    [graph] = _find_or_train(fabric, [cfg], [teacher.digest], make, Graph)
+    return graph
 
 
 def _fit_graph(
@@ -444,7 +451,7 @@ def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
     Arms of equal length are trained together. An arm that is added later leaves the others as they
     are. The teacher's own scores are included as arm `teacher`.
     """
-    teacher, graph, runs = None, None, {}
+    teacher, graph, runs = None, None, dict[tuple[str, int], Run]()
     for seed in cfg.seeds:
         arms = {arm: cfg.arm(arm, seed) for arm in cfg.arms}
         if teacher is None and any(arm.terms for arm in arms.values()):
@@ -501,8 +508,8 @@ def sweep_weights(
     Returns
     -------
     DataFrame
-        dataset, arm, weight (0: student alone), seed, epochs, val_dice (mean over the last quarter of
-        the epochs, which varies less than the best), best_val_dice, run.
+        dataset, arm, weight (0: student alone), seed, epochs, val_dice (mean over the last quarter
+        of the epochs, which varies less than the best), best_val_dice, run.
     """
     if weights is None:
         weights = {name: term.sweep for name, term in TERMS.items() if term.sweep}

@@ -58,10 +58,11 @@ def read_config(path: Path) -> TeacherConfig:
         raise LesionKDError(
             f"{path} is a run of stage {content.get('stage')!r}; expected {' or '.join(KINDS)}"
         )
-    return config_of(kind, content)
+    cfg: TeacherConfig = config_of(kind, content)
+    return cfg
 
 
-def config_of(kind: type[TeacherConfig], content: dict[str, Any]) -> Any:
+def config_of(kind: Any, content: dict[str, Any]) -> Any:
     """A configuration from its JSON form; options that it does not know are ignored."""
     values = {name: content[name] for name in kind.model_fields if name in content}
     return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
@@ -153,7 +154,7 @@ def predict(student: TrainedNetwork, images: np.ndarray | Sequence[np.ndarray]) 
         return []
     small = np.stack([prepare_image(image, student.cfg) for image in images])
     found = probabilities(student.network, small)
-    return [restore(p, *image.shape[:2], student.cfg) for p, image in zip(found, images)]
+    return [restore(p, len(x), x.shape[1], student.cfg) for p, x in zip(found, images)]
 
 
 def predict_folder(
@@ -191,8 +192,8 @@ def predict_folder(
     paths = [path for path in sources_in(images) if not path.is_dir() or is_dicom(path)]
     if not paths:
         raise LesionKDError(
-            f"{images} has no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .nrrd, .mha, .mhd, "
-            ".dcm, or folders of DICOM series)"
+            f"{images} has no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .nrrd, .mha, "
+            ".mhd, .dcm, or folders of DICOM series)"
         )
     results.make_folder(out)
     stems, unreadable = Counter(map(stem_of, paths)), []
@@ -245,7 +246,7 @@ def _save(path: Path, pixels: np.ndarray) -> None:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw a mask's contour into a copy of an image, (H, W, 3) uint8: orange between black lines."""
+    """Draw a mask's contour into a copy of an image (H, W, 3) uint8, orange between black lines."""
     drawn, width = image.copy(), max(1, round(max(mask.shape) * 0.002))
     drawn[edge_label(mask, width + 1)] = (0, 0, 0)
     drawn[edge_label(mask, width)] = (238, 119, 51)

@@ -1,8 +1,8 @@
 """Result folders: found or made, locked, written atomically, checked when they are read.
 
-A result lies in ``runs/<stage>/<dataset>-<profile>-s<seed>-<hash>/`` under LESIONKD_RUNS, or under the
-checkout. The file DONE is written last and holds the SHA-256 of every file. A folder without DONE is
-unfinished: a training resumes from it, other stages start again.
+A result is the folder ``runs/<stage>/<dataset>-<profile>-s<seed>-<hash>/`` of LESIONKD_RUNS, or of
+the checkout. The file DONE is written last and holds the SHA-256 of every file. A folder without
+DONE is unfinished: a training resumes from it, other stages start again.
 """
 
 from __future__ import annotations
@@ -501,7 +501,7 @@ def _options(made: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report(path: Path) -> str:
-    """A run in a few lines: where it was made, options, scores, and whether its files are intact."""
+    """A run in a few lines: where it was made, options, scores, whether its files are intact."""
     from . import config
 
     made, env = read_json(path / "config.json"), read_json(path / "env.json")

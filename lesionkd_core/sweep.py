@@ -173,9 +173,8 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
     notebook = yaml.safe_load(file.read_text(encoding="utf-8")).get("notebook", "05_ablations")
     settings = {"LESIONKD_RUNS": str(runs_root()), "LESIONKD_DATA": str(data_root())}
     try:
-        client = (
-            Client(scheduler, timeout=10) if scheduler else Client(**_local(len(runs), workers))
-        )
+        how = {"address": scheduler, "timeout": 10} if scheduler else _local(len(runs), workers)
+        client = Client(**how)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise LesionKDError(
             f"no Dask scheduler answers at {scheduler}: {error}. Start one with 'dask scheduler'"
@@ -186,7 +185,7 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
             client.submit(_task, notebook, run, os.getcwd(), settings, pure=False): run
             for run in runs
         }
-        for future in as_completed(futures):
+        for future in as_completed(futures):  # type: ignore[no-untyped-call]
             label = ", ".join(f"{name} {value}" for name, value in futures[future].items())
             try:
                 row = future.result()

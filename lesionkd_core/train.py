@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
 from . import results
@@ -153,6 +153,7 @@ class Learner:
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         self.objective: Objective = objective.to(fabric.device)
         rates = {self.objective.network: lr, self.objective.terms: lr * connector_lr}
+        groups: list[dict[str, Any]]
         groups = [{"params": list(module.parameters()), "lr": r} for module, r in rates.items()]
         groups = [group for group in groups if group["params"]]
         optimizer = torch.optim.AdamW(
@@ -205,8 +206,8 @@ class Learner:
     def close_epoch(self, steps: int, data: Prepared) -> dict[str, float]:
         """Validate, append to the history and save: the best network, then the last state."""
         row = {"epoch": len(self.history) + 1, "lr": float(self.schedule.get_last_lr()[0])}
-        sums = {name: float(self.fabric.all_reduce(value)) for name, value in self.sums.items()}
-        row |= {f"loss_{name}": value / steps for name, value in sums.items()}
+        sums: Any = {name: self.fabric.all_reduce(value) for name, value in self.sums.items()}
+        row |= {f"loss_{name}": float(value) / steps for name, value in sums.items()}
         leader = self.fabric.is_global_zero
         dice = validation_dice(self.network, data) if leader else 0.0
         row |= self.measured | {"val_dice": self.fabric.broadcast(dice)}
@@ -404,12 +405,12 @@ def stored_views(
             _store_views(teacher, folder, data, names, views, cfg, fabric)
     fabric.barrier()
     position = {int(row): i for i, row in enumerate(data.index("train"))}
-    arrays = {(v, n): _view(folder, v, n) for v in range(views) for n in names}
-    arrays = {key: np.load(file, mmap_mode="r") for key, file in arrays.items()}  # type: ignore[misc]
+    files = {(v, n): _view(folder, v, n) for v in range(views) for n in names}
+    arrays = {key: np.load(file, mmap_mode="r") for key, file in files.items()}
 
     def read(batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         rows = [position[int(row)] for row in batch.rows]
-        stored = {name: torch.from_numpy(arrays[epoch % views, name][rows]) for name in names}  # type: ignore[call-overload]
+        stored = {name: torch.from_numpy(arrays[epoch % views, name][rows]) for name in names}
         found = {n: x.to(fabric.device).float().permute(0, 3, 1, 2) for n, x in stored.items()}
         return found.pop("logits"), found
 

@@ -75,8 +75,8 @@ def draw(seed: int, epoch: int, case: int, augmentation: str) -> Change:
 def augment(images: Tensor, masks: Tensor, changes: Sequence[Change]) -> tuple[Tensor, Tensor]:
     """Change every case of a batch, image and mask together.
 
-    Flips and quarter turns are exact; the other moves are one bilinear resampling with reflection at
-    the border. A case comes out the same to the bit in every batch on one device.
+    Flips and quarter turns are exact; the other moves are one bilinear resampling with reflection
+    at the border. A case comes out the same to the bit in every batch on one device.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
 
 
 def add_noise(x: Tensor, sigma: np.ndarray, grain: np.ndarray) -> Tensor:
-    """Gaussian noise on (N, C, S, S), one field for all channels, drawn on the CPU for any device."""
+    """Gaussian noise on (N, C, S, S), one field for all channels, drawn on the CPU."""
     shape = (1, *x.shape[2:])
     fields = [
         s * np.random.default_rng(int(g)).standard_normal(shape, np.float32)

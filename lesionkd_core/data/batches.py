@@ -84,8 +84,9 @@ def epoch_batches(
     """One epoch of training batches, each loaded while the network trains on the one before.
 
     With `views` each image is augmented in that many ways, one for each epoch in turn, the same for
-    all seeds. With a `label_fraction` below 1 every batch is preceded by an equal number of labelled
-    images, and its own images come without masks. With several processes, each gets its part.
+    all seeds. With a `label_fraction` below 1 every batch is preceded by an equal number of
+    labelled images, and its own images come without masks. With several processes, each gets its
+    part.
     """
     drawn = (VIEW_SEED, epoch % views) if views else (seed, epoch)
     rows = data.index("train")

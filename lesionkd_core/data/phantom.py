@@ -1,11 +1,11 @@
-"""Phantom: drawn dermoscopy images with an exact mask, so that everything runs without a download.
+"""Phantom: drawn dermoscopy images with an exact mask, to run everything without a download.
 
 A lesion is brown and has a pigment network. The distractors have not both: stains have no network,
-freckles are tiny, shade has no colour, ink is blue, hairs are thin. A case is a function of its seed
-and index; the number of pixels changes how it is rendered, not where the lesion is.
+freckles are tiny, shade has no colour, ink is blue, hairs are thin. A case is a function of its
+seed and index; the number of pixels changes how it is rendered, not where the lesion is.
 
-Coordinates are in image widths from the centre. A shape is a signed distance to its border, negative
-inside.
+Coordinates are in image widths from the centre. A shape is a signed distance to its border,
+negative inside.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Outline(NamedTuple):
 
 
 def lesion_outlines(rng: Generator) -> list[Outline]:
-    """The lesions of a case: 8 % have none, 15 % two or three, the others one; 1 to 25 % of the image."""
+    """The lesions of a case, 1 to 25 % of the image: 8 % have none, 15 % two or three."""
     chance = rng.uniform()
     count = 0 if chance < 0.08 else int(rng.integers(2, 4)) if chance < 0.23 else 1
     total = 0.013 * 19 ** rng.uniform(0.25 * (count > 1), 1)
@@ -230,7 +230,7 @@ def grid(pixels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def field(rng: Generator, pixels: int, knots: int) -> np.ndarray:
-    """Smooth Gaussian random field (pixels, pixels) of mean 0 and variance 1, `knots` waves across."""
+    """Smooth Gaussian random field (pixels, pixels), mean 0, variance 1, `knots` waves across."""
     values = rng.standard_normal((knots + 3, knots + 3), dtype=np.float32)
     weights = _spline_weights(pixels, knots)
     smooth: np.ndarray = weights @ (values / np.float32(0.4794)) @ weights.T  # its mean power

@@ -19,7 +19,7 @@ def prepare_image(image: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
     (H, W, 3) uint8 -> (S, S, 3) uint8. A pixel is the mean of the area that it covers if the image
     shrinks (Pillow's BOX), bilinear otherwise. With fit = 'pad' the sides are padded with black.
     """
-    shrinks = max(_scale(*image.shape[:2], cfg)) <= 1
+    shrinks = max(_scale(len(image), image.shape[1], cfg)) <= 1
     how = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
     return np.asarray(_resize(Image.fromarray(image), cfg, how))
 

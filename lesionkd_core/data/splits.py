@@ -25,8 +25,8 @@ class SplitError(LesionKDError):
 def near_pairs(hashes: np.ndarray, bits: int) -> Iterator[np.ndarray]:
     """Pairs of images whose hashes (N, 63) differ in at most `bits` bits.
 
-    Yields blocks (M, 3) of row i, row j > i and their distance in bits. A hash without any bit (a flat
-    image, a slice of a volume) matches nothing.
+    Yields blocks (M, 3) of row i, row j > i and their distance in bits. A hash without any bit (a
+    flat image, a slice of a volume) matches nothing.
     """
     yield np.empty((0, 3), int)
     rows = np.flatnonzero(hashes.any(1))
@@ -152,8 +152,8 @@ def allot(
 ) -> pd.Series:
     """Assign whole units to parts (name -> fraction), stratified by lesion size.
 
-    Units are shuffled within each stratum (no lesion, or a third of the units by mean lesion share),
-    larger ones first, and go to the part that is least filled.
+    Units are shuffled within each stratum (no lesion, or a third of the units by mean lesion
+    share), larger ones first, and go to the part that is least filled.
     """
     table = lesion_share.groupby(units).agg(["size", "mean"])
     table["order"] = rng.permutation(len(table))

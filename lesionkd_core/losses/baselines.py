@@ -32,8 +32,8 @@ def _precise(x: Tensor) -> Tensor:
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     """Logit distillation: match the teacher's probability of each pixel.
 
-    L = T^2 mean KL(q || p), q = sigmoid(t / T), p = sigmoid(s / T): the paper's softmax over the two
-    logits (z, 0). T^2 keeps the size of the gradient when T changes.
+    L = T^2 mean KL(q || p), q = sigmoid(t / T), p = sigmoid(s / T): the paper's softmax over the
+    two logits (z, 0). T^2 keeps the size of the gradient when T changes.
 
     Parameters
     ----------
@@ -105,7 +105,8 @@ def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Attention transfer: be active where the teacher is, in whichever channels.
 
-    L = mean (Q_S / ||Q_S|| - Q_T / ||Q_T||)^2, Q = sum over channels of A^2, one vector for each image.
+    L = mean (Q_S / ||Q_S|| - Q_T / ||Q_T||)^2, Q = sum over channels of A^2, a vector for each
+    image.
 
     Parameters
     ----------
@@ -151,8 +152,9 @@ def cwd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tens
 def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """DIST: the student's probabilities correlate with the teacher's over all pixels of a batch.
 
-    L = T^2 (1 - rho(p_S, p_T)), Pearson's rho: the intra-class relation. With two classes (p, 1 - p)
-    the paper's inter-class relation has no gradient (its rho is +1 or -1) and is left out.
+    L = T^2 (1 - rho(p_S, p_T)), Pearson's rho: the intra-class relation. With two classes
+    (p, 1 - p) the paper's inter-class relation has no gradient (its rho is +1 or -1) and is left
+    out.
 
     Parameters
     ----------
@@ -168,11 +170,11 @@ def dist_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
 
     Source: Huang et al. 2022.
     """
-    standardized = [
+    ours, theirs = (
         F.batch_norm((x / temperature).sigmoid(), None, None, training=True, eps=1e-12)
         for x in _pair(student, teacher)
-    ]
-    return temperature**2 / 2 * F.mse_loss(*standardized)  # 1 - mean(a b) = mean (a - b)^2 / 2
+    )
+    return temperature**2 / 2 * F.mse_loss(ours, theirs)  # 1 - mean(a b) = mean (a - b)^2 / 2
 
 
 def sobel_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""L_edge: projection onto graph nodes, graph convolution, comparison (step S4; Te et al., ECCV 2020)."""
+"""L_edge: projection to graph nodes, graph convolution, comparison (step S4; Te et al. 2020)."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class EdgeGraph(nn.Module):
     frame : 'image' or 'lesion'
         See `grid_cells`.
     background : bool
-        One more node, whose anchor is the mean key of the pixels off the edge. Without it every pixel
-        has to be assigned to a node of the edge. Not for 'eagr'.
+        One more node, whose anchor is the mean key of the pixels off the edge. Without it every
+        pixel has to be assigned to a node of the edge. Not for 'eagr'.
 
     Source: Te et al. 2020, section 3; docs/method.md, L_edge.
     """

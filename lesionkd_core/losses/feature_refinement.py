@@ -134,8 +134,8 @@ def empirical_margins(maps: Iterable[dict[str, Tensor]], names: Iterable[str]) -
 class FeatureRefinement(nn.Module):
     """L_feat = sum over levels i of D_i / (N C_i H_i W_i), with connectors (step S3).
 
-    With level_weights 'halving', the original's scale, it is sum_i D_i 2^-(levels - 1 - i) / (1000 N),
-    shallowest level first.
+    With level_weights 'halving', the original's scale, it is
+    sum_i D_i 2^-(levels - 1 - i) / (1000 N), shallowest level first.
 
     Parameters
     ----------

@@ -34,8 +34,8 @@ class Step:
     logits: Tensor
     masks: Tensor
     maps: dict[str, Tensor] = field(default_factory=dict)
-    edge: Tensor | None = None
-    teacher_logits: Tensor | None = None
+    edge: Tensor = None  # type: ignore[assignment]  # only the student alone has none
+    teacher_logits: Tensor = None  # type: ignore[assignment]
     teacher_maps: dict[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
 
@@ -77,8 +77,8 @@ def register(
     """Class decorator: make a loss term available as `-p losses "name=weight"` and as an arm.
 
     The class is an `nn.Module` with ``forward(step: Step) -> ()`` and a classmethod
-    ``build(cfg, student, teacher, measured)``. An attribute ``teacher_maps`` names the teacher's maps
-    that it reads, ``needs_graph = True`` asks for the fitted graph.
+    ``build(cfg, student, teacher, measured)``. An attribute ``teacher_maps`` names the teacher's
+    maps that it reads, ``needs_graph = True`` asks for the fitted graph.
     """
 
     def add(module: N) -> N:

@@ -1,0 +1,1 @@
+"""Raw images -> prepared arrays, split into train, val and test."""
