@@ -149,6 +149,24 @@ def test_cells_without_an_edge_drop_out_of_the_softmax(anchors):
     assert (graph.build_graph(states, projection)[:, :, [1, 2]] == 0).all()
 
 
+def test_a_background_node_has_the_mean_key_of_the_pixels_off_the_edge():
+    graph, x = EdgeGraph(3, states=4, grid=2, background=True), drawn(1, 3, 4, 4)
+    keys = graph.theta(x)
+    anchors = graph.anchors_of(keys, EDGE)[0]
+    off = EDGE[0, 0].flatten() == 0
+    assert anchors.shape == (4, 5)
+    torch.testing.assert_close(anchors[:, 4], keys[0].flatten(1)[:, off].mean(1))
+    torch.testing.assert_close(anchors[:, :4], cells_alone(keys))
+    assert graph.live_nodes(EDGE).tolist() == [[True, False, False, True, True]]
+    assert graph(x, EDGE).shape == (1, 4, 5)
+
+
+def cells_alone(keys):
+    """The anchors of the cells without a background node."""
+    plain = EdgeGraph(3, states=4, grid=2)
+    return plain.anchors_of(keys, EDGE)[0]
+
+
 def test_nodes_divided_by_mass_are_weighted_means_of_states():
     graph, states = EdgeGraph(1, states=1, grid=2), torch.tensor([[[2.0, 4.0, 6.0]]])
     projection = torch.tensor([[[1.0, 0.5, 0.0], [0.0, 0.5, 1.0], [0, 0, 0], [0, 0, 0]]])

@@ -34,11 +34,13 @@ CHANGED = {  # every hashed option, with a value that is not the smoke profile's
     "folds": 5,
     "val_fraction": 0.1,
     "test_fraction": 0.3,
+    "group_by": "number",
     "duplicate_bits": 0,
     "edge_width": 2,
     "edge_level": "encoder.stride16",
     "grid": 6,
     "grid_frame": "lesion",
+    "background_node": True,
     "teacher": "unet64",
     "teacher_seed": 1,
     "teacher_epochs": 3,
@@ -74,7 +76,15 @@ CHANGED = {  # every hashed option, with a value that is not the smoke profile's
     "arms": "alone, method",
     "seeds": 2,
 }
-OF_GRAPH = {"edge_width", "edge_level", "grid", "grid_frame", "states", "anchors"}
+OF_GRAPH = {
+    "edge_width",
+    "edge_level",
+    "grid",
+    "grid_frame",
+    "states",
+    "anchors",
+    "background_node",
+}
 OF_GRAPH |= {"graph_epochs", "graph_lr"}
 OF_FEAT = {"levels", "level_weights", "margin", "connector_warmup"}
 OF_TEACHER = {name for name in TeacherConfig.model_fields if name.startswith("teacher")}

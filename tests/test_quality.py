@@ -1,30 +1,56 @@
-"""What tools find without running anything: lint, types; and the examples in docstrings, which are run."""
+"""What tools find without running the code: lint, types, imports; examples of docstrings."""
 
 import doctest
 import importlib
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_house import CORE
 
+CORE = ROOT / "lesionkd_core"
 EXAMPLES = [path for path in sorted(CORE.rglob("*.py")) if ">>> " in path.read_text()]
 
 
-def says(*command: str) -> str:
-    """What a tool prints that finds something; nothing where it is content."""
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+def findings(*command: str) -> str:
+    """What a tool prints if it finds something."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr if done.returncode else ""
 
 
-def test_lint_finds_nothing():
-    assert says("ruff", "check", "lesionkd_core", "tests", "notebooks") == ""
+def tool(name: str) -> str:
+    """A command installed beside this Python."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or name
 
 
-def test_types_agree():
-    assert says("mypy") == ""  # half a minute the first time; what it finds out is kept in .mypy_cache
+@pytest.mark.parametrize("what", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_finds_nothing(what):
+    assert findings(tool("ruff"), *what, "lesionkd_core", "tests") == ""
+
+
+def test_mypy_finds_nothing():
+    assert findings(tool("mypy")) == ""  # half a minute without .mypy_cache
+
+
+def test_every_layer_imports_only_lower_layers():
+    assert findings(tool("lint-imports"), "--no-cache") == ""
+
+
+def test_the_import_rule_notices_a_wrong_import(tmp_path):
+    """The contracts of pyproject.toml on a copy in which losses import results."""
+    shutil.copytree(CORE, tmp_path / "lesionkd_core", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    terms = tmp_path / "lesionkd_core" / "losses" / "terms.py"
+    terms.write_text(terms.read_text() + "\nfrom ..results import log\n")
+    command = [tool("lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (
+        done.returncode == 1
+        and "lesionkd_core.losses.terms -> lesionkd_core.results" in done.stdout
+    )
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.relative_to(CORE).as_posix())

@@ -264,6 +264,7 @@ def test_a_loss_that_diverges_stops_the_run_and_names_step_term_and_cases(
         {"edge_level": "deep", "levels": "patent"},
         {"anchors": "eagr", "edge_width": 2},
         {"anchors": "masked_cosine", "grid_frame": "lesion", "grid": 3, "states": 4},
+        {"background_node": True},
         {"level_weights": "halving", "seg_loss": "bce", "clip_grad": 1.0},
         {"width": 8, "stem": 2, "levels": "decoder.stride4"},
         {"student": "tests.tiny:small_student", "augment": "flips"},
