@@ -140,6 +140,14 @@ def _window(value: str) -> str:
     return value
 
 
+def _rule(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return value
+
+
 def _losses(value: Any) -> Any:
     """'feat=1, edge' -> {'feat': 1.0, 'edge': default weight}; 'seg' is always there."""
     if isinstance(value, dict):
@@ -189,6 +197,7 @@ Levels = Annotated[
 ]
 EdgeLevel = Annotated[Level, BeforeValidator(_edge_level)]
 Window = Annotated[str, AfterValidator(_window)]
+Rule = Annotated[str, AfterValidator(_rule)]
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 Losses = Annotated[dict[str, float], BeforeValidator(_losses)]
 
@@ -334,12 +343,18 @@ class PrepareConfig(StageConfig):
     fold: int = Field(0, ge=0, description="which of the k folds is the test split, from 0")
     val_fraction: Fraction = Field(0.15, description="fraction of the cases for validation")
     test_fraction: Fraction = Field(0.2, description="fraction of the cases in the test split")
+    group_by: Rule = Field(
+        "",
+        description="what names the patient or video: number (the file name before its last "
+        "number), folder, sequence (consecutive frames that look alike), column:NAME of the "
+        "manifest, or a regular expression for the path; empty: what the data set itself says",
+    )
     duplicate_bits: int = Field(
-        4,
+        12,
         ge=0,
         le=16,
-        description="images are near-duplicates, and share a group, if their 63-bit perceptual "
-        "hashes differ in at most this many bits",
+        description="images are compared in detail, and share a group if they show the same, if "
+        "their 63-bit perceptual hashes differ in at most this many bits",
     )
 
     @property

@@ -17,7 +17,7 @@ from .config import LesionKDError, TeacherConfig
 from .data.images import Case, Reading
 from .data.layouts import fingerprint, read
 from .data.prepare import Prepared, prepare
-from .data.splits import near_pairs
+from .data.splits import compare_pairs
 from .predict import TrainedNetwork, load_network, predict, probabilities, read_config
 from .results import Result, log
 
@@ -337,10 +337,10 @@ def _score_external(path: Path, run: Result, own: Prepared, data: Prepared, bits
 
 def near_training(own: Prepared, other: Prepared, bits: int) -> int:
     """Number of images of another data set that are near-duplicates of a training image."""
-    train = own.hashes[own.index("train")]
-    pairs = np.concatenate(list(near_pairs(np.concatenate([train, other.hashes]), bits)))
-    across = (pairs[:, 0] < len(train)) & (pairs[:, 1] >= len(train))
-    return len(set(pairs[across, 1]))
+    train = own.thumbnails[own.index("train")]
+    pairs = compare_pairs(np.concatenate([train, other.thumbnails]), bits)
+    across = (pairs["first"] < len(train)) & (pairs["second"] >= len(train)) & pairs["same"]
+    return int(pairs.loc[across, "second"].nunique())
 
 
 def held_out_scores(run: Result, cfg: TeacherConfig) -> pd.DataFrame:

@@ -375,7 +375,7 @@ def test_a_flipped_bit_in_a_finished_run_is_found_before_it_is_used(student, run
 @pytest.mark.parametrize(
     ("name", "attribute"),
     [
-        *[(f"{name}.npy", name) for name in ("images", "masks", "edges", "hashes")],
+        *[(f"{name}.npy", name) for name in ("images", "masks", "edges", "thumbnails")],
         ("cases.csv", "cases"),
         ("report.csv", "report"),
         ("split.csv", "split_hash"),

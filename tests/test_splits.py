@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lesionkd_core.config import ConfigError, PrepareConfig
-from lesionkd_core.data.pixels import perceptual_hash
+from lesionkd_core.data.pixels import thumbnail
 from lesionkd_core.data.splits import SPLITS, crossing, group_cases, near_pairs, split_cases
 from tests.tiny import picture
 
@@ -48,17 +48,17 @@ def partition(groups):
 def test_groups_of_the_release_and_duplicates_are_united():
     images = [picture(i) for i in range(7)]
     images[2] = np.clip(images[1].astype(int) + 4, 0, 255).astype(np.uint8)  # a frame of v1 in v2
-    hashes = np.stack([perceptual_hash(image) for image in images])
-    groups = group_cases(pd.Series(["v1", "v1", "v2", "v2", "", "", "v3"]), hashes, bits=4)
+    thumbnails = np.stack([thumbnail(image) for image in images])
+    groups = group_cases(pd.Series(["v1", "v1", "v2", "v2", "", "", "v3"]), thumbnails, bits=4)
     assert partition(groups) == {frozenset(g) for g in ({0, 1, 2, 3}, {4}, {5}, {6})}
     groups = group_cases(pd.Series(["v1", "", "v1", ""]), None, 4)
     assert partition(groups) == {frozenset(g) for g in ({0, 2}, {1}, {3})}
 
 
 def test_a_duplicate_is_found_however_far_away():
-    hashes = np.random.default_rng(0).random((1100, 63)) < 0.5
-    hashes[1090] = hashes[3]
-    groups = group_cases(pd.Series([""] * 1100), hashes, bits=0)
+    thumbnails = np.random.default_rng(0).integers(0, 256, (1100, 64, 64)).astype(np.uint8)
+    thumbnails[1090] = thumbnails[3]
+    groups = group_cases(pd.Series([""] * 1100), thumbnails, bits=0)
     assert groups[1090] == groups[3] and len(set(groups)) == 1099
 
 

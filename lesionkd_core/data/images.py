@@ -176,6 +176,11 @@ def natural(path: Path) -> tuple[list[int | str], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
+def before_number(stem: str) -> str:
+    """A stem up to its last number: 'patient07_048' -> 'patient07', 'scan' -> 'scan'."""
+    return re.sub(r"[\W_]*[0-9]+[^0-9]*$", "", stem)
+
+
 def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
     """Files of equal stem together: {'a': [a.png, a.jpg]}."""
     found: dict[str, list[Path]] = {}

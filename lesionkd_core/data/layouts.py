@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config import LesionKDError, PrepareConfig, nearest
+from ..config import ConfigError, LesionKDError, PrepareConfig, nearest
 from ..results import CHECKOUT
 from . import phantom
 from .images import (
@@ -22,6 +23,7 @@ from .images import (
     VOLUME_SUFFIXES,
     Case,
     Reading,
+    before_number,
     by_stem,
     count_pages,
     images_in,
@@ -185,7 +187,7 @@ def wounds(folder: Path) -> list[Case]:
 COLUMNS = ("image", "mask", "group", "split", "label", "id")
 
 
-def manifest(path: Path) -> list[Case]:
+def manifest(path: Path, group_column: str = "group") -> list[Case]:
     """Cases of a CSV table with the columns image, mask, and if needed group, split, label, id.
 
     Paths are relative to the table's folder. Several masks of an image are united: rows of the same
@@ -198,13 +200,14 @@ def manifest(path: Path) -> list[Case]:
     """
     images: dict[Path, dict[str, str]] = {}
     masks: dict[Path, list[Path]] = {}
+    group_column = group_column.lower()
 
     def locate(cell: str) -> Path:
         return Path(os.path.normpath(path.parent / cell.strip().replace("\\", "/")))
 
-    for line, row in _rows(path):
+    for line, row in _rows(path, group_column):
         image = locate(row["image"])
-        said = {name: row[name] for name in COLUMNS[2:]}
+        said = {name: row[name] for name in COLUMNS[2:]} | {"group": row[group_column]}
         if images.setdefault(image, said) != said:
             raise ManifestError(
                 f"{path.name}, line {line}: {row['image']} is in an earlier line with another "
@@ -224,7 +227,7 @@ def manifest(path: Path) -> list[Case]:
     return cases
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells of every row that is not empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -238,20 +241,22 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = f"cannot be read as a CSV table in UTF-8 ({error})"
         raise ManifestError(f"{path.name}: {why}") from None
-    missing = sorted({"image", "mask"} - set(names))
-    unknown = [name for name in names if name not in COLUMNS]
+    columns = tuple(dict.fromkeys((*COLUMNS, group_column)))
+    missing = sorted({"image", "mask", group_column} - {"group", *names})
+    unknown = [name for name in names if name not in columns]
     twice = [name for name in names if names.count(name) > 1]
     if missing:
         known = f"columns are {', '.join(COLUMNS)} (data/own.md)"
         raise ManifestError(f"{path.name}: no column {' and '.join(map(repr, missing))}; {known}")
     if unknown:
         hint = nearest(unknown[0], COLUMNS)
+        hint += f"; if it names the patient, give group_by = 'column:{unknown[0]}'"
         raise ManifestError(f"{path.name}: column {unknown[0]!r} is unknown; {hint}")
     if twice or not rows:
         why = f"column {twice[0]!r} is there twice" if twice else "no rows below the header"
         raise ManifestError(f"{path.name}: {why}")
     for line, row in rows:
-        cells = {name: (row.get(name) or "").strip() for name in COLUMNS}
+        cells = {name: (row.get(name) or "").strip() for name in columns}
         cells["split"] = cells["split"].lower()
         why = ""
         if None in row:
@@ -289,8 +294,8 @@ class Release:
         Official number of images or volumes.
     archives : addresses
         Direct downloads; if there are none, `access` says how to get the release.
-    window : str
-        Default of the option `window`.
+    window, group_by : str
+        Defaults of the options of these names.
     """
 
     name: str
@@ -309,6 +314,7 @@ class Release:
     named: bool = False
     names: Sequence[str] = ()
     window: str = ""
+    group_by: str = ""
 
     def fits(self, folder: Path) -> bool:
         """Whether `folder` is this release."""
@@ -400,8 +406,11 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
     if cfg.dataset == phantom.NAME:
         return f"{cfg.dataset} version {phantom.VERSION}", []
     release, folder = find(cfg.dataset)
+    column = cfg.group_by.partition("column:")[2]
+    if column and release.layout != "manifest":
+        raise ConfigError(f"group_by = {cfg.group_by!r}: {cfg.dataset} is no CSV manifest")
     try:
-        cases = [replace(case, window=release.window) for case in release.cases(folder)]
+        cases = release.cases(folder) if not column else manifest(folder, column)
     except OSError as error:
         why = f"{error.filename or folder} cannot be read ({error.strerror})"
         raise DatasetNotFound(f"{cfg.dataset}: {why}.") from None
@@ -411,8 +420,12 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
             f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
             f"file that can be read ({kinds})."
         )
+    cases = [replace(case, window=release.window) for case in cases]
+    if cfg.group_by not in ("", "sequence") and not column:
+        cases = _regrouped(cases, folder, cfg.group_by)
     official = release.name in CATALOGUE
-    digest = hashlib.sha256(f"{release.name} {release.window}".encode() if official else b"own")
+    about_release = f"{release.name} {release.window} {release.group_by}"
+    digest = hashlib.sha256(about_release.encode() if official else b"own")
     for case in cases:
         sizes = [path.stat().st_size for path in _files(case.image)]
         about = (case.id, case.group, case.label, case.split, case.problem, case.image.name, sizes)
@@ -424,6 +437,36 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
                 if os.access(path, os.R_OK):  # otherwise reading the case will say so
                     digest.update(_hash_file(path, stat.st_size, stat.st_mtime_ns))
     return digest.hexdigest(), cases
+
+
+def _regrouped(cases: list[Case], folder: Path, rule: str) -> list[Case]:
+    """Cases with the groups that their file names or folders say."""
+    found, unmatched = [], []
+    for case in cases:
+        path = Path(os.path.relpath(case.image, folder)).as_posix()
+        if rule == "number":
+            group = f"{os.path.dirname(path)}/{before_number(stem_of(case.image))}"
+        elif rule == "folder":
+            group = os.path.dirname(path)
+        elif match := re.search(rule, path):
+            group = "-".join(filter(None, match.groups())) or match[0]
+        if rule not in ("number", "folder") and (not match or not group):
+            unmatched.append(path)
+        else:
+            found.append(replace(case, group=group))
+    if unmatched:
+        raise ConfigError(
+            f"group_by = {rule!r} matches nothing in {len(unmatched)} of {len(cases)} paths, the "
+            f"first is {unmatched[0]!r}; give number, folder, sequence, or an expression such as "
+            r"'patient(\d+)'"
+        )
+    return found
+
+
+def sequence_of(cfg: PrepareConfig) -> bool:
+    """Whether consecutive images are frames of a video: the option `group_by`, or the release."""
+    release = CATALOGUE.get(cfg.dataset)
+    return (cfg.group_by or (release.group_by if release else "")) == "sequence"
 
 
 def _files(path: Path) -> list[Path]:

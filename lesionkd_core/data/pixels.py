@@ -9,6 +9,7 @@ from ..config import PrepareConfig
 
 RING = 1 / 32
 """Width of the ring around a lesion for its contrast, in image sides."""
+THUMBNAIL = 64
 FLAT = 1.0
 """Standard deviation of the low frequencies below which an image has no perceptual hash."""
 
@@ -78,18 +79,31 @@ def lesion_contrast(image: np.ndarray, mask: np.ndarray) -> float:
     return float(grey[mask].mean() - grey[ring].mean()) / 255
 
 
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (64, 64) uint8: a grey copy in which near-duplicates are searched."""
+    grey = Image.fromarray(image).convert("L")
+    grey = grey.reduce((max(1, grey.width // 256), max(1, grey.height // 256)))  # for speed
+    return np.asarray(grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
+
+
 def perceptual_hash(image: np.ndarray) -> np.ndarray:
     """Signs of the low DCT frequencies of a 32 px grey thumbnail, to find near-duplicates.
 
     (H, W, 3) uint8 -> (63,) bool; all False for a flat image. Source: pHash (Zauner 2010).
     """
+    hashed: np.ndarray = hash_thumbnails(thumbnail(image)[None])[0]
+    return hashed
+
+
+def hash_thumbnails(thumbnails: np.ndarray) -> np.ndarray:
+    """`perceptual_hash` of many images from their thumbnails: (N, 64, 64) uint8 -> (N, 63) bool."""
     from scipy.fft import dctn
 
-    grey = Image.fromarray(image).convert("L")
-    grey = grey.reduce((max(1, grey.width // 256), max(1, grey.height // 256)))  # for speed
-    grey = grey.resize((32, 32), Image.Resampling.BOX)
-    low = dctn(np.asarray(grey, dtype=np.float32), norm="ortho")[:8, :8].ravel()[1:]
-    signs: np.ndarray = (low > np.median(low)) & (low.std() > FLAT)
+    small = thumbnails.reshape(-1, 32, THUMBNAIL // 32, 32, THUMBNAIL // 32).mean((2, 4))
+    low = dctn(small, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(-1, 64)[:, 1:]
+    signs: np.ndarray = (low > np.median(low, axis=1, keepdims=True)) & (
+        low.std(1, keepdims=True) > FLAT
+    )
     return signs
 
 

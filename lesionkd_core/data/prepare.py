@@ -24,13 +24,21 @@ from ..edges import edge_label
 from ..results import Progress, log
 from . import phantom
 from .images import Case, Reading, UnreadableFile, is_volume
-from .layouts import CATALOGUE, fingerprint, read
-from .pixels import lesion_contrast, perceptual_hash, prepare_image, prepare_mask
-from .splits import SPLITS, crossing, group_cases, split_cases
+from .layouts import CATALOGUE, fingerprint, read, sequence_of
+from .pixels import (
+    THUMBNAIL,
+    hash_thumbnails,
+    lesion_contrast,
+    prepare_image,
+    prepare_mask,
+    thumbnail,
+)
+from .splits import SPLITS, crossing, group_cases, series_across, split_cases
 
+SMALL = (THUMBNAIL, THUMBNAIL)
 PART, VOLUMES = 64, 2  # images or volumes between two saves; they are in memory together
-Row = tuple[dict[str, Any], np.ndarray, np.ndarray]
-"""Facts of a case; its prepared image (1, S, S, 3) and mask (1, S, S), empty if it is dropped."""
+Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
+"""Facts of a case; its image (1, S, S, 3), mask (1, S, S) and thumbnail; empty if it is dropped."""
 
 
 class Prepared(results.Result):
@@ -66,9 +74,14 @@ class Prepared(results.Result):
         return results.read_array(self.path / "edges.npy")
 
     @cached_property
+    def thumbnails(self) -> np.ndarray:
+        """(N, 64, 64) uint8: grey copies in which near-duplicates are searched; 0 for a volume."""
+        return results.read_array(self.path / "thumbnails.npy")
+
+    @cached_property
     def hashes(self) -> np.ndarray:
         """(N, 63) bool: perceptual hashes."""
-        return results.read_array(self.path / "hashes.npy", mmap=False)
+        return hash_thumbnails(self.thumbnails)
 
     @cached_property
     def split_hash(self) -> str:
@@ -170,7 +183,7 @@ def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[Row]:
     except UnreadableFile as error:
         nothing = np.empty((0, cfg.pixels, cfg.pixels), np.uint8)
         row = {"id": case.id, "file": case.image.name, "problem": str(error), "notes": []}
-        return [(row, nothing, nothing)]
+        return [(row, nothing, nothing, nothing)]
 
 
 def _row(
@@ -178,8 +191,8 @@ def _row(
 ) -> Row:
     """Size and likeness come from the original, so that every prepared size has the same split."""
     empty = not mask.any()
-    slice_of_volume = bool(reading.volume)  # slices of two patients look alike
-    alike = np.zeros(63, bool) if slice_of_volume else perceptual_hash(reading.image)
+    # slices of two patients look alike
+    small = np.zeros(SMALL, np.uint8) if reading.volume else thumbnail(reading.image)
     row = {
         "id": reading.id,
         "file": case.image.name,
@@ -193,21 +206,18 @@ def _row(
         "empty": bool(empty),
         "lesion_share": np.count_nonzero(reading.mask) / reading.mask.size,
         "contrast": lesion_contrast(image, mask),
-        "hash": np.packbits(alike).tobytes().hex(),
         "moments": _moments(image),
         "problem": "no lesion (normals = drop)" if empty and cfg.normals == "drop" else "",
     }
     kept = slice(0, 0) if row["problem"] else slice(None)
-    return row, image[None][kept], mask[None][kept].astype(np.uint8)
+    return row, image[None][kept], mask[None][kept].astype(np.uint8), small[None][kept]
 
 
 def _write_part(path: Path, done: list[Row]) -> None:
-    none = [np.empty(0, np.uint8)]
-    rows = [row for row, _, _ in done]
-    images = np.concatenate([image for row, image, _ in done if not row["problem"]] or none)
-    masks = np.concatenate([mask for row, _, mask in done if not row["problem"]] or none)
+    kept = [arrays for row, *arrays in done if not row["problem"]] or [[np.empty(0, np.uint8)] * 3]
+    arrays = dict(zip(("images", "masks", "thumbnails"), map(np.concatenate, zip(*kept))))
     with results.replacing(path) as partial, open(partial, "wb") as file:
-        np.savez(file, images=images, masks=masks, rows=np.array(json.dumps(rows)))
+        np.savez(file, rows=np.array(json.dumps([row for row, *_ in done])), **arrays)
 
 
 def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) -> None:
@@ -223,21 +233,19 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
             f"{(~kept).sum()} were dropped:\n" + "\n".join(reasons)
         )
     cases = rows[kept].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
-    packed = np.array([list(bytes.fromhex(h)) for h in cases["hash"]], np.uint8)
-    hashes = np.unpackbits(packed, axis=1, count=63).astype(bool)
-    cases["group"] = group_cases(cases["group"], hashes if grouped else None, cfg.duplicate_bits)
+    small = np.concatenate([np.load(part)["thumbnails"].reshape(-1, *SMALL) for part in parts])
+    known, bits = cases["group"], cfg.duplicate_bits
+    cases["group"] = group_cases(known, small if grouped else None, bits, sequence_of(cfg))
     cases["split"] = split_cases(cases, cfg)
     chosen = (cases["split"] != "").to_numpy()
     rows.loc[rows.index[kept][~chosen], "problem"] = "not in the split file"
-    cases, hashes = cases[chosen].reset_index(drop=True), hashes[chosen]
+    cases = cases[chosen].reset_index(drop=True)
     across = crossing(cases)
-    if any(across.values()):
-        log.warning(
-            f"warning: {across['test']} test and {across['val']} validation cases share a group "
-            "(video, patient, near-duplicate) with a training case"
-        )
+    warnings = _warnings(cases[known[chosen].to_numpy() == ""], across)
+    for warning in warnings:
+        log.warning(f"warning: {warning}")
     _write_arrays(path, parts, chosen, cfg.pixels)
-    results.write_array(path / "hashes.npy", hashes)
+    results.write_array(path / "thumbnails.npy", small[chosen])
     report = _report(rows)
     results.write_table(path / "report.csv", report)
     results.write_table(path / "split.csv", cases[["id", "group", "split"]])
@@ -248,7 +256,24 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
         for action in ("repaired", "dropped")
     }
     about = {"kept": len(cases), "groups": int(cases["group"].nunique()), "crossing": across}
+    about["warnings"] = warnings
     results.write_json(path / "summary.json", about | counts | _statistics(cases))
+
+
+def _warnings(ungrouped: pd.DataFrame, across: dict[str, int]) -> list[str]:
+    """What may be wrong with the data, and the option that cures it."""
+    found = []
+    if any(across.values()):
+        found.append(
+            f"{across['test']} test and {across['val']} validation cases share a group (video, "
+            "patient, near-duplicate) with a training case"
+        )
+    if series := series_across(ungrouped):
+        found.append(
+            f"{len(series)} numbered series of images, such as that of {series[0]}, have members in "
+            "more than one split. If a series is a patient or a video, give group_by = 'number'"
+        )
+    return found
 
 
 def _statistics(cases: pd.DataFrame) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +10,14 @@ import numpy as np
 import pandas as pd
 
 from ..config import LesionKDError, PrepareConfig
+from .images import before_number, stem_of
+from .pixels import hash_thumbnails
 
 SPLITS = ("train", "val", "test")
+SAME, SAME_SCENE = 0.48, 0.5
+"""Correlation of details of two copies, and of two frames of one scene on a coarser scale."""
+FEW = 5
+"""Up to this number of groups, val and test get one each."""
 UNITS = 10
 """Smallest number of groups in a stratum of lesion size."""
 
@@ -39,26 +46,125 @@ def near_pairs(hashes: np.ndarray, bits: int) -> Iterator[np.ndarray]:
         yield np.stack([rows[i + start], rows[j], apart[i, j]], 1).astype(int)[later]
 
 
-def group_cases(groups: pd.Series, hashes: np.ndarray | None, bits: int) -> list[str]:
-    """Unite the release's groups and near-duplicate images.
+def detail_correlation(
+    thumbnails: np.ndarray, i: np.ndarray, j: np.ndarray, scale: float = 1, reach: int = 4
+) -> np.ndarray:
+    """Correlation of what two images show in detail, -1..1, for each pair of rows i, j.
+
+    The low frequencies, in which a perceptual hash finds all images of one kind alike, are removed,
+    local contrast is equalized, and only the common field of view counts. The largest value over
+    shifts is taken.
+
+    Parameters
+    ----------
+    thumbnails : (N, 64, 64) uint8
+    i, j : (M,) int
+    scale : float
+        Of the details; larger ones tolerate movement between frames of a video.
+    reach : int
+        Largest shift, thumbnail pixels.
+
+    Returns
+    -------
+    (M,) float
+        0 if less than half of the larger field of view is common.
+    """
+    from scipy.fft import irfft2, rfft2
+
+    size = 64 + reach + (-reach) % 8
+    shifts = np.r_[: reach + 1, size - reach : size]
+    found = [np.empty(0)]
+    for start in range(0, len(i), 512):  # in blocks, so that memory is bounded
+        block = slice(start, start + 512)
+        rows, where = np.unique(np.concatenate([i[block], j[block]]), return_inverse=True)
+        first, second = np.split(where.ravel(), 2)
+        seen, detail = _details(thumbnails[rows], scale)
+        area = seen.sum((1, 2))
+        waves = [rfft2(x, (size, size)) for x in (detail, detail**2, seen)]
+
+        product, energy, energy2, common = (
+            irfft2(waves[a][first] * waves[b][second].conj(), (size, size))[:, shifts][:, :, shifts]
+            for a, b in ((0, 0), (1, 2), (2, 1), (2, 2))
+        )
+        correlation = product / np.sqrt(np.maximum(energy * energy2, 1e-3))
+        least = np.maximum(area[first], area[second]) / 2
+        correlation[common < least[:, None, None]] = 0
+        found.append(correlation.max((1, 2)))
+    return np.concatenate(found)
+
+
+def _details(thumbnails: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The fields of view without their dark surroundings, and the details in them; float32."""
+    from scipy.ndimage import binary_erosion, binary_fill_holes, gaussian_filter
+
+    pixels, seen = thumbnails.astype(np.float32), np.empty(thumbnails.shape, np.float32)
+    bright = np.percentile(pixels, 95, axis=(1, 2))
+    for field, plane, limit in zip(seen, pixels, np.minimum(bright / 4, 32)):
+        inside = binary_erosion(
+            binary_fill_holes(plane > limit), np.ones((3, 3)), 2, border_value=1
+        )
+        field[:] = inside if inside.mean() > 0.1 else 1
+
+    def smooth(x: np.ndarray, sigma: float) -> np.ndarray:
+        smoothed: np.ndarray = gaussian_filter(x, (0, sigma, sigma), mode="constant")
+        return smoothed
+
+    pixels = gaussian_filter(pixels, (0, 0.7 * scale, 0.7 * scale))
+    fine, wide = (np.maximum(smooth(seen, sigma * scale), 1e-6) for sigma in (2, 4))
+    detail = (pixels - smooth(pixels * seen, 2 * scale) / fine) * seen
+    contrast = np.sqrt(np.maximum(smooth(detail**2, 4 * scale) / wide, 0))
+    return seen, detail / (contrast + 1)
+
+
+def compare_pairs(thumbnails: np.ndarray, bits: int) -> pd.DataFrame:
+    """Pairs of images whose perceptual hashes are near, and how alike their details are.
+
+    Returns
+    -------
+    DataFrame
+        first, second (rows), bits (distance of the hashes), correlation (of the details), same
+        (taken for one picture).
+    """
+    pairs = np.concatenate([*near_pairs(hash_thumbnails(thumbnails), bits)])
+    table = pd.DataFrame(pairs, columns=["first", "second", "bits"])
+    table["correlation"] = detail_correlation(thumbnails, pairs[:, 0], pairs[:, 1])
+    return table.assign(same=table["correlation"] >= SAME)
+
+
+def group_cases(
+    groups: pd.Series, thumbnails: np.ndarray | None, bits: int, sequence: bool = False
+) -> list[str]:
+    """Unite the groups that are known and images that show the same.
+
+    Two images whose hashes are near share a group if their details agree. In a sequence of frames,
+    images of the same scene also do: at most three frames apart and alike on a coarser scale.
 
     Parameters
     ----------
     groups : (N,) of str
-        Video or patient; empty where the release does not say.
-    hashes : (N, 63) bool, optional
-        From `perceptual_hash`.
+        Video or patient; empty where it is not known.
+    thumbnails : (N, 64, 64) uint8, optional
+        From `pixels.thumbnail`; black for a slice of a volume.
+    bits : int
+        Largest distance of near hashes.
 
     Returns
     -------
     list of str
         'g0000' and so on, for each case.
     """
-    codes = pd.factorize(groups.where(groups != ""))[0]  # -1: not said
+    codes = pd.factorize(groups.where(groups != ""))[0]  # -1: not known
     first = pd.Series(range(len(groups))).groupby(codes).transform("first").to_numpy()
     component = np.where(codes >= 0, first, np.arange(len(groups)))
-    for block in near_pairs(hashes, bits) if hashes is not None else ():
-        component = _united(component, block[:, 0], block[:, 1])
+    if thumbnails is not None:
+        for block in near_pairs(hash_thumbnails(thumbnails), bits):
+            i, j = block[component[block[:, 0]] != component[block[:, 1]], :2].T
+            same = detail_correlation(thumbnails, i, j) >= SAME
+            component = _united(component, i[same], j[same])
+    for step in (1, 2, 3) if thumbnails is not None and sequence else ():
+        i = np.arange(len(groups) - step)
+        alike = detail_correlation(thumbnails, i, i + step, scale=3, reach=8) >= SAME_SCENE
+        component = _united(component, i[alike], i[alike] + step)
     return [f"g{c:04d}" for c in pd.factorize(component)[0]]
 
 
@@ -71,6 +177,31 @@ def _united(component: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     links = coo_matrix((np.ones(len(i)), (component[i], component[j])), shape=(n, n))
     joined: np.ndarray = connected_components(links, directed=False)[1][component]
     return joined
+
+
+def series_across(cases: pd.DataFrame) -> list[str]:
+    """First files of numbered series of images, such as patient07_048, in more than one split.
+
+    Parameters
+    ----------
+    cases : DataFrame
+        Columns file, split. Cases whose group is known are left out.
+
+    Returns
+    -------
+    list of str
+        Empty if the numbers do not look like slices of patients or frames of videos: a whole data
+        set is often numbered in one or a few series.
+    """
+    stems = cases["file"].map(lambda name: stem_of(Path(name)))
+    prefix = stems.map(before_number)
+    table = cases.assign(file=stems, prefix=prefix)[prefix != stems].groupby("prefix")
+    table = table.agg(file=("file", "first"), splits=("split", "nunique"), size=("file", "size"))
+    series = table[table["size"] > 1]
+    numbered = series.index.str.contains("[0-9]")
+    if len(series) < 2 or not (numbered.mean() > 0.5 or len(series) > 5):
+        return []
+    return series.loc[series["splits"] > 1, "file"].tolist()
 
 
 def crossing(cases: pd.DataFrame) -> dict[str, int]:
@@ -116,13 +247,15 @@ def split_cases(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
     if missing and cfg.split_file:
         raise SplitError(f"{cfg.split_file}: assigns no case of {cfg.dataset} to {missing}")
     if missing:
-        units = cases["id" if cfg.split == "random" else "group"].nunique()
+        units = cases["id" if cfg.split == "random" else "group"].value_counts()
         normals = "; normals = 'test' moves every group with an empty mask to the test split"
         raise SplitError(
-            f"{cfg.dataset}: {units} groups are too few to fill {missing}; near-duplicates, frames "
-            "of one video and images of one patient form one group"
-            + normals
-            * (cfg.normals == "test")
+            f"{cfg.dataset}: {len(cases)} cases in {len(units)} groups, the largest with "
+            f"{units.max()}, leave no group for {missing}. Near-duplicates, frames of one video and "
+            f"images of one patient form one group{normals * (cfg.normals == 'test')}.\n"
+            f"At least 3 groups are needed. val_fraction = {cfg.val_fraction} and test_fraction = "
+            f"{cfg.test_fraction} are the sizes asked for. Add patients, or name them with group_by if "
+            "these groups are wrong."
         )
     return splits
 
@@ -163,6 +296,10 @@ def allot(
         ranks = table.loc[lesions, "mean"].rank(method="first")
         thirds = max(1, min(3, lesions.sum() // UNITS))
         table.loc[lesions, "stratum"] = pd.qcut(ranks, thirds, labels=False)
+    if "train" in parts and len(parts) <= len(table) <= FEW:
+        drawn = table.drop(table["size"].idxmax()).sort_values("order").index
+        held_out = dict(zip(drawn, (part for part in parts if part != "train")))
+        return units.map(lambda unit: held_out.get(unit, "train"))
     table["octave"] = np.log2(table["size"]).astype(int)
     placed, total = {}, dict.fromkeys(parts, 0)
     for _, stratum in table.groupby("stratum"):
@@ -175,6 +312,11 @@ def allot(
             filled[part] += row["size"]
             total[part] += row["size"]
             placed[unit] = part
+    for part in parts:  # a small fraction of few units
+        counts = Counter(placed.values())
+        fullest = max(parts, key=lambda name: counts[name])
+        if not counts[part] and counts[fullest] > 1:
+            placed[min((u for u in placed if placed[u] == fullest), key=table["size"].get)] = part
     return units.map(placed)
 
 
