@@ -33,6 +33,7 @@ from lesionkd_core.export.parity import (
 )
 from lesionkd_core.models import NETWORKS, UNet
 from lesionkd_core.predict import probabilities
+from tests.benchmarks.cost import peak_memory
 from tests.fixed import CFG, fixed_run, lively, noise, undecided, unet
 
 
@@ -395,7 +396,7 @@ def test_cost_is_measured_in_turns_and_relative_to_the_plain_student():
 
 
 def test_memory_of_a_fresh_process(exported):
-    assert 0 < cost.peak_memory(exported.path / "student.onnx", 64) < 500
+    assert 0 < peak_memory(exported.path / "student.onnx", 64) < 500
 
 
 def test_the_committed_cost_has_every_network():

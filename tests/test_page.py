@@ -186,12 +186,12 @@ def test_a_photo_chosen_later_wins_over_a_slow_one_before_it(phone, tmp_path):
     ) and saved_mask(phone).shape == (70, 90)
 
 
-def test_orientation_is_obeyed_and_colour_profiles_are_passed_over_as_in_training(phone, student, photo, tmp_path):
+def test_orientation_is_obeyed_and_colour_profiles_are_passed_over_as_in_training(
+    phone, student, photo, tmp_path
+):
     turned = Image.Exif()
     turned[274] = 6
-    photo(200, 120).save(
-        tmp_path / "turned.jpg", exif=turned, quality=95, subsampling=0
-    )
+    photo(200, 120).save(tmp_path / "turned.jpg", exif=turned, quality=95, subsampling=0)
     gamma = PngInfo()
     gamma.add(
         b"gAMA", (100_000).to_bytes(4, "big")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -202,29 +200,6 @@ def one_thread(executorch: bool) -> Iterator[None]:
             set_threads(threads)
         if pinned:
             os.sched_setaffinity(0, cores)
-
-
-def peak_memory(file: Path, pixels: int) -> float:
-    """Peak of a fresh process that loads an ONNX file and segments one image, MiB.
-
-    The memory of ONNX Runtime itself is not counted.
-    """
-    code = (
-        "import re, sys, numpy as np, onnxruntime as ort\n"
-        "def status(name): return int(re.search(name + r':\\s+(\\d+)', "
-        "open('/proc/self/status').read())[1])\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak
-        "before, side = status('VmRSS'), int(sys.argv[2])\n"
-        "options = ort.SessionOptions(); options.intra_op_num_threads = 1\n"
-        "session = ort.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])\n"
-        "session.run(None, {'image': np.zeros((1, side, side, 3), np.uint8)})\n"
-        "print(status('VmHWM') - before)"
-    )
-    if not Path("/proc/self/clear_refs").exists():
-        raise LesionKDError("peak memory is read from /proc, which this system lacks; use Linux")
-    command = [sys.executable, "-c", code, str(file), str(pixels)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout) / 1024
 
 
 # The browser --------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ Web if ORT_WEB names the folder of the unpacked npm package onnxruntime-web.
 
 import os
 import re
+import subprocess
+import sys
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,8 +20,8 @@ import pandas as pd
 
 import lesionkd_core as lkd
 from lesionkd_core import results
-from lesionkd_core.config import ENGINES, ExportConfig
-from lesionkd_core.export.cost import NETWORKS, Browser, measure_cost, peak_memory, timer_of
+from lesionkd_core.config import ENGINES, ExportConfig, LesionKDError
+from lesionkd_core.export.cost import NETWORKS, Browser, measure_cost, timer_of
 from lesionkd_core.export.onnx import write_onnx
 from lesionkd_core.export.parity import Deployed
 
@@ -89,6 +91,29 @@ def yardsticks(web, network, file, pixels):
         for s in pixels:
             row = about | {"engine": "browser (ONNX Runtime Web)", "pixels": s}
             yield row, partial(web.time, which, s)
+
+
+def peak_memory(file: Path, pixels: int) -> float:
+    """Peak of a fresh process that loads an ONNX file and segments one image, MiB.
+
+    The memory of ONNX Runtime itself is not counted.
+    """
+    code = (
+        "import re, sys, numpy as np, onnxruntime as ort\n"
+        "def status(name): return int(re.search(name + r':\\s+(\\d+)', "
+        "open('/proc/self/status').read())[1])\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak
+        "before, side = status('VmRSS'), int(sys.argv[2])\n"
+        "options = ort.SessionOptions(); options.intra_op_num_threads = 1\n"
+        "session = ort.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])\n"
+        "session.run(None, {'image': np.zeros((1, side, side, 3), np.uint8)})\n"
+        "print(status('VmHWM') - before)"
+    )
+    if not Path("/proc/self/clear_refs").exists():
+        raise LesionKDError("peak memory is read from /proc, which this system lacks; use Linux")
+    command = [sys.executable, "-c", code, str(file), str(pixels)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout) / 1024
 
 
 def memory(pixels):

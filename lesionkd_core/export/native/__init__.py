@@ -69,7 +69,8 @@ def pack(network: Deployed) -> np.ndarray:
         The network is not a U-Net for RGB and one class whose width is a multiple of 4.
     """
     unet: Any = network.network
-    first = unet.encoder[0][0] if isinstance(unet, UNet) else None
+    blocks: Any = unet.encoder if isinstance(unet, UNet) else None
+    first = blocks[0][0] if blocks else None
     if first is None or first.in_channels != 3 or unet.head.out_channels != 1:
         raise LesionKDError(
             f"the formats native and page take a UNet for RGB and one class; got a "
@@ -82,7 +83,7 @@ def pack(network: Deployed) -> np.ndarray:
             f"the formats native and page need a width that is a multiple of 4; got {width}. "
             "Leave native and page out of formats."
         )
-    blocks = [*unet.encoder, *(m for pair in zip(unet.upsample, unet.decoder) for m in pair)]
+    blocks = [*blocks, *(m for pair in zip(unet.upsample, unet.decoder) for m in pair)]
     layers = [layer for block in (*blocks, unet.head) for layer in block.modules()]
     convolutions = [m for m in layers if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     weights = np.concatenate([_grouped(layer) for layer in convolutions])
