@@ -143,18 +143,18 @@ def find_or_make(
         With several processes on one training: whether this one writes, and a barrier.
     """
     paths = [folder(cfg, upstream) for cfg, upstream in zip(cfgs, upstreams)]
-    if not all(map(is_done, paths)):
-        with ExitStack() as locks:
-            for path in sorted(set(paths)) if leader else ():  # one order, so no deadlock
+    with ExitStack() as locks:
+        if leader and not all(map(is_done, paths)):
+            for path in sorted(set(paths)):  # one order, so no deadlock
                 locks.enter_context(lock(path))
-            wait()
-            missing = {path: i for i, path in enumerate(paths) if not is_done(path)}
+        wait()  # from here on no other job can finish one of them
+        missing = {path: i for i, path in enumerate(paths) if not is_done(path)}
+        if missing:
             if leader:
                 for path, i in missing.items():
                     _begin(path, cfgs[i], upstreams[i], resume)
             wait()
-            if missing:
-                make({path: cfgs[i] for path, i in missing.items()})
+            make({path: cfgs[i] for path, i in missing.items()})
             wait()
             if leader:
                 for path in missing:
