@@ -136,6 +136,16 @@ def test_it_loads_offline_from_the_disk_and_asks_for_nothing(phone):
     assert phone.get_by_role("status").inner_text() == "Ready. Take a photo or choose one."
 
 
+REFUSED = """async (url) => {
+  const refused = new Promise((resolve) => {
+    const event = 'securitypolicyviolation';
+    document.addEventListener(event, (e) => resolve(e.effectiveDirective), { once: true });
+  });
+  try { WAY } catch {}
+  return refused;
+}"""
+
+
 def test_its_policy_refuses_every_connection(browser, html):
     asked = []
 
@@ -156,16 +166,8 @@ def test_its_policy_refuses_every_connection(browser, html):
             "new WebSocket(url.replace('http', 'ws'))",
         ):
             refused = online.evaluate(
-                """async ([way, url]) => {
-                const refused = new Promise((resolve) => {
-                    document.addEventListener('securitypolicyviolation', (e) => resolve(e.effectiveDirective), { once: true });
-                });
-                try { %s } catch {}
-                return refused;
-            }"""
-                % way,
-                ["", f"http://127.0.0.1:{server.server_port}/leak"],
-            )  # noqa: UP031
+                REFUSED.replace("WAY", way), f"http://127.0.0.1:{server.server_port}/leak"
+            )
             assert refused in ("connect-src", "img-src"), way
         server.shutdown()
     assert asked == []
@@ -357,7 +359,7 @@ def test_it_works_by_keyboard_alone(phone, tmp_path):
         phone.keyboard.press("Tab")
         reached.append(
             phone.evaluate(
-                "document.activeElement.id || document.activeElement.name || document.activeElement.tagName"
+                "(({ id, name, tagName }) => id || name || tagName)(document.activeElement)"
             )
         )
     stops = [name for name in dict.fromkeys(reached) if name not in ("BODY", "HTML")]

@@ -141,7 +141,8 @@ def _prepared(
         for s in pixels:
             yield known[s] | about, timer_of(partial(engine, images[s][:1]))
 
-    write_onnx(deployed, folder / "float32.onnx")
+    if more or "onnx" in engines:
+        write_onnx(deployed, folder / "float32.onnx")
     if "torch" in engines:
         yield from timed(torch_engine(deployed), 4 * count)
     for precision in ("float32", "int8") if count <= SMALL else ("float32",):

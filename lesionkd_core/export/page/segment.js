@@ -56,7 +56,7 @@ function resampleColumns(source, width, channels, table, target, whole) {  // (f
   });
 }
 
-function addRows(data, top, rows, width, table, sums) {  // a strip's share of every output row that it lies in
+function addRows(data, top, rows, width, table, sums) {  // adds a strip of the photo to the output rows that it covers
   table.forEach(({ first, w }, y) => {
     for (let k = Math.max(first, top); k < Math.min(first + w.length, top + rows); k++) {
       const weight = w[k - first];
@@ -71,7 +71,7 @@ function addRows(data, top, rows, width, table, sums) {  // a strip's share of e
 
 const halfToEven = (x) => (x % 1 === 0.5 && Math.floor(x) % 2 === 0 ? Math.floor(x) : Math.round(x));  // Python's round
 
-function box(width, height) {  // where the photo lies in the square
+function box(width, height) {  // position and size of the photo in the square
   const size = settings.pixels;
   let across = size / width, down = size / height;
   if (settings.fit === "pad") across = down = Math.min(across, down);
