@@ -104,8 +104,8 @@ def test_aarch64_is_pytorch_on_test_cases(network, data, folder, tmp_path):
 
 
 @pytest.mark.skipif(not QEMU, reason="aarch64 is emulated by qemu-user: apt-get install qemu-user")
-@pytest.mark.parametrize("stem", [1, 2, 4])
-def test_aarch64_takes_every_stem_and_narrow_images(stem, data, tmp_path):
+@pytest.mark.parametrize("stem", [2, 4])
+def test_aarch64_takes_a_stem_and_narrow_images(stem, data, tmp_path):
     images = noise(1, 96, 32)
     network = undecided(unet(width=8, stem=stem), images, spread=2)
     write_native(network, tmp_path, data.images[0])
@@ -210,7 +210,7 @@ def test_sanitizers_find_nothing_at_random_sizes_widths_and_stems(tmp_path, fold
         "-fno-sanitize-recover=all",
         "-DLESION_NO_STUDENT",
     ]
-    command = [gcc, "-std=gnu11", "-O2", "-g", *sanitizers, f"-I{folder}", "-o", tmp_path / "fuzz"]
+    command = [gcc, "-std=gnu11", "-O3", "-g", *sanitizers, f"-I{folder}", "-o", tmp_path / "fuzz"]
     subprocess.run([*command, HERE / "fuzz.c", folder / "segment.c"], check=True)
     arguments = [str(value) for model in models for value in model]
     done = subprocess.run([tmp_path / "fuzz", "200", *arguments], capture_output=True, text=True)

@@ -17,7 +17,7 @@ int main(int argc, char **argv) {
     for (int t = 0; t < trials; t++) {
         char **about = argv + 2 + 3 * draw(models);
         size_t count = (size_t)atol(about[2]);
-        int height = 32 * (1 + draw(4)), width = 32 * (1 + draw(4));
+        int height = 32 * (1 + draw(3)), width = 32 * (1 + draw(3));
         float *model = malloc(count * sizeof(float));
         for (size_t i = 0; i < count; i++) model[i] = (float)draw(2001) / 5000 - 0.2f;
         model[0] = 1, model[1] = (float)atoi(about[0]), model[2] = (float)atoi(about[1]), model[3] = (float)(count - 10);
