@@ -21,7 +21,7 @@ _MODULES = {
     "data.layouts": "CATALOGUE",
     "data.download": "download",
     "predict": "load_network load_student",
-    "data.batches": "epoch_batches normalize",
+    "data.batches": "MEAN STD epoch_batches normalize",
     "evaluate": "fixed_mask_dice score_external score_masks score_original score_otsu summarize",
     "pipeline": "ablate distill distill_arms fit_edge_graph sweep_weights train_teacher",
     "export": "export_student",

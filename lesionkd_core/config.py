@@ -610,6 +610,8 @@ class DistillConfig(GraphConfig):
 
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"losses": ""},
+    "alone_long": {"losses": ""},  # more epochs: `long_factor`
+    "stem2": {"losses": "", "stem": 2},
     "feat": {"losses": "feat"},
     "edge": {"losses": "edge"},
     "method": {"losses": "feat, edge"},
@@ -639,6 +641,9 @@ class AblationConfig(DistillConfig):
         min_length=1,
         description="arms, comma-separated: alone, feat, edge, method, shuffled, or any loss term",
     )
+    long_factor: int = Field(
+        3, ge=2, description="epochs of the arm alone_long, as a multiple of epochs"
+    )
     seeds: Seeds = Field((0,), description="3 is the seeds 0, 1, 2; '7' is seed 7; '0, 7' is both")
 
     @model_validator(mode="before")
@@ -657,6 +662,8 @@ class AblationConfig(DistillConfig):
     def arm(self, name: str, seed: int) -> DistillConfig:
         """The configuration of one arm with one seed."""
         own = {n: getattr(self, n) for n in DistillConfig.model_fields} | arm_options(name)
+        if name == "alone_long":
+            own["epochs"] *= self.long_factor
         weights = {n: self.losses.get(n) for n in _names(own["losses"])}
         return DistillConfig(**own | {"losses": weights, "seed": seed})
 

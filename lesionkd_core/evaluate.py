@@ -191,7 +191,8 @@ def score_network(
     Returns
     -------
     DataFrame
-        id, group, split, label; columns of `score_masks`; soft_dice; brier (mean squared error of
+        id, group, split, label; columns of `score_masks`; soft_dice; dice_background (Dice of the pixels
+        outside the lesion: the membrane, where the lesion is the cell); brier (mean squared error of
         the probabilities); contrast (|mean grey of the lesion - that of its ring| / 255; NaN
         without a lesion).
     """
@@ -206,6 +207,7 @@ def _scored(data: Prepared, rows: np.ndarray, probability: np.ndarray) -> pd.Dat
     cases = data.cases.iloc[rows].reset_index(drop=True)
     table = score_masks(probability > THRESHOLD, truth)
     table["soft_dice"] = soft_dice(probability, truth)
+    table["dice_background"] = mask_dice(probability <= THRESHOLD, ~truth)
     table["brier"] = np.square(probability - truth.astype(np.float32)).mean((1, 2))
     table["contrast"] = cases["contrast"].abs()
     return pd.concat([cases[["id", "group", "split", "label"]], table], axis=1)

@@ -215,7 +215,7 @@ class _OnLogits(nn.Module):
         return cls()
 
 
-@register("kd", label="logit KD", weight=10.0, sweep=(0.3, 1.0, 3.0, 10.0))
+@register("kd", label="logit KD", weight=3.0, sweep=(0.3, 1.0, 3.0, 10.0))
 class LogitDistillation(_OnLogits):
     """`kd_loss`."""
 
@@ -223,7 +223,7 @@ class LogitDistillation(_OnLogits):
         return kd_loss(step.logits, step.teacher_logits)
 
 
-@register("boundary_kd", label="boundary KD", weight=10.0, sweep=(0.3, 1.0, 3.0, 10.0))
+@register("boundary_kd", label="boundary KD", weight=3.0, sweep=(0.3, 1.0, 3.0, 10.0))
 class BoundaryDistillation(_OnLogits):
     """`boundary_kd_loss`."""
 
@@ -231,7 +231,7 @@ class BoundaryDistillation(_OnLogits):
         return boundary_kd_loss(step.logits, step.teacher_logits, step.edge)
 
 
-@register("cwd", label="CWD", weight=1.0, sweep=(0.1, 0.3, 1.0, 3.0))
+@register("cwd", label="CWD", weight=0.3, sweep=(0.1, 0.3, 1.0, 3.0))
 class ChannelwiseDistillation(_OnLogits):
     """`cwd_loss`."""
 
@@ -239,7 +239,7 @@ class ChannelwiseDistillation(_OnLogits):
         return cwd_loss(step.logits, step.teacher_logits)
 
 
-@register("dist", label="DIST", weight=1.0, sweep=(0.1, 0.3, 1.0, 3.0))
+@register("dist", label="DIST", weight=1.0, sweep=(0.3, 1.0, 3.0, 10.0))
 class RelationDistillation(_OnLogits):
     """`dist_loss`."""
 
@@ -247,7 +247,7 @@ class RelationDistillation(_OnLogits):
         return dist_loss(step.logits, step.teacher_logits)
 
 
-@register("sobel", label="Sobel", weight=10.0, sweep=(1.0, 3.0, 10.0, 30.0))
+@register("sobel", label="Sobel", weight=30.0, sweep=(3.0, 10.0, 30.0, 100.0))
 class SobelDistillation(_OnLogits):
     """`sobel_loss`."""
 
