@@ -191,10 +191,9 @@ def score_network(
     Returns
     -------
     DataFrame
-        id, group, split, label; columns of `score_masks`; soft_dice; dice_background (Dice of the pixels
-        outside the lesion: the membrane, where the lesion is the cell); brier (mean squared error of
-        the probabilities); contrast (|mean grey of the lesion - that of its ring| / 255; NaN
-        without a lesion).
+        id, group, split, label; columns of `score_masks`; soft_dice; dice_background (Dice of the
+        pixels outside the lesion); brier (mean squared error of the probabilities); contrast (|mean
+        grey of the lesion - that of its ring| / 255; NaN without a lesion).
     """
     rows = np.concatenate([data.index(split) for split in splits])
     blocks = [rows[i : i + 256] for i in range(0, len(rows), 256)]  # bounds the memory
