@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import textwrap
 import zlib
 from base64 import b64encode
@@ -326,8 +327,8 @@ TRUTH = "#FFFFFF"
 
 def panels(rows: int, columns: int, ratio: float = 1.0) -> tuple[Figure, np.ndarray]:
     """A grid of pictures without axes, panels `ratio` times as high as wide; (rows, columns)."""
-    width = ONE_COLUMN if columns <= 2 else TWO_COLUMNS
-    size = (width, width / columns * rows * ratio)
+    side = ONE_COLUMN / 2 if columns <= 2 else TWO_COLUMNS / columns
+    size = (side * columns, side * rows * ratio)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -435,6 +436,51 @@ def segmentations(
     _row_labels(axes, ("image", *map(_label, predicted)))
     what = f"and below each the outline of {_names(predicted)}, and of the true mask, dashed"
     return _described(fig, f"{len(rows)} images, {what}.")
+
+
+def viewer(prepared: Prepared, rows: Sequence[int], probabilities: dict[str, np.ndarray]) -> None:
+    """Explore cases in JupyterLab: sliders for case and threshold, overlays to switch on and off.
+
+    Outside JupyterLab (papermill, nbval) it shows the masks of six cases at threshold 0.5.
+
+    Parameters
+    ----------
+    rows : sequence of int
+        Rows of `prepared`.
+    probabilities : {network: (len(rows), S, S)}
+    """
+    if not results.live_bar() or "ipykernel" not in sys.modules:
+        chosen = np.linspace(0, len(rows) - 1, min(6, len(rows))).round().astype(int)
+        shown = {name: stack[chosen] > 0.5 for name, stack in probabilities.items()}
+        display(segmentations(prepared, [rows[i] for i in chosen], shown))
+        return
+    import ipywidgets as widgets
+    from IPython.display import display as show
+
+    names = ("truth", *probabilities)
+    case = widgets.IntSlider(0, 0, len(rows) - 1, description="case")
+    threshold = widgets.FloatSlider(0.5, min=0.01, max=0.99, step=0.01, description="threshold")
+    boxes = [widgets.Checkbox(True, description=name, indent=False) for name in names]
+    picture = widgets.Image(format="png")
+
+    def draw(_: Any = None) -> None:
+        i = case.value
+        masks = {n: stack[i] > threshold.value for n, stack in probabilities.items()}
+        masks = {"truth": prepared.masks[rows[i]]} | masks
+        masks = {box.description: masks[box.description] for box in boxes if box.value}
+        with style():
+            fig, axis = plt.subplots(figsize=(ONE_COLUMN, ONE_COLUMN))
+            axis.set_axis_off()
+            draw_image(axis, prepared.images[rows[i]], prepared.cases["id"].iloc[rows[i]], **masks)
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format="png", dpi=120)
+            plt.close(fig)
+        picture.value = buffer.getvalue()
+
+    for control in (case, threshold, *boxes):
+        control.observe(draw, "value")
+    draw()
+    show(widgets.VBox([case, threshold, widgets.HBox(boxes), picture]))
 
 
 @styled()
