@@ -466,7 +466,9 @@ def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
     if teacher is not None:
         scored["teacher", cfg.teacher_seed] = teacher
     tables = {key: held_out_scores(run, cfg) for key, run in scored.items()}
-    upstream = "|".join([run.digest for run in scored.values()] + list(cfg.test_dataset))
+    text = "".join(table.to_csv() for table in tables.values())  # changes with other test data too
+    scores = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    upstream = "|".join([*(run.digest for run in scored.values()), scores])
 
     def make(missing: dict[Path, AblationConfig]) -> None:
         for path in missing:
