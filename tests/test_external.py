@@ -1,5 +1,7 @@
 """Scores on other data sets: all cases, no new training, near-duplicates counted."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -78,9 +80,10 @@ def test_copies_of_training_images_are_counted_with_a_warning(folders, run, runs
     )
 
 
-def test_an_ablation_is_scored_on_every_test_data_set(folders, runs):
+def test_an_ablation_is_scored_on_every_test_data_set_as_it_is_now(folders, runs, tmp_path):
+    other = shutil.copytree(folders[1], tmp_path / "theirs")
     options = OPTIONS | {"epochs": 1, "teacher_epochs": 1, "dataset": str(folders[0])}
-    cfg = AblationConfig(**options, test_dataset=str(folders[1]), arms="alone, method", seeds=1)
+    cfg = AblationConfig(**options, test_dataset=str(other), arms="alone, method", seeds=1)
     ablation = ablate(prepare(cfg), cfg)
     cases = ablation.per_case.groupby("test_dataset")["id"].nunique()
     assert cases["theirs"] == 12
@@ -89,6 +92,12 @@ def test_an_ablation_is_scored_on_every_test_data_set(folders, runs):
     assert sorted(ablation.table[keys].values.tolist()) == expected
     means = ablation.per_case.groupby(keys)["dice"].mean().to_dict()
     assert ablation.table.set_index(keys)["dice"].to_dict() == pytest.approx(means, abs=1e-6)
+    assert ablate(prepare(cfg), cfg).path == ablation.path
+    save(other / "masks" / "x5.png", lesion(20))  # a mask of the other data set is corrected
+    again = ablate(prepare(cfg), cfg)
+    assert again.path != ablation.path and len(list(runs.glob("distill/*/DONE"))) == 2
+    found = again.per_case.query("id == 'x5'")["lesion_pixels"]
+    assert (found != ablation.per_case.query("id == 'x5'")["lesion_pixels"].to_numpy()).all()
 
 
 @pytest.mark.fault

@@ -236,11 +236,11 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, fa
 
 
 @contextmanager
-def full_disk(room):
-    """The kernel lets no file grow beyond `room` bytes."""
+def full_disk(size):
+    """The kernel lets no file grow beyond `size` bytes."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
