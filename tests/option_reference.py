@@ -1,11 +1,13 @@
-"""docs/options.md from the configuration models: every option with its default, what it may be, and who takes it."""
+"""docs/options.md from the configuration: every option with its default, allowed values and use."""
+
+from __future__ import annotations
 
 from typing import Any
 
 from lesionkd_core import config
-from lesionkd_core.__main__ import TRAINING
-from lesionkd_core.provenance import CHECKOUT
-from lesionkd_core.sweeps.notebooks import configuration
+from lesionkd_core.config import PROFILES, StageConfig
+from lesionkd_core.sweep import configuration
+from tests.conftest import ROOT
 
 SECTIONS = {
     "Everywhere": config.StageConfig,
@@ -13,83 +15,113 @@ SECTIONS = {
     "Edge label": config.EdgeConfig,
     "Teacher, and the training of both networks": config.TeacherConfig,
     "Graph": config.GraphConfig,
-    "Student, losses and rivals": config.DistillConfig,
+    "Student and losses": config.DistillConfig,
     "Ablation": config.AblationConfig,
     "Export": config.ExportConfig,
 }
-NAMES = {"terms": config.TERM_FIELDS, "arms": config.ARMS}
-"""What a list may name where the type alone does not say it; `formats` and `engines` say it in their help."""
-DECIDED = {"seed", "terms", "shuffle_edges"}
-"""Options of a student that an ablation refuses, since its arms and seeds decide them."""
+COMMANDS: dict[str, type[StageConfig]] = {
+    "prepare": config.PrepareConfig,
+    "train-teacher": config.TeacherConfig,
+    "distill": config.DistillConfig,
+    "ablate": config.AblationConfig,
+    "export": config.ExportConfig,
+}
 HEAD = """# Options
 
-Made by `make notebooks` from the configuration models (`lesionkd_core/config`), so it holds every option and its default. An option is given
-with `-p` to papermill and to `python -m lesionkd_core run` (also the options that a notebook's first cell does not list), under `parameters` in a
-[sweep file](sweeps.md), or by name in Python:
+Every option of the suite, written by `make notebooks` from [config.py](../lesionkd_core/config.py). An option is given with `-p` to papermill and to `lesionkd`, in a [sweep file](sweeps.md), or by name in Python. A notebook takes every option of its table, also those that its first cell does not list.
 
-    papermill notebooks/03_teacher.ipynb out.ipynb -p dataset phantom-ct -p teacher_epochs 3
+    lesionkd run 03_teacher -p teacher_epochs 3 -p split_seed 1
 
 ```python
 import lesionkd_core as lkd
-cfg = lkd.TeacherConfig(dataset="phantom-ct", teacher_epochs=3)
-lkd.TeacherConfig.parameters()     # this reference as a table
+
+cfg = lkd.TeacherConfig(teacher_epochs=3, split_seed=1)
+lkd.TeacherConfig.parameters()     # this page as a table
 ```
 
-An unknown name is refused with the nearest one, a value of the wrong type or out of range with the option's help. Lists are comma-separated text.
-A stage takes the options of every stage that it stands on, and hands them on. What the profile decides has three defaults: smoke / cpu / paper.
-`profile`, `device` and `threads` are no part of what a result is, nor is the place of a data set or file, only its content; every other option that
-matters to a stage is part of the hash in its folder's name.
+- An unknown name is refused with the nearest one, a wrong value with the option's help.
+- A list is comma-separated text (`-p arms "alone, method"`), or a YAML list with `-y` or `-f`.
+- `-p` turns `3` into a number and `true` into a truth value where the option is not text; `-r` leaves text as it is. `-p seeds 3` is the seeds 0, 1 and 2; `-r seeds 3` is the seed 3.
+- Three defaults are those of the profiles smoke / cpu / paper.
+- A result is identified by the content of its data and by the options that change it: not by `profile`, `device`, `threads`, `deterministic`, `weak_teacher` or a path, and not by options of loss terms that are not used.
 
-Where things lie is said by two environment variables: `LESIONKD_DATA`, the folder of the releases (default `data/raw`), and `LESIONKD_RUNS`, that of
-the results (default `runs`)."""
+Two environment variables name folders: `LESIONKD_DATA` that of the data sets (`data/raw` if not set), `LESIONKD_RUNS` that of the results (`runs`)."""
 
 
 def option_reference() -> str:
     """The page."""
-    return "\n\n".join([HEAD, *(section(title, cls) for title, cls in SECTIONS.items())]) + "\n"
+    parts = [HEAD, *(section(title, kind) for title, kind in SECTIONS.items()), losses()]
+    return "\n\n".join(parts) + "\n"
 
 
-def section(title: str, cls: type[config.StageConfig]) -> str:
-    """One table: the options that a model adds to those it stands on."""
-    properties = cls.model_json_schema()["properties"]
-    own = [name for name in cls.model_fields if all(name not in base.model_fields for base in cls.__mro__[1:] if hasattr(base, "model_fields"))]
-    rows = [f"| `{name}` | {default(name, properties[name])} | {allowed(name, properties[name])} | {properties[name]['description']} |" for name in own]
-    refused = f" ({', '.join(f'`{name}`' for name in own if name in DECIDED)}: not by 05, 06 and `ablate`)" if DECIDED & set(own) else ""
-    return "\n".join([f"## {title}", "", f"Taken by {takers(cls)}{refused}.", "", "| option | default | allowed | what it is |", "|---|---|---|---|", *rows])
+def section(title: str, kind: type[StageConfig]) -> str:
+    """The options that a configuration adds to those it inherits."""
+    inherited = {name for base in kind.__mro__[1:] for name in getattr(base, "model_fields", {})}
+    fields = kind.model_json_schema()["properties"]
+    rows = [
+        f"| `{name}` | {default(name, fields[name])} | {allowed(fields[name])} "
+        f"| {fields[name]['description'].replace('|', '/')} |"
+        for name in kind.model_fields
+        if name not in inherited or (name == "losses" and kind is config.AblationConfig)
+    ]
+    head = "| option | default | allowed | meaning |\n|---|---|---|---|"
+    return "\n".join([f"## {title}", "", f"For {takers(kind)}.", "", head, *rows])
 
 
-def takers(cls: type[config.StageConfig]) -> str:
-    """Notebooks and commands whose configuration stands on this one."""
-    notebooks = [p for p in sorted((CHECKOUT / "notebooks").glob("0*.ipynb")) if issubclass(configuration(p), cls)]
-    commands = [name for name, (taken, _, _) in TRAINING.items() if issubclass(getattr(config, taken), cls)]
-    return ", ".join([f"[{p.stem[:2]}](../notebooks/{p.name})" for p in notebooks] + [f"`{name}`" for name in commands])
+def takers(kind: type[StageConfig]) -> str:
+    """Notebooks and commands that have these options."""
+    notebooks = [
+        f"[{path.stem[:2]}](../notebooks/{path.name})"
+        for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))
+        if issubclass(configuration(path), kind)
+    ]
+    commands = [f"`lesionkd {name}`" for name, taken in COMMANDS.items() if issubclass(taken, kind)]
+    return f"notebooks {', '.join(notebooks)}; {', '.join(commands)}"
 
 
 def default(name: str, field: dict[str, Any]) -> str:
-    """The value that is taken where none is given."""
-    if any(name in profile for profile in config.PROFILES.values()):
-        return " / ".join(f"`{profile[name]}`" for profile in config.PROFILES.values())
+    """The value without the option; three of them if the profile sets it."""
+    if any(name in values for values in PROFILES.values()):
+        return " / ".join(f"`{values[name]}`" for values in PROFILES.values())
     value = field["default"]
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return f"`{text}`" if text else "empty"
 
 
-def allowed(name: str, field: dict[str, Any]) -> str:
-    """What it may be, in words."""
-    if name in NAMES:
-        return "list, of " + ", ".join(f"`{known}`" for known in NAMES[name])
-    if field["type"] == "array":
-        return f"list, each a {allowed('', field['items'])}{'' if 'minItems' not in field and 'minLength' not in field else ', at least one'}"
+def allowed(field: dict[str, Any]) -> str:
+    """Allowed values in words."""
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
-    if "pattern" in field:
-        return "map, such as `decoder.stride4`"
-    kind = {"integer": "whole number", "number": "number", "boolean": "`True`, `False`", "string": "text" if name else "name"}[field["type"]]
-    return kind + limits(field)
+    kinds = {
+        "array": "list",
+        "boolean": "`True`, `False`",
+        "integer": "integer",
+        "number": "number",
+        "object": "loss terms",
+        "string": "a map, such as `decoder.stride4`" if "pattern" in field else "text",
+    }
+    return kinds[field["type"]] + limits(field.get("items", field))
 
 
 def limits(field: dict[str, Any]) -> str:
-    """From where to where a number goes; seeds go so far that it need not be said."""
-    kinds = {"minimum": "at least", "exclusiveMinimum": "over", "maximum": "at most", "exclusiveMaximum": "under"}
-    words = [f"{word} {field[key]}" for key, word in kinds.items() if key in field and field[key] != 2**31]
-    return " " * bool(words) + " and ".join(words) + (f" in steps of {field['multipleOf']}" if "multipleOf" in field else "")
+    """The range of a number; that of seeds need not be said."""
+    words = {
+        "minimum": ">= {}",
+        "exclusiveMinimum": "> {}",
+        "maximum": "<= {}",
+        "exclusiveMaximum": "< {}",
+        "multipleOf": "multiple of {}",
+    }
+    found = [text.format(f"{field[key]:g}") for key, text in words.items() if key in field]
+    return "".join(f", {text}" for text in found if "e+09" not in text)
+
+
+def losses() -> str:
+    """The registered loss terms with their default weights."""
+    rows = [
+        f"| `{name}` | {term.label} | {term.weight:g} | {', '.join(map(str, term.options)) or '-'} |"
+        for name, term in config.loss_terms().items()
+    ]
+    text = "For `losses`, and as arms of an ablation. A new one is a class in `losses/` ([design.md](design.md))."
+    head = "| term | label | default weight | options that it uses |\n|---|---|---|---|"
+    return "\n".join(["## Loss terms", "", text, "", head, *rows])
