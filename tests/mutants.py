@@ -237,7 +237,9 @@ def _places(node: ast.AST, above: tuple = (), scope: str = "") -> Iterator[tuple
     for field, value in ast.iter_fields(node):
         for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             shape = isinstance(node, ast.Call) and _name(node) in SHAPES and field == "args"
-            if isinstance(child, ast.AST) and field not in UNTOUCHED and not shape:
+            table = isinstance(node, ast.Module) and isinstance(child, ast.Assign)
+            skipped = field in UNTOUCHED or shape or table
+            if isinstance(child, ast.AST) and not skipped:
                 yield node, field, index, child, (*above, node), scope
                 yield from _places(child, (*above, node), scope)
 

@@ -172,10 +172,13 @@ def test_sobel_is_scipys_gradient_magnitude_of_the_probabilities():
     assert sobel_loss(student, teacher).item() == pytest.approx(expected)
 
 
-def test_temperatures_by_default_are_the_sources():
+def test_default_temperatures_are_those_of_the_sources():
     student, teacher = tensors(2, 1, 4, 5)
     for loss, temperature in ((kd_loss, 4.0), (cwd_loss, 4.0), (dist_loss, 1.0)):
         assert torch.equal(loss(student, teacher), loss(student, teacher, temperature))
+    edge = (student > 0).double()
+    expected = boundary_kd_loss(student, teacher, edge, temperature=4.0, boundary=5.0)
+    assert torch.equal(boundary_kd_loss(student, teacher, edge), expected)
 
 
 # All of them --------------------------------------------------------------------------------------
@@ -251,6 +254,19 @@ def test_every_term_trains_student_and_regressor_and_not_the_teacher(name, pair)
     assert pair[0].encoder[0][0].weight.grad.abs().sum() > 0
     assert all(p.grad.abs().sum() > 0 for p in module.parameters())
     assert all(p.grad is None for p in pair[1].parameters())
+
+
+class WithoutEncoderMaps(UNet):
+    def feature_norms(self):
+        norms = super().feature_norms().items()
+        return {name: norm for name, norm in norms if name.startswith("decoder")}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["fitnets", "at"])
+def test_a_student_without_the_maps_of_a_term_is_refused(name, pair):
+    with pytest.raises(LesionKDError, match="the student has no map 'encoder.stride"):
+        term(name, (WithoutEncoderMaps(width=2), pair[1]))
 
 
 LOGIT_TERMS = {

@@ -168,6 +168,7 @@ def test_refinement_reaches_student_and_connectors_and_not_the_teacher(pair):
 def test_in_the_warm_up_only_connectors_learn(pair):
     loss = FeatureRefinement(*pair, ("decoder.stride8",), warmup=2)
     step = step_of(*pair)
+    assert step.epoch == 0
     for epoch, reached in ((0, False), (1, False), (2, True)):
         pair[0].zero_grad()
         now = Step(step.logits, step.masks, step.maps, None, None, step.teacher_maps, epoch)
@@ -288,9 +289,11 @@ def test_the_first_map_of_a_pair_is_the_students(pair):
 
 def test_a_map_that_only_the_teacher_has_can_be_paired():
     level, names = "encoder.stride16:decoder.stride16", ("encoder.stride16", "decoder.stride16")
-    cfg = DistillConfig(losses="feat, edge_relation", levels=level, edge_level=level)
+    losses = "feat, edge_joint, edge_relation"
+    cfg = DistillConfig(losses=losses, levels=level, edge_level=level)
     terms = build_terms(cfg, UNet(width=2), ResNet34UNet())
-    assert terms["feat"].pairs == [names] and terms["edge_relation"].teacher_map == names[1]
+    assert terms["feat"].pairs == [names]
+    assert terms["edge_joint"].teacher_map == terms["edge_relation"].teacher_map == names[1]
 
 
 def test_initial_weights_of_a_term_depend_on_the_seed_alone(pair):
