@@ -335,6 +335,9 @@ def distill_arms(
         measured = _measure(list(missing.values()), graph, data, network)
         labelled = labelled_rows(data, cfgs[0].label_fraction)
         prior = float(data.cases["lesion_share"].iloc[labelled].mean())
+        if cfgs[0].label_fraction < 1:
+            total = len(data.index("train"))
+            log.info(f"students use the masks of {len(labelled)} of {total} training images")
         for path, cfg in missing.items():
             student = build(cfg, prior)
             terms = build_terms(cfg, student, network, measured)

@@ -95,7 +95,8 @@ class EdgeGraph(nn.Module):
     def build(cls, channels: int, cfg: Any) -> EdgeGraph:
         """A new graph with the options of a `GraphConfig`."""
         shape = channels, cfg.states, cfg.grid, cfg.anchors
-        return cls(*shape, frame=cfg.grid_frame, background=cfg.background_node)
+        background = cfg.background_node and cfg.anchors != "eagr"
+        return cls(*shape, frame=cfg.grid_frame, background=background)
 
     def edge_at(self, edge: Tensor, stride: int) -> Tensor:
         """A full-size edge (N, 1, H, W) at a map's stride: max-pooled; nearest in 'eagr'."""
