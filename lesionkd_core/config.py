@@ -37,7 +37,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "cases": 200,
         "batch_size": 8,
         "teacher_epochs": 12,
-        "graph_epochs": 3,
+        "graph_epochs": 5,
         "epochs": 10,
     },
     "cpu": {  # about an hour on two cores
@@ -45,7 +45,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "cases": 0,
         "batch_size": 16,
         "teacher_epochs": 40,
-        "graph_epochs": 5,
+        "graph_epochs": 10,
         "epochs": 80,
     },
     "paper": {  # needs a GPU
@@ -53,11 +53,14 @@ PROFILES: dict[str, dict[str, Any]] = {
         "cases": 0,
         "batch_size": 16,
         "teacher_epochs": 100,
-        "graph_epochs": 10,
+        "graph_epochs": 20,
         "epochs": 200,
     },
 }
 """Values that a profile sets; an option that is given by name overrides them."""
+
+DEMONSTRATION = {"label_fraction": 0.1}
+"""Set by the smoke profile for the phantom: with few labels a teacher helps visibly."""
 
 UNHASHED = ("profile", "device", "threads", "deterministic", "weak_teacher", "dataset")
 """Options that do not change a result; data are identified by their content, not by their name."""
@@ -96,6 +99,11 @@ def content_of(file: str) -> str:
         ) from None
 
 
+def _text(value: Any) -> Any:
+    """2024 -> '2024': papermill takes the name of a folder for a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _names(value: Any) -> Any:
     """'a, b' -> ('a', 'b')."""
     if isinstance(value, str):
@@ -117,7 +125,7 @@ def _seeds(value: Any) -> Any:
             raise ValueError(
                 f"{value} means the seeds 0 to {value - 1}; for one seed give the string '{value}'"
             )
-        return tuple(range(value))
+        return tuple(range(max(value, 1)))  # 0 can only mean seed 0
     return _numbers(value)
 
 
@@ -191,6 +199,7 @@ Size = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 Sizes = Annotated[
     tuple[Size, ...], BeforeValidator(_numbers), AfterValidator(_distinct), Field(min_length=1)
 ]
+Values = Annotated[tuple[int, ...], BeforeValidator(_numbers), AfterValidator(_distinct)]
 Level = Annotated[str, Field(pattern=rf"^{_MAP}(:{_MAP})?$")]
 Levels = Annotated[
     tuple[Level, ...], BeforeValidator(_levels), AfterValidator(_distinct), Field(min_length=1)
@@ -307,7 +316,7 @@ class PrepareConfig(StageConfig):
     """Raw images -> arrays, split and report (stage `prepare`)."""
 
     stage = "prepare"
-    dataset: str = Field(
+    dataset: Annotated[str, BeforeValidator(_text)] = Field(
         "phantom",
         min_length=1,
         description="name in the catalogue, folder with images/ and masks/, or CSV manifest",
@@ -329,6 +338,12 @@ class PrepareConfig(StageConfig):
         description="volumes: 'centre, width' in the file's unit (CT: HU); empty uses the DICOM "
         "file's own, else the 0.5 to 99.5 percentiles",
     )
+    lesion_values: Values = Field(
+        (),
+        description="values of a mask that are lesion, such as '1, 3'; empty: all but 0 in classes "
+        "and instances, over half elsewhere",
+    )
+    invert_masks: bool = Field(False, description="masks show the lesion black on white")
     split_seed: Seed = Field(0, description="seed of the split and of the phantom's cases")
     split: Literal["groups", "official", "random", "test"] = Field(
         "groups",
@@ -359,13 +374,24 @@ class PrepareConfig(StageConfig):
 
     @property
     def dataset_name(self) -> str:
-        """The name of the data set in tables; of a folder its own name without the path."""
-        return Path(self.dataset).name
+        """The name of the data set in tables; of your own the name of the folder."""
+        path = Path(self.dataset)
+        return path.resolve().parent.name if path.suffix.lower() in (".csv", ".tsv") else path.name
 
     def for_testing(self, dataset: str) -> ExternalConfig:
         """The options that prepare all cases of another data set for testing, in the same way."""
         only = {"split": "test", "split_file": "", "folds": 0, "fold": 0, "cases": 0}
         return self.upstream(ExternalConfig).with_values(dataset=dataset, **only)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_ignored(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("ignore_values") is not None:
+            raise ValueError(
+                "ignore_values: pixels cannot be left out of loss and scores. With lesion_values, "
+                "what is not named counts as background: '1' for a mask of 0, 1 and 255 (ignore)"
+            )
+        return values
 
     @model_validator(mode="after")
     def _fold_of_folds(self) -> Self:
@@ -499,10 +525,10 @@ class GraphConfig(TeacherConfig, EdgeConfig):
     stage = "graph"
     states: int = Field(16, ge=1, le=256, description="state channels of the graph")
     anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field(
-        "masked_mean", description="a node's anchor: mean key of edge pixels, cosine, or EAGR's"
+        "masked_cosine", description="a node's anchor: mean key of edge pixels, cosine, or EAGR's"
     )
     background_node: bool = Field(
-        False, description="one more node of the graph, for the pixels off the edge"
+        True, description="one more node of the graph, for pixels off the edge; not for eagr"
     )
     teacher_bn: Literal["eval", "batch"] = Field(
         "eval", description="statistics of the frozen teacher's BatchNorm: running, or the batch's"
@@ -511,16 +537,13 @@ class GraphConfig(TeacherConfig, EdgeConfig):
         "refuse",
         description="a teacher whose validation Dice is not above that of one fixed mask",
     )
-    graph_epochs: int = Field(3, ge=1, description="epochs, fitting the graph")
+    graph_epochs: int = Field(5, ge=1, description="epochs, fitting the graph")
     graph_lr: float = Field(1e-2, gt=0, description="Adam's learning rate, fitting the graph")
 
     @model_validator(mode="after")
     def _eagr_has_its_own_grid(self) -> Self:
-        if self.anchors == "eagr" and (self.grid_frame == "lesion" or self.background_node):
-            raise ValueError(
-                "anchors = 'eagr' pools over the image: grid_frame must be 'image' and "
-                "background_node False"
-            )
+        if self.anchors == "eagr" and self.grid_frame == "lesion":
+            raise ValueError("anchors = 'eagr' pools over the image: grid_frame must be 'image'")
         return self
 
 
@@ -547,7 +570,7 @@ class DistillConfig(GraphConfig):
         gt=0,
         le=1,
         description="fraction of the training images whose masks the student uses; the others are "
-        "for the terms that need none",
+        "for the terms that need none (smoke profile on the phantom: 0.1)",
     )
     teacher_views: int = Field(
         0,
@@ -582,6 +605,14 @@ class DistillConfig(GraphConfig):
                 f"in {self.epochs} epochs"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_for_demonstration(cls, values: dict[str, Any]) -> dict[str, Any]:
+        smoke = (values.get("profile") or "smoke") == "smoke"
+        phantom = (values.get("dataset") or "phantom") == "phantom"
+        given = {name: value for name, value in values.items() if value is not None}
+        return (DEMONSTRATION if smoke and phantom else {}) | given
 
     @model_validator(mode="after")
     def _views_are_of_one_image(self) -> Self:

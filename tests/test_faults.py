@@ -109,7 +109,7 @@ SPOILT = {  # what is wrong: how it is made from folder and name; words of the r
         lambda d, n: save(mask_of(d, n).with_suffix(".bmp"), lesion(5)),
         [".bmp", "have the same name"],
     ),
-    "grey mask": (lambda d, n: save(mask_of(d, n), 40 + noise(60)), ["neither class numbers"]),
+    "grey mask": (lambda d, n: save(mask_of(d, n), 40 + noise(60)), ["neither two values, nor classes"]),
     "mask of several pages": (
         lambda d, n: instead(mask_of(d, n), pages(lesion(9), lesion(5)), ".tif"),
         ["2 pages"],
@@ -139,7 +139,7 @@ def turned(path):
 
 
 def soft():
-    small = Image.fromarray(lesion(20).astype(np.uint8) * 255).resize((16, 12))
+    small = Image.fromarray(lesion(20).astype(np.uint8) * 255).reduce(2)
     return np.asarray(small.resize((64, 48), Image.Resampling.BILINEAR))
 
 
@@ -153,7 +153,7 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
     ),
     "16 bits": (
         lambda d, n: save(image_of(d, n), noise(255).astype(np.uint16) * 200),
-        ["16-bit grey scaled"],
+        ["16-bit values", "shown as black to white"],
     ),
     "transparency": (
         lambda d, n: save(image_of(d, n), np.dstack([picture(31), noise(255)])),
@@ -165,9 +165,9 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
     ),
     "mask of classes 0, 1, 2": (
         lambda d, n: save(mask_of(d, n), lesion(9).astype(np.uint8) + lesion(4)),
-        ["values up to 2 read as lesion"],
+        ["values 0, 1, 2: all but 0 read as lesion"],
     ),
-    "soft mask": (lambda d, n: save(mask_of(d, n), soft()), ["between 0 and 255, cut at half"]),
+    "soft mask": (lambda d, n: save(mask_of(d, n), soft()), ["cut at half", "of the pixels between 0 and 255"]),
     "mask in colours": (
         lambda d, n: save(mask_of(d, n), COLOURED),
         ["colours other than black read as lesion"],

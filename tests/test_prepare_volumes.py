@@ -81,11 +81,11 @@ def test_dicom_files_of_one_patient_stay_together(tmp_path):
 SOFT = np.where(MASK > 0, 0.9, 0).astype(np.float32)
 SOFT[4, 6:14, 1:4] = 0.3
 MASKS = {  # of one volume: its voxels, whether it is kept, words of the report
-    "class 3": (MASK * 3, True, "values up to 3 read as lesion"),
+    "class 3": (MASK * 3, True, "values 0, 3: 3 read as lesion"),
     "float 0 and 1": (MASK.astype(np.float32), True, ""),
-    "soft": (SOFT, True, "between 0 and 0.9, cut at half"),
-    "background -1": (MASK - 1.0, False, "run from -1 to 0"),
-    "background 3": (3.0 + 255 * MASK, False, "run from 3 to 258"),
+    "soft": (SOFT, True, "values 0, 0.3, 0.9: cut at half, 1.00% of the pixels between"),
+    "background -1": (MASK - 1.0, False, "values -1, 0: 0 must mean no lesion"),
+    "background 3": (3.0 + 255 * MASK, True, "values 3, 258: 258 read as lesion"),
 }
 
 

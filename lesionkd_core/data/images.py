@@ -6,7 +6,7 @@ import errno
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -22,15 +22,22 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".g
 VOLUME_SUFFIXES = {".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm"}
 MODES = {"1", "L", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "F"}
 CLASSES_UP_TO = 31
-"""A mask whose largest value is at most this holds class numbers; grey masks reach towards 255."""
+"""Whole numbers up to this one are classes."""
 NEAR_INTEGER = 0.05
 """Class numbers that were stored with a scale factor differ from integers by less than this."""
+SOLID = 0.1
+"""Fraction of the pixels of classes or instances whose neighbours have the same value."""
+MOST_BETWEEN, LEAST_BRIGHT = 0.1, 0.25
+"""In black and white with soft borders: largest fraction of the image between the ends, smallest
+fraction of bright pixels among those that are not dark."""
+PERCENTILES = (0.5, 99.5)
+"""Shown as black and white if neither the user nor the file gives a window."""
+PADDING = 0.05
+"""A lowest value that more than this fraction of the pixels have is not counted."""
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP"}
 """Formats whose compression changes the values of a mask."""
 MANY_VALUES = 4096
 """From this number of distinct values on, the values of a mask are rounded."""
-MOSTLY_GREY = 0.3
-"""A file with at least this fraction of medium grey pixels is not a mask."""
 ORIENTATION = 0x0112  # EXIF tag
 MACHINE_FAILED = (errno.EIO, errno.EMFILE, errno.ENFILE)
 """Errors that say nothing about the file."""
@@ -58,8 +65,8 @@ class Case:
         Class, and the release's own train, val or test; may be empty.
     page : int, optional
         Page of image and mask, for stacks in one TIFF file.
-    window : str
-        Default of the option `window` for this case.
+    window, lesion_values, inverted
+        The options `window`, `lesion_values` and `invert_masks`.
     one_mask : bool
         Two masks of one name are a mistake in this layout, not two lesions.
     by_index : bool
@@ -76,6 +83,8 @@ class Case:
     split: str = ""
     page: int | None = None
     window: str = ""
+    lesion_values: tuple[int, ...] = ()
+    inverted: bool = False
     one_mask: bool = False
     by_index: bool = False
     problem: str = ""
@@ -243,13 +252,16 @@ def _composed(stem: str) -> str:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A decoded picture, upright; `orientation` is what EXIF said (1: not turned)."""
+    """A decoded picture, upright; `orientation` is what EXIF said (1: not turned).
+
+    `deep`: colours of 16 bits, of which Pillow keeps the upper 8.
+    """
 
     image: Image.Image
     orientation: int
     pages: int
     lossy: bool
-    notes: tuple[str, ...]
+    deep: bool
 
 
 def _open(path: Path, page: int | None = None) -> _Picture:
@@ -262,9 +274,8 @@ def _open(path: Path, page: int | None = None) -> _Picture:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         known = image.mode in MODES or image.mode.startswith("I")
-        notes = ("16-bit colour reduced to its upper 8 bits",) * deep
         upright: Image.Image = image if known else image.convert("RGB")
-        return _Picture(upright, orientation, pages, lossy, notes)
+        return _Picture(upright, orientation, pages, lossy, deep)
 
 
 def count_pages(path: Path) -> int:
@@ -273,25 +284,28 @@ def count_pages(path: Path) -> int:
         return getattr(image, "n_frames", 1)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8: grey is repeated, transparency dropped, 16 bits scaled by their range."""
-    return _read_image(path)[0]
+def read_image(path: Path, window: str = "") -> np.ndarray:
+    """(H, W, 3) uint8: grey is repeated, transparency dropped, 16 bits scaled as volumes are."""
+    return noted_image(path, window=window)[0]
 
 
-def _read_image(path: Path, page: int | None = None) -> tuple[np.ndarray, tuple[str, ...], int]:
+def noted_image(
+    path: Path, page: int | None = None, window: str = ""
+) -> tuple[np.ndarray, tuple[str, ...], int]:
     """Image, notes, and the EXIF orientation that was applied."""
     picture = _open(path, page)
-    image, notes = picture.image, picture.notes
+    image, notes = picture.image, ()
     if picture.pages > 1:
         notes += (f"first of {picture.pages} pages read",)
     if picture.orientation in range(2, 9):
         notes += ("turned according to its EXIF orientation",)
-    if image.mode.startswith("I") or image.mode == "F":
-        notes += (f"{'float' if image.mode == 'F' else '16-bit'} grey scaled by its own range",)
-        values = _finite(image, path)
-        low, high = values.min(), values.max()
-        grey = (values - low) * (255 / max(high - low, 1e-12))
-        image = Image.fromarray(grey.round().astype(np.uint8))
+    if picture.deep or image.mode.startswith("I") or image.mode == "F":
+        values = _finite(picture, path)
+        low, high = window_limits(window) if window else contrast_limits(values)
+        kind = ("float" if image.mode == "F" else "16-bit") + (" colour" if values.ndim > 2 else "")
+        notes += (f"{kind} values {low:g} to {high:g} shown as black to white",)
+        grey = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
+        image = Image.fromarray((255 * grey).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         extrema: Any = image.getextrema()  # of each band
@@ -302,8 +316,30 @@ def _read_image(path: Path, page: int | None = None) -> tuple[np.ndarray, tuple[
     return np.asarray(rgb), notes, picture.orientation
 
 
-def _finite(image: Image.Image, path: Path) -> np.ndarray:
-    values = np.asarray(image, dtype=np.float64)
+def window_limits(window: str) -> tuple[float, float]:
+    """Values shown as black and white: 'centre, width' -> (low, high)."""
+    centre, width = map(float, window.split(","))
+    return centre - width / 2, centre + width / 2
+
+
+def contrast_limits(values: np.ndarray) -> tuple[float, float]:
+    """0.5 and 99.5 percentiles, without a lowest value that many pixels have: padding."""
+    padding = values == values.min()
+    inside = values[~padding] if PADDING < padding.mean() < 1 else values
+    low, high = np.percentile(inside.astype(np.float32), PERCENTILES)
+    return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))
+
+
+def _finite(picture: _Picture, path: Path) -> np.ndarray:
+    """(H, W), or (H, W, 3) if colours have 16 bits."""
+    values = np.asarray(picture.image, dtype=np.float64)
+    if picture.deep:  # Pillow keeps the upper 8 of 16 bits
+        import SimpleITK as sitk
+
+        with reading(path, "an image of 16 bits"):
+            stored = sitk.GetArrayFromImage(sitk.ReadImage(path))[..., :3].astype(np.float32)
+            planes = (_turn(stored[..., i], picture.orientation) for i in range(3))
+            values = np.stack([*planes], axis=-1)
     if not np.isfinite(values).all():
         raise UnreadableFile(f"{path.name}: holds NaN or infinite values")
     return values
@@ -319,7 +355,12 @@ def count_values(planes: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """
     values, counts = np.empty(0), np.empty(0, int)
     for plane in planes:
-        found, number = np.unique(plane, return_counts=True)
+        if plane.dtype == np.uint8:
+            number = np.bincount(plane.ravel(), minlength=256)
+            found = np.flatnonzero(number)
+            number = number[found]
+        else:
+            found, number = np.unique(plane, return_counts=True)
         values = np.concatenate([values, found.astype(np.float64)])
         counts = np.concatenate([counts, number])
         if len(values) > MANY_VALUES:
@@ -331,83 +372,148 @@ def count_values(planes: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decide_mask(
-    values: np.ndarray, counts: np.ndarray, scale: float = 0, lossy: bool = False
-) -> tuple[float, tuple[str, ...]]:
+    planes: Sequence[np.ndarray], case: Case, full: float = 1, lossy: bool = False
+) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...]]:
     """Decide from the values of a mask which pixels are lesion.
+
+    Two values: the background is 0, or else the smaller. Classes and instances: all but 0 is
+    lesion. Black and white with soft borders: cut at half. Anything else is refused.
 
     Parameters
     ----------
-    values, counts
-        As `count_values` returns them.
-    scale : float
-        Value of a pixel that is completely lesion: 255 for 8-bit pictures. 0: the largest value,
-        for what has no scale of its own (16 bits, float, volumes).
+    planes : sequence of (H, W)
+        One picture, or all slices of a volume.
+    case : Case
+        With the options `lesion_values` and `inverted`.
+    full : float
+        Usual value of a lesion, about which nothing is noted: 255 for 8-bit pictures, else 1.
     lossy : bool
-        Compression changed the values, so small ones mean nothing.
+        Compression changed the values (0 to 255).
 
     Returns
     -------
-    threshold : float
-        A pixel is lesion if its value is above it.
+    select : function of (H, W) -> (H, W) bool
+        The lesion in a plane.
     notes : tuple of str
-        For the report; empty for 0 and 255 in pictures, 0 and 1 elsewhere.
+        For the report.
 
     Raises
     ------
     ValueError
         The values do not tell which pixels are lesion.
     """
-    low, top, integer = values[0], values[-1], np.rint(values)
-    classes = len(values) <= 2 and low == 0
-    if not lossy and not classes and np.abs(values - integer).max() < NEAR_INTEGER:
-        present = np.unique(integer)
-        low, top = present[0], present[-1]
-        classes = low == 0 and (not scale or top <= CLASSES_UP_TO or len(present) == 2)
-    if not lossy and (classes or (len(values) == 1 and (top == 1 or not scale))):
-        note = f"values up to {top:g} read as lesion"
-        return 0 if scale else min(top, 1) / 2, (note,) * (top not in (0, scale or 1))
-    if not scale and low != 0:
-        raise ValueError(f"values run from {low:g} to {top:g}; 0 must mean no lesion")
-    if scale and top <= scale / 2 and not lossy:
+    values, counts = count_values(planes)
+    listed = "values " + ", ".join(f"{value:g}" for value in values)
+    if len(values) > 6:
+        listed = f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
+    inverted, chosen = case.inverted, case.lesion_values
+    if chosen:
+        if lossy:
+            raise ValueError("compression changed its values, so lesion_values cannot be used")
+        note = f"{listed}: {', '.join(map(str, chosen))} read as lesion (lesion_values)"
+        return lambda x: np.isin(np.rint(x), chosen) != inverted, (note,)
+    try:
+        threshold, note = _threshold(planes, values, counts, full, lossy)
+    except ValueError as error:
         raise ValueError(
-            f"values {low:g} to {top:g} are neither class numbers (0 to {CLASSES_UP_TO}) nor "
-            "bright on black; convert the mask to 0 and 255"
-        )
-    scale, size = scale or top, counts.sum()
-    grey = counts[(values >= scale / 4) & (values < scale * 3 / 4)].sum() / size
-    if scale == 255 and len(values) > 100 and grey > MOSTLY_GREY:
-        raise ValueError(
-            f"{grey:.0%} of the mask's pixels are medium grey; a mask is black and white. "
-            "Is it a photograph?"
-        )
-    between = counts[(values > 0) & (values < scale)].sum()
-    note = f"{between} mask pixels ({between / size:.2%}) between 0 and {scale:g}, cut at half"
-    return scale // 2 if scale == 255 else scale / 2, (note,) * bool(between)
+            f"{listed}: {error}; name those of the lesion in lesion_values, or convert "
+            "them to 0 and 255"
+        ) from None
+    notes = (f"{listed}: {note}",) * bool(note) + ("inverted (invert_masks)",) * inverted
+    return lambda x: (x > threshold) != inverted, notes
+
+
+def _threshold(
+    planes: Sequence[np.ndarray], values: np.ndarray, counts: np.ndarray, full: float, lossy: bool
+) -> tuple[float, str]:
+    """Value above which a pixel is lesion, and a note."""
+    low, top, total = float(values[0]), float(values[-1]), counts.sum()
+    if len(values) == 1 and not lossy:
+        if top not in (0, 1, 255, 65535):
+            raise ValueError("one value alone is neither lesion nor background")
+        return 0.5, "all of the image read as lesion" * (top > 0)
+    if low < 0 and top == 0:
+        raise ValueError("0 must mean no lesion")
+    if len(values) == 2 and not lossy:
+        return (low + top) / 2, f"{top:g} read as lesion" * (low != 0 or top not in (1, full))
+    if low == 0 and not lossy:
+        if top in (255, 65535) and values[-2] <= CLASSES_UP_TO:
+            raise ValueError(
+                f"{top:g} beside class numbers may mean 'ignore', and pixels cannot be left out of "
+                "loss and scores"
+            )
+        if _are_labels(planes, values, counts):
+            return min(values[1], 1) / 2, "all but 0 read as lesion"
+    top = 255 if lossy else top
+    if lossy and values[-1] < top / 4:
+        return top / 2, "all of the image read as background, since JPEG changes small values"
+    between = counts[(values > top / 8) & (values < top * 7 / 8)].sum()
+    bright, lighter = (counts[values > top * part].sum() for part in (7 / 8, 1 / 4))
+    if low < 0 or between > MOST_BETWEEN * total or bright < LEAST_BRIGHT * lighter:
+        raise ValueError("neither two values, nor classes, nor black and white with soft borders")
+    inner = counts[(values > low) & (values < top)].sum()
+    note = f"cut at half, {inner / total:.2%} of the pixels between {low:g} and {top:g}"
+    return top / 2, note * bool(inner)
+
+
+def _are_labels(planes: Sequence[np.ndarray], values: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether the values number classes or instances: whole numbers, few, small or in solid areas.
+
+    A pixel is solid if its 8 neighbours have the same value. At a soft border hardly any is, and in
+    noise beside black and white only the extreme values are.
+    """
+    top, whole = values[-1], bool(np.abs(values - np.rint(values)).max() < NEAR_INTEGER)
+    if whole and (len(values) <= 4 or top <= CLASSES_UP_TO):
+        return True
+    if len(values) > MANY_VALUES // 2:
+        return False
+    solid = np.zeros(len(values), int)
+    for plane in planes:
+        across, down = plane[:, 1:] == plane[:, :-1], plane[1:] == plane[:-1]
+        rows = across[:, 1:] & across[:, :-1]
+        same = rows[:-2] & rows[1:-1] & rows[2:] & down[:-1, 1:-1] & down[1:, 1:-1]
+        inside = plane[1:-1, 1:-1][same]
+        solid += np.bincount(np.searchsorted(values, inside), minlength=len(values))
+    between = (values > top / 8) & (values < top * 7 / 8)
+    lesion = counts[1:].sum()
+    areas = counts[1:][solid[1:] > SOLID * counts[1:]].sum()
+    if solid[between].sum() <= SOLID * counts[between].sum() or areas < 0.8 * lesion:
+        return False
+    if not whole or counts[values > top * 7 / 8].sum() > lesion / 2:
+        raise ValueError("areas between black and white may be classes or an enlarged soft border")
+    return True
 
 
 def read_mask(path: Path) -> np.ndarray:
     """(H, W) bool: the lesion, as `decide_mask` decides it."""
-    return _read_mask(path)[0]
+    return noted_mask(path, Case("", path, ()))[0]
 
 
-def _read_mask(path: Path, page: int | None = None) -> tuple[np.ndarray, tuple[str, ...], int]:
+def noted_mask(path: Path, case: Case) -> tuple[np.ndarray, tuple[str, ...], int]:
     """Mask, notes, and the EXIF orientation that was applied."""
-    picture = _open(path, page)
+    picture = _open(path, case.page)
     with reading(path, "a mask"):
         if picture.pages > 1:
             raise ValueError(f"it holds {picture.pages} pages; a mask must have one")
         if picture.image.mode.startswith("I") or picture.image.mode == "F":
-            values = _finite(picture.image, path)
-            threshold, notes = decide_mask(*count_values([values]))
+            grey, full = _finite(picture, path), 1
         else:
-            values, threshold, notes = _decide_grey(picture)
-    return values > threshold, picture.notes + notes, picture.orientation
+            grey, full = _grey_mask(picture, case), 255
+        select, notes = decide_mask([grey], case, full, picture.lossy)
+    if notes and grey.dtype == np.int64 and not case.lesion_values:
+        notes = ("colours other than black read as lesion", *notes[1:])
+    return select(grey), notes, picture.orientation
 
 
-def _decide_grey(picture: _Picture) -> tuple[np.ndarray, float, tuple[str, ...]]:
-    """Brightest channel of an 8-bit mask, the threshold and notes."""
+def _grey_mask(picture: _Picture, case: Case) -> np.ndarray:
+    """(H, W): classes of a palette, codes of a few colours, or the brightest channel."""
     image = picture.image
-    if image.mode in ("LA", "P", "PA", "RGBA"):  # colours as shown; palette numbers are arbitrary
+    if image.mode == "P" and "transparency" not in image.info:
+        palette, used = np.reshape(image.getpalette() or 3 * [1], (-1, 3)), np.unique(image)
+        others = palette[used[used > 0]]
+        if not palette[0].any() and others.any(1).all() and np.ptp(others, axis=1).any():
+            return np.asarray(image)  # black is 0, and the numbers of colours are classes
+    if image.mode in ("LA", "P", "PA", "RGBA"):
         *bands, alpha = image.convert("RGBA").split()
         bands = [alpha] if all(map(_flat, bands)) and not _flat(alpha) else bands
     elif image.mode == "L":
@@ -415,15 +521,13 @@ def _decide_grey(picture: _Picture) -> tuple[np.ndarray, float, tuple[str, ...]]
     else:
         bands = list(image.convert("L" if image.mode == "1" else "RGB").split())
     grey = reduce(ImageChops.lighter, bands)  # a red mask is a mask too
-    counts = np.array(grey.histogram())
-    values = np.flatnonzero(counts)
-    few = not picture.lossy and len(values) <= CLASSES_UP_TO + 1
-    if few and ImageChops.difference(grey, reduce(ImageChops.darker, bands)).getbbox():
-        if values[0] > 127:
-            raise ValueError("colours are not on black; convert the mask to 0 and 255")
-        if values[0] == 0 and len(values) > 2:
-            return np.asarray(grey), 0, ("colours other than black read as lesion",)
-    return np.asarray(grey), *decide_mask(values, counts[values], 255, picture.lossy)
+    if len(bands) == 3 and ImageChops.difference(grey, reduce(ImageChops.darker, bands)).getbbox():
+        shown = Image.merge("RGB", bands)
+        if not picture.lossy and (colours := shown.getcolors(CLASSES_UP_TO + 1)):
+            if not case.lesion_values and all(any(colour) for _, colour in colours):
+                raise ValueError("its colours are not on black; convert it to 0 and 255")
+            return np.asarray(shown).astype(np.int64) @ (65536, 256, 1)
+    return np.asarray(grey)
 
 
 def _flat(band: Image.Image) -> bool:
@@ -434,7 +538,7 @@ def _flat(band: Image.Image) -> bool:
 # Cases --------------------------------------------------------------------------------------------
 
 
-def read_case(case: Case) -> Reading:
+def read_case(case: Case, window: str = "") -> Reading:
     """Read the picture of a case and the union of its masks.
 
     Raises
@@ -443,10 +547,10 @@ def read_case(case: Case) -> Reading:
         A file is missing or damaged, or a mask has another size than its image.
     """
     case.check_masks()
-    image, notes, turned = _read_image(case.image, case.page)
+    image, notes, turned = noted_image(case.image, case.page, window)
     union: np.ndarray = np.zeros(image.shape[:2], dtype=bool)
     for path in case.masks:
-        mask, said, mask_turned = _read_mask(path, case.page)
+        mask, said, mask_turned = noted_mask(path, case)
         if turned in range(2, 9) and mask_turned == 1:  # drawn on the stored or the shown pixels?
             if mask.shape != union.shape and turned > 4 and mask.shape == union.shape[::-1]:
                 mask = _turn(mask, turned)
@@ -464,7 +568,7 @@ def read_case(case: Case) -> Reading:
     return Reading(case.id, image, union, notes)
 
 
-def _turn(mask: np.ndarray, orientation: int) -> np.ndarray:
-    image = Image.fromarray(mask)
+def _turn(plane: np.ndarray, orientation: int) -> np.ndarray:
+    image = Image.fromarray(plane)
     image.getexif()[ORIENTATION] = orientation
     return np.asarray(ImageOps.exif_transpose(image))

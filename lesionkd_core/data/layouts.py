@@ -128,8 +128,8 @@ def nih_pancreas(folder: Path, labels: str, withdrawn: list[str]) -> list[Case]:
 
 
 def paired(folder: Path) -> list[Case]:
-    """`images/a.jpg` with `masks/a.png`, of any suffix; volumes and DICOM series too."""
-    return pair(sources_in(folder / "images"), by_stem(sources_in(folder / "masks")))
+    """Images and masks of your own, as `own_pairs` finds them."""
+    return own_pairs(folder)[0]
 
 
 def ph2(folder: Path) -> list[Case]:
@@ -180,6 +180,136 @@ def wounds(folder: Path) -> list[Case]:
                 group = ulcer if ulcer.startswith("foot-ulcer") else ""
                 found.append(replace(case, id=f"{part}-{case.id}", group=group))
     return found
+
+
+# Your own folders ---------------------------------------------------------------------------------
+
+IMAGE_FOLDERS = ("images", "image", "imgs", "imagestr")
+MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "groundtruth", "labelstr")
+PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+PARTS |= {"test": "test", "testing": "test"}
+MARK = r"(?:masks?|segmentations?|seg|gt|ground[ _-]?truth|lesions?|labels?|annotations?)"
+NAMINGS = {
+    "the suffix": rf"(?P<stem>.+?)(?P<mark>[ ._-]+{MARK})(?P<number>[ _-]?\d+)?",
+    "the prefix": rf"(?P<mark>{MARK}[ ._-]+|p(?=\d+$))(?P<stem>.+)",
+    "the suffix of the image": r"(?P<stem>.+)(?P<mark>\.(?:jpe?g|png|bmp|tiff?))",
+    "the lack of": r"(?P<stem>.+)(?P<mark>)",  # _0000, the number of a channel, in nnU-Net's names
+}
+"""How the name of a mask may follow from that of its image."""
+UNREAD = (".jp2", ".j2k", ".avif", ".heic", ".heif", ".svg", ".psd", ".dng", ".czi", ".npy", ".mat")
+OWN_NAMES = "give both the same stem, or mark the masks, as in a.jpg and a_mask.png (data/own.md)"
+
+
+def own_pairs(folder: Path) -> tuple[list[Case], str]:
+    """Cases of a folder of your own, and how they were paired if not by equal stems.
+
+    images/ with masks/ (or labels/, annotations/, ground truth/), perhaps both with the same
+    sub-folders; train/, val/ and test/ with such folders; images and masks in one folder; or a
+    folder for each case. Sub-folders called train, val and test are the official split.
+
+    Raises
+    ------
+    DatasetNotFound
+        There are images and masks, and none belong together.
+    """
+    parts = [part for part in _folders(folder) if _plain(part) in PARTS]
+    images, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
+    places: list[tuple[str, Path, Path]] = [("", folder, folder)]
+    if images and masks:
+        same = [(part, _inside(masks, [_plain(part)])) for part in _folders(images)]
+        places = [(part.name, part, m) for part, m in same if m and images_in(part)]
+        places = places or [("", images, masks)]
+    elif parts or not images_in(folder):
+        inner = parts or _folders(folder)
+        found = [(p, _inside(p, IMAGE_FOLDERS), _inside(p, MASK_FOLDERS)) for p in inner]
+        places = [(p.name, i or p, m or p) for p, i, m in found]
+    cases: list[Case] = []
+    said: set[str] = set()
+    for name, images, masks in places:
+        files, labels = sources_in(images), sources_in(masks)
+        if images == masks:
+            files, labels = _told_apart(images_in(images))
+        split = PARTS.get(name.lower(), "")
+        if name and not split and len(files) == 1:
+            here, how = [Case(name, files[0], tuple(labels))], "one folder for each case"
+        else:
+            here, how = _matched(files, labels)
+            group = "" if split else name
+            here = [replace(c, id=f"{name}-{c.id}" if name else c.id, group=group) for c in here]
+        cases += [replace(case, split=split) for case in here] + _unread({images, masks})
+        said |= {how, "sub-folders as official split"} if split else {how}
+    return cases, ", ".join(sorted(filter(None, said)))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [p for p in _content(folder) if p.is_dir() and not p.name.startswith(".")]
+
+
+def _plain(folder: Path) -> str:
+    return re.sub("[ _-]", "", folder.name.casefold())
+
+
+def _inside(folder: Path, names: Sequence[str]) -> Path | None:
+    """The folder of one of these names in `folder`, if there is one alone, or one of exactly it."""
+    found = [inner for inner in _folders(folder) if _plain(inner) in names]
+    exact = [inner for inner in found if inner.name == names[0]]
+    return next(iter(exact or found), None) if exact or len(found) == 1 else None
+
+
+def _told_apart(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Images and masks of one folder."""
+    stems, masks = {stem_of(file) for file in files}, []
+    for file in files:
+        found = (re.fullmatch(pattern, stem_of(file), re.I) for pattern in NAMINGS.values())
+        others = {match["stem"] for match in found if match} - {stem_of(file)}
+        if others & stems or re.fullmatch(rf"{MARK}[ _-]?\d*", stem_of(file), re.I):
+            masks.append(file)
+    return [file for file in files if file not in masks], masks
+
+
+def _matched(images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
+    """Cases of images and masks with equal stems, or else with one mark in all names of masks."""
+    stems, files = {stem_of(image).casefold(): stem_of(image) for image in images}, by_stem(masks)
+    if not (images and masks) or any(stem.casefold() in stems for stem in files):
+        return pair(images, files), ""
+    ways = []
+    for naming, pattern in NAMINGS.items():
+        channel = "_0000" * (naming == "the lack of")
+        found: dict[str, list[Path]] = {}
+        marks, numbered = set(), False
+        for stem, paths in files.items():
+            match = re.fullmatch(pattern, stem, re.I)
+            image = stems.get(f"{match['stem']}{channel}".casefold()) if match else None
+            found.setdefault(image or stem, []).extend(paths)
+            if match and image:
+                marks.add(match["mark"].casefold() or channel)
+                numbered |= bool(match.groupdict().get("number"))
+        if len(marks) == 1 and sum(stem in found for stem in stems.values()) > len(images) / 2:
+            ways.append((f"masks paired by {naming} {marks.pop()!r}", found, numbered))
+    if len(ways) == 1:
+        how, found, numbered = ways[0]
+        return pair(images, found, one_mask=not numbered), how
+    names = [f"{', '.join(p.name for p in some[:3])} ({len(some)})" for some in (images, masks)]
+    raise DatasetNotFound(
+        f"no mask can be assigned to an image. {images[0].parent} holds {names[0]}; "
+        f"{masks[0].parent} holds {names[1]}; {OWN_NAMES}, or list them in a CSV table."
+    )
+
+
+def _unread(folders: set[Path]) -> list[Case]:
+    """A case with a problem for every image in a format that is not read."""
+    cases = []
+    for path in sorted(file for folder in folders for file in _content(folder)):
+        suffix = path.suffix.lower()
+        why = f"{suffix} files are not read; convert it to PNG or TIFF" * (suffix in UNREAD)
+        if not suffix and path.is_file():
+            from .volumes import is_dicom
+
+            why = "a DICOM file; give it the suffix .dcm, or a series its own folder"
+            why *= is_dicom(path)
+        if why:
+            cases.append(Case(path.name, path, (), problem=f"{path.name}: {why}"))
+    return cases
 
 
 # Your own list of cases ---------------------------------------------------------------------------
@@ -385,10 +515,14 @@ def _own(dataset: str) -> tuple[Release, Path]:
         if own.fits(path):
             return own, path.resolve()
     for path in places:
+        if path.is_dir() and own_pairs(path)[0]:
+            return own, path.resolve()
+    for path in places:
         if path.is_dir():
+            held = ", ".join(file.name for file in _content(path)[:3]) or "nothing"
             raise DatasetNotFound(
-                f"{path} has no folders 'images' and 'masks'. Put your own data there as "
-                "images/a.jpg with masks/a.png (data/own.md)."
+                f"{path} has no folders 'images' and 'masks', and no images with masks; it holds "
+                f"{held}. Put your own data there as images/a.jpg with masks/a.png (data/own.md)."
             )
     hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
     raise DatasetNotFound(
@@ -420,7 +554,8 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
             f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
             f"file that can be read ({kinds})."
         )
-    cases = [replace(case, window=release.window) for case in cases]
+    said = {"lesion_values": cfg.lesion_values, "inverted": cfg.invert_masks}
+    cases = [replace(case, window=release.window, **said) for case in cases]
     if cfg.group_by not in ("", "sequence") and not column:
         cases = _regrouped(cases, folder, cfg.group_by)
     official = release.name in CATALOGUE
@@ -481,6 +616,14 @@ def _hash_file(path: Path, size: int, changed: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
+def how_paired(cfg: PrepareConfig) -> str:
+    """How the masks of your own folder were found, if not by equal stems."""
+    if cfg.dataset == phantom.NAME:
+        return ""
+    release, folder = find(cfg.dataset)
+    return own_pairs(folder)[1] if release.layout == "paired" else ""
+
+
 def window_of(cfg: PrepareConfig) -> str:
     """The option `window`, or the default of the release."""
     return cfg.window or (CATALOGUE[cfg.dataset].window if cfg.dataset in CATALOGUE else "")
@@ -499,4 +642,4 @@ def read(case: Case, window: str = "") -> Iterator[Reading]:
 
         yield from read_slices(case, window or case.window)
     else:
-        yield read_case(case)
+        yield read_case(case, window or case.window)

@@ -24,7 +24,7 @@ from ..edges import edge_label
 from ..results import Progress, log
 from . import phantom
 from .images import Case, Reading, UnreadableFile, is_volume
-from .layouts import CATALOGUE, fingerprint, read, sequence_of
+from .layouts import CATALOGUE, fingerprint, how_paired, read, sequence_of
 from .pixels import (
     THUMBNAIL,
     hash_thumbnails,
@@ -121,6 +121,8 @@ def prepare(cfg: PrepareConfig) -> Prepared:
             official = CATALOGUE[cfg.dataset].count if cfg.dataset in CATALOGUE else len(raw)
             if len(raw) != official:
                 log.info(f"note: {len(raw)} of the release's {official} images are here")
+            if how := how_paired(cfg):
+                log.info(f"note: {how}")
             parts = _read_all(path / "parts", cfg, raw)
             _assemble(path, cfg, parts, grouped=bool(raw))
             shutil.rmtree(path / "parts")
@@ -270,8 +272,8 @@ def _warnings(ungrouped: pd.DataFrame, across: dict[str, int]) -> list[str]:
         )
     if series := series_across(ungrouped):
         found.append(
-            f"{len(series)} numbered series of images, such as that of {series[0]}, have members in "
-            "more than one split. If a series is a patient or a video, give group_by = 'number'"
+            f"{len(series)} numbered series of images, such as that of {series[0]}, have members "
+            "in more than one split. If a series is a patient or a video, give group_by = 'number'"
         )
     return found
 

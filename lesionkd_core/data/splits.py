@@ -251,11 +251,11 @@ def split_cases(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
         normals = "; normals = 'test' moves every group with an empty mask to the test split"
         raise SplitError(
             f"{cfg.dataset}: {len(cases)} cases in {len(units)} groups, the largest with "
-            f"{units.max()}, leave no group for {missing}. Near-duplicates, frames of one video and "
-            f"images of one patient form one group{normals * (cfg.normals == 'test')}.\n"
+            f"{units.max()}, leave no group for {missing}. Near-duplicates, frames of one video "
+            f"and images of one patient form one group{normals * (cfg.normals == 'test')}.\n"
             f"At least 3 groups are needed. val_fraction = {cfg.val_fraction} and test_fraction = "
-            f"{cfg.test_fraction} are the sizes asked for. Add patients, or name them with group_by if "
-            "these groups are wrong."
+            f"{cfg.test_fraction} are the sizes asked for. Add patients, or name them with "
+            "group_by if these groups are wrong."
         )
     return splits
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,10 +28,10 @@ from .images import Case, Reading, UnreadableFile
 os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "YES"  # ITK refuses the shear of a tilted gantry
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
-PERCENTILES = (0.5, 99.5)
-"""Shown as black and white if neither the user nor the file gives a window."""
 SAMPLE = 4_000_000
 """Percentiles of larger volumes are computed from about this many evenly spaced voxels."""
+SHOWN = 0.01
+"""A window is used if more than this fraction of the voxels is neither black nor white."""
 LPS = np.diag([-1.0, -1.0, 1.0])
 """Axes of a slice as radiologists see it: columns to the patient's left, rows to posterior."""
 FILES = images.VOLUME_SUFFIXES - {".dcm"}
@@ -96,26 +96,35 @@ class Volume:
         """Every slice as (H, W, 3) uint8.
 
         `window` is 'centre, width' in the unit of the file. If it is empty, the file's own window
-        is used, or else the 0.5 and 99.5 percentiles of the volume.
+        is used, or else the percentiles of `images.contrast_limits`.
         """
         if self.voxels.ndim == 4:
             yield from self.voxels
             return
         windows = self.windows
         if window:
-            centre, width = map(float, window.split(","))
-            windows = ((centre - width / 2, centre + width / 2),) * len(windows)
-        whole = self._percentiles() if None in windows else (0.0, 1.0)  # else not used
+            windows = (images.window_limits(window),) * len(windows)
+        whole = images.contrast_limits(self._sample()) if None in windows else (0.0, 1.0)
         for plane, own in zip(self.voxels, windows):
             low, high = own or whole
             grey = ((plane.astype(np.float32) - low) / max(high - low, 1e-12)).clip(0, 1)
             grey = np.rint(255 * (1 - grey if self.inverted else grey)).astype(np.uint8)
             yield np.repeat(grey[..., None], 3, axis=2)
 
-    def _percentiles(self) -> tuple[float, float]:
+    def _sample(self) -> np.ndarray:
         step = int(np.ceil((self.voxels.size / SAMPLE) ** 0.5))
-        low, high = np.percentile(self.voxels[:, ::step, ::step].astype(np.float32), PERCENTILES)
-        return float(low), float(high)
+        return self.voxels[:, ::step, ::step]
+
+    def with_windows_that_show(self) -> Volume:
+        """The same; if the windows of the file clip nearly all voxels, without them."""
+        if self.voxels.ndim == 4 or None in self.windows:
+            return self
+        low, high = np.transpose(self.windows)[..., None, None]
+        sample = self._sample()
+        if ((sample > low) & (sample < high)).mean() > SHOWN:
+            return self
+        note = "the window of the file shows black and white alone; its percentiles are used"
+        return replace(self, windows=(None,) * len(self.windows), notes=(*self.notes, note))
 
 
 # Volumes and their masks --------------------------------------------------------------------------
@@ -203,9 +212,10 @@ def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
     union = np.zeros(source.space.shape, bool)
     for path in case.masks:
         if not path.is_dir() and images.suffix_of(path) in FILES:
-            notes += _unite_volume(union, path, source, case.by_index)
+            notes += _unite_volume(union, path, source, case)
         elif series and (path.is_dir() or len(series.files) == 1):
-            _unite_slices(union, path, [images.stem_of(file) for file in series.files])
+            stems = [images.stem_of(file) for file in series.files]
+            notes += _unite_slices(union, path, stems, case)
         else:
             kind = "volume file (NIfTI, NRRD or MetaImage)"
             kind += ", or a folder with one mask for each slice" * bool(series)
@@ -214,14 +224,14 @@ def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
 
 
 def _unite_volume(
-    union: np.ndarray, path: Path, source: _File | _Series, by_index: bool
+    union: np.ndarray, path: Path, source: _File | _Series, case: Case
 ) -> tuple[str, ...]:
     """Add a volume file that is where its image is, stored in any orientation."""
     space, file = source.space, _File(path, source.space.affine[:3, :3])
     order: Sequence[int] = range(len(union))
     notes: tuple[str, ...] = ()
     apart = file.space.distance(space)
-    if by_index and isinstance(source, _Series) and apart > min(space.spacing) / 2:
+    if case.by_index and isinstance(source, _Series) and apart > min(space.spacing) / 2:
         file, apart, order = _File(path, None), 0, source.ranks()
         notes = ("mask matched voxel by voxel; its header has another position",)
     if file.space.shape != space.shape:
@@ -234,14 +244,15 @@ def _unite_volume(
         )
     volume = file.read()
     with images.reading(path, "a mask"):
-        threshold, said = images.decide_mask(*images.count_values(volume.voxels))
+        select, said = images.decide_mask(volume.voxels, case)
     for plane, z in zip(union, order):
-        plane |= volume.voxels[z] > threshold
+        plane |= select(volume.voxels[z])
     return notes + said
 
 
-def _unite_slices(union: np.ndarray, path: Path, stems: list[str]) -> None:
+def _unite_slices(union: np.ndarray, path: Path, stems: list[str], case: Case) -> tuple[str, ...]:
     """Add one mask file for each slice, of the same stem; for a single image, the file itself."""
+    notes: tuple[str, ...] = ()
     found = images.by_stem(files_in(path)) if path.is_dir() else {stems[0]: [path]}
     if alone := sorted({*stems} ^ {*found}):
         why = f"needs one mask of the same name for each slice; {alone[0]!r} has no partner"
@@ -249,15 +260,18 @@ def _unite_slices(union: np.ndarray, path: Path, stems: list[str]) -> None:
     for plane, stem in zip(union, stems):
         for file in found[stem]:
             if images.suffix_of(file) in images.IMAGE_SUFFIXES:
-                mask = images.read_mask(file)
+                mask, said, _ = images.noted_mask(file, case)
             else:
                 [values] = _Series(file).read().voxels
                 with images.reading(file, "a mask"):
-                    mask = values > images.decide_mask(*images.count_values([values]))[0]
+                    select, said = images.decide_mask([values], case)
+                    mask = select(values)
+            notes += said
             if mask.shape != plane.shape:
                 shapes = f"shape {mask.shape}, its slice {plane.shape}"
                 raise UnreadableFile(f"{file.name}: mask has {shapes}")
             plane |= mask
+    return tuple(dict.fromkeys(notes))
 
 
 def _open(path: Path) -> _File | _Series:
@@ -512,7 +526,8 @@ class _Series:
                 voxels = np.empty((*self.space.shape, *pixels.shape[3:]), kind)
             voxels[z : z + len(pixels)] = pixels
         inverted = self.headers[0].get("photometric") == "MONOCHROME1"
-        return Volume(voxels, self.space, tuple(windows), inverted, self.notes)
+        volume = Volume(voxels, self.space, tuple(windows), inverted, self.notes)
+        return volume.with_windows_that_show()
 
 
 def _numbers(header: dict[str, str], name: str) -> list[float]:
