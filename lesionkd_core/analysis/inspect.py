@@ -217,9 +217,7 @@ def restored(run: results.Result, teacher: TrainedNetwork) -> tuple[TrainedNetwo
     if not isinstance(cfg, DistillConfig):
         raise LesionKDError(f"{results.short(run.path)} is a teacher; give the run of a student")
     level = cfg.edge_level.rpartition(":")[2]
-    graph = EdgeGraph(
-        channels_of(teacher.network, level), cfg.states, cfg.grid, cfg.anchors, frame=cfg.grid_frame
-    )
+    graph = EdgeGraph.build(channels_of(teacher.network, level), cfg)
     measured = Measured(
         FittedGraph(graph, torch.ones(cfg.states)),
         {name: torch.zeros(channels_of(teacher.network, name)) for name in names},
