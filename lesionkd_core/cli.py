@@ -100,8 +100,15 @@ def _literal(text: str) -> Any:
 @main.command(add_help_option=False)
 @click.argument("notebook", required=False)
 @click.option("-h", "--help", "show_help", is_flag=True, help="this text, and the parameters")
+@click.option("--link", type=click.Path(path_type=Path), help="write the results' path to this file")
 @parameters
-def run(notebook: str | None, show_help: bool, given: dict[str, Any], raw: dict[str, str]) -> None:
+def run(
+    notebook: str | None,
+    show_help: bool,
+    link: Path | None,
+    given: dict[str, Any],
+    raw: dict[str, str],
+) -> None:
     """Execute NOTEBOOK, such as 04_distill, and keep it beside its results."""
     from .sweep import configuration, execute, find_notebook
 
@@ -121,6 +128,8 @@ def run(notebook: str | None, show_help: bool, given: dict[str, Any], raw: dict[
         sys.exit(1)
     if place:
         click.echo(f"results: {place}")
+        if link:
+            results.write_text(link, f"{place.resolve()}\n")
 
 
 def _options_text(kind: type[StageConfig]) -> str:

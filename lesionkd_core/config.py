@@ -62,7 +62,9 @@ PROFILES: dict[str, dict[str, Any]] = {
 DEMONSTRATION = {"label_fraction": 0.1}
 """Set by the smoke profile for the phantom: with few labels a teacher helps visibly."""
 
-UNHASHED = ("profile", "device", "threads", "deterministic", "weak_teacher", "dataset")
+UNHASHED = (
+    "profile", "device", "threads", "deterministic", "weak_teacher", "dataset", "tracker"
+)  # fmt: skip
 """Options that do not change a result; data are identified by their content, not by their name."""
 
 LEVELS = {
@@ -470,6 +472,9 @@ class TeacherConfig(PrepareConfig):
     )
     precision: Literal["32-true", "bf16-mixed"] = Field(
         "32-true", description="arithmetic, in Lightning Fabric's names"
+    )
+    tracker: Literal["", "tensorboard"] = Field(
+        "", description="also writes the curves of history.csv for TensorBoard (extra tensorboard)"
     )
     deterministic: bool = Field(
         False, description="use only operations that give the same bits each time (GPU)"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from . import results
@@ -24,17 +27,24 @@ from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
 
 KINDS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
+STUDENTS = results.CHECKOUT / "data" / "students"
+"""Trained students that come with the repository."""
 BATCH = 16
 """Slices of a volume in memory at a time."""
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A trained network and its run's configuration, which says how images are prepared."""
+    """A trained network and its run's configuration, which says how images are prepared.
+
+    `summary` has the scores of the run, `digest` the SHA-256 of all that it was made from.
+    """
 
     network: Network
     cfg: TeacherConfig
     path: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
     @property
     def pixels(self) -> int:
@@ -45,9 +55,25 @@ class TrainedNetwork:
         """Segment images of any size: `predict` with this network."""
         return predict(self, images)
 
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Prepared images (N, S, S, 3) uint8 -> probability of lesion (N, S, S) float32."""
+        return probabilities(self.network, images)
+
     def __repr__(self) -> str:
         count = f"{parameter_count(self.network):,} parameters, {self.pixels} px"
         return f"{type(self.network).__name__}({results.short(self.path)}: {count})"
+
+
+class OnnxStudent(TrainedNetwork):
+    """A student in a file of notebook 07; `network` is the session of ONNX Runtime."""
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities in steps of 1/255."""
+        session: Any = self.network
+        return np.asarray(session.run(None, {"image": images})[0], np.float32) / 255
+
+    def __repr__(self) -> str:
+        return f"OnnxStudent({self.path}: {self.pixels} px)"
 
 
 def read_config(path: Path) -> TeacherConfig:
@@ -105,15 +131,83 @@ def load_network(run: Any) -> TrainedNetwork:
         raise LesionKDError(
             f"{path / 'checkpoint_best'} has the weights of another network than config.json says"
         ) from None
-    return TrainedNetwork(network.eval().requires_grad_(False), cfg, path)
+    about = path / "summary.json"
+    summary = results.read_json(about) if about.exists() else {}
+    digest = results.read_json(path / "config.json")["digest"]
+    return TrainedNetwork(network.eval().requires_grad_(False), cfg, path, summary, digest)
 
 
 def load_student(run: Any) -> TrainedNetwork:
-    """The trained student of a finished `distill` run, given as a result, a path or a name."""
-    student = load_network(run)
+    """A trained student: of a finished `distill` run, or one that comes with the repository.
+
+    Parameters
+    ----------
+    run : Result, Path or str
+        A run, its folder or name; the name of a published student, such as `busi`; a file that
+        `save_student` wrote; or an exported `.onnx` with its `model.json` beside it.
+    """
+    if not hasattr(run, "path"):
+        for file in (Path(run), STUDENTS / f"{run}.safetensors"):
+            if file.is_file() and file.suffix in (".safetensors", ".onnx"):
+                return _read_onnx(file) if file.suffix == ".onnx" else _read_student(file)
+    try:
+        student = load_network(run)
+    except results.UnfinishedRun as error:
+        names = ", ".join(sorted(file.stem for file in STUDENTS.glob("*.safetensors")))
+        if not names or Path(str(run)).exists():
+            raise
+        raise results.UnfinishedRun(f"{error} Published students: {names}.") from None
     if not isinstance(student.cfg, DistillConfig):
         raise LesionKDError(f"{student.path} is a teacher; give the folder of a student")
     return student
+
+
+def save_student(student: TrainedNetwork, file: Path) -> None:
+    """Write a student into one safetensors file, with its configuration and scores."""
+    content = {"config": student.cfg.model_dump(mode="json"), "summary": student.summary, "digest": student.digest}
+    weights = {name: x.contiguous() for name, x in student.network.state_dict().items()}
+    with results.replacing(file) as partial:
+        save_file(weights, partial, {"lesionkd": json.dumps(content)})
+
+
+def _read_student(file: Path) -> TrainedNetwork:
+    try:
+        with safe_open(file, "pt") as opened:
+            content = json.loads(opened.metadata()["lesionkd"])
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        cfg = config_of(DistillConfig, content["config"])
+        network = build(cfg)
+        network.load_state_dict(weights)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise LesionKDError(
+            f"{file} is not a student that `save_student` wrote, or it is damaged: {reason}"
+        ) from None
+    network = network.eval().requires_grad_(False)
+    return TrainedNetwork(network, cfg, file, content["summary"], content["digest"])
+
+
+def _read_onnx(file: Path) -> OnnxStudent:
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise LesionKDError(f"{file} needs the package onnxruntime: pip install '.[mobile]'") from None
+    about = file.with_name("model.json")
+    if not about.is_file():
+        raise LesionKDError(f"{file.name} needs {about}, which has the size of its images")
+    content = results.read_json(about)
+    try:
+        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        if [x.type for x in session.get_inputs()] != ["tensor(uint8)"]:
+            raise LesionKDError(f"{file} takes no images of bytes; use student.onnx of notebook 07")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise LesionKDError(f"{file} cannot be read as ONNX: {error}") from None
+    except Exception as error:  # onnxruntime's own kinds have no public name
+        if isinstance(error, LesionKDError):
+            raise
+        raise LesionKDError(f"{file} cannot be read as ONNX: {error}") from None
+    cfg = DistillConfig(pixels=content["size"], fit=content["fit"], window=content["window"])
+    return OnnxStudent(session, cfg, file)
 
 
 @torch.inference_mode()
@@ -153,7 +247,7 @@ def predict(student: TrainedNetwork, images: np.ndarray | Sequence[np.ndarray]) 
     if not len(images):
         return []
     small = np.stack([prepare_image(image, student.cfg) for image in images])
-    found = probabilities(student.network, small)
+    found = student.probabilities(small)
     return [restore(p, len(x), x.shape[1], student.cfg) for p, x in zip(found, images)]
 
 

@@ -218,6 +218,8 @@ class Learner:
                 "not finite. Reduce the learning rate or a weight; the last good epoch is kept."
             )
         self.history.append(row)
+        if self.cfg.tracker and leader:
+            self._track(row)
         better, self.best = row["val_dice"] > self.best, max(row["val_dice"], self.best)
         if leader:
             if better:
@@ -228,6 +230,20 @@ class Learner:
             last |= {"best": self.best, "seconds": self.seconds, "history": self.history}
             results.write_checkpoint(self.path / "checkpoint_last", last)
         return row
+
+    def _track(self, row: dict[str, float]) -> None:
+        """Add an epoch to the event files in `tensorboard/`."""
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise LesionKDError(
+                "tracker = 'tensorboard' needs the package tensorboardX: "
+                "pip install '.[tensorboard]', or leave tracker out"
+            ) from None
+        suffix = f".{len(self.history):04d}"
+        with SummaryWriter(str(self.path / "tensorboard"), filename_suffix=suffix) as writer:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
 
     def finish(self, data: Prepared) -> None:
         """Score the best network on validation and test cases and write the tables."""

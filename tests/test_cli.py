@@ -138,10 +138,12 @@ PREPARES = ("data = lkd.prepare(cfg)", "print(lkd.short(data.path))\nprint('DONE
 
 def test_a_notebook_is_executed_with_parameters_and_kept_beside_its_results(tmp_path, runs):
     path = notebook(tmp_path / "01_small.ipynb", *PREPARES)
-    code, out, errors = command("run", path, "-p", "cases", 30, "-p", "pixels", 32)
+    words = ["-p", "cases", 30, "-p", "pixels", 32, "--link", tmp_path / "out.txt"]
+    code, out, errors = command("run", path, *words)
     assert code == 0, errors
     data = prepare(DistillConfig(cases=30, pixels=32))
     assert f"results: {data.path}" in out
+    assert (tmp_path / "out.txt").read_text() == f"{data.path.resolve()}\n"
     [kept] = (runs / "notebooks").glob("01_small-*.ipynb")
     assert (data.path / "notebook.ipynb").read_bytes() == kept.read_bytes()
 

@@ -350,6 +350,15 @@ def test_clipping_bounds_the_gradient_of_a_step_and_changes_nothing_else(data):
     assert cosine == pytest.approx(1, abs=1e-4)
 
 
+def test_the_tracker_writes_the_curves_of_the_history(data, runs):
+    cfg = CFG.with_values(losses="", tracker="tensorboard", seed=77)
+    run = distill(None, None, data, cfg)
+    files = sorted((run.path / "tensorboard").glob("events.*"))
+    assert [file.suffix for file in files] == [".0001", ".0002"]
+    assert all(b"val_dice" in file.read_bytes() for file in files)
+    assert distill(None, None, data, cfg.with_values(tracker="")).path == run.path
+
+
 def test_masks_of_unlabelled_cases_are_not_used(data, teacher, graph, runs, monkeypatch, tmp_path):
     """With other masks for them the students are the same, to the bit."""
     cfgs = [

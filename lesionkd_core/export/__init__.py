@@ -14,7 +14,8 @@ from PIL import Image
 
 from .. import results
 from ..analysis.inspect import spread_of_cases
-from ..config import DistillConfig, ExportConfig, LesionKDError
+from ..config import DistillConfig, ExportConfig, LesionKDError, PrepareConfig
+from ..data.layouts import DatasetNotFound
 from ..data.prepare import Prepared, prepare
 from ..models import parameter_count
 from ..predict import TrainedNetwork
@@ -111,12 +112,11 @@ def export_student(cfg: ExportConfig, student: TrainedNetwork) -> Exported:
         for path, made in missing.items():
             _export(made, student, network, path)
 
-    upstream = results.read_json(student.path / "config.json")["digest"]
-    return results.find_or_make([cfg], [upstream], make, Exported)[0]
+    return results.find_or_make([cfg], [student.digest], make, Exported)[0]
 
 
 def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path: Path) -> None:
-    data, notes = prepare(student.cfg), {}
+    data, notes = _images(student), {}
     engines: list[tuple[Engine, int]] = []
     golden = _golden(network, data, path)
     sizes = tuple(sorted({student.pixels, *cfg.sizes}))
@@ -163,6 +163,17 @@ def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path:
     results.write_json(path / "model.json", _settings(cfg, student, path, notes))
 
 
+def _images(student: TrainedNetwork) -> Prepared:
+    """The data set of the student; of a published student that is not here, the phantom."""
+    try:
+        return prepare(student.cfg)
+    except DatasetNotFound:
+        if student.path.is_dir():
+            raise
+    log.warning(f"{student.cfg.dataset} is not here: files are compared on images of the phantom")
+    return prepare(student.cfg.upstream(PrepareConfig).with_values(dataset="phantom", folds=0))
+
+
 def _golden(network: Deployed, data: Prepared, path: Path) -> np.ndarray:
     """Write a test image at the network's size and its mask image: what an app must reproduce."""
     rows = spread_of_cases(data, "test", 3)
@@ -207,6 +218,7 @@ def _settings(
         },
         "size": made.pixels,
         "fit": made.fit,
+        "window": made.window,
         "resize": "Pillow's BOX where the image shrinks both ways, BILINEAR otherwise; "
         "the mask comes back BILINEAR",
         "threshold": cfg.threshold,
@@ -238,7 +250,7 @@ def licence_of(dataset: str) -> str:
 
 def facts(student: TrainedNetwork) -> list[str]:
     """Training, scores, licence, use, limits and rights: six paragraphs of plain text."""
-    cfg, test = student.cfg, results.Result(student.path).summary["test"]
+    cfg, test = student.cfg, student.summary["test"]
     assert isinstance(cfg, DistillConfig)
     how = f"with {', '.join(cfg.terms)} from a {cfg.teacher} teacher" if cfg.terms else "alone"
     dice = test["dice"]
@@ -261,7 +273,7 @@ def model_card(
 ) -> str:
     """The model card in Markdown, with the scores and the parity of every file."""
     made, scores, licence, intended, limits, patent = about
-    test = results.Result(student.path).summary["test"]
+    test = student.summary["test"]
     metrics = {n: v for n, v in test.items() if isinstance(v, dict) and v.get("mean") is not None}
     scored = pd.DataFrame(
         [{"metric": n} | {k: v.get(k) for k in ("mean", "low", "high")} for n, v in metrics.items()]
