@@ -1,287 +1,212 @@
-"""Training steps and inference, each held against a plain version in the same run; nothing here asserts a time."""
+"""Training steps, whole runs, batches and preparation; ratios within one test, no assertion."""
+
+from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lesionkd_core.config import STUDY_ARMS, AblationConfig, DistillConfig
-from lesionkd_core.datasets import phantom
-from lesionkd_core.inference import build
-from lesionkd_core.losses import EdgeGraph, FittedGraph, Measured, build_terms, grid_cells
-from lesionkd_core.losses.feature_refinement import bn_margin
-from lesionkd_core.networks import ResNet34UNet, UNet
-from lesionkd_core.stages import distill_arms, fit_graph
-from lesionkd_core.training import Look, Objective
+import lesionkd_core as lkd
+from lesionkd_core.config import DistillConfig, PrepareConfig, TeacherConfig
+from lesionkd_core.data.batches import epoch_batches
+from lesionkd_core.edges import edge_label_batch
+from lesionkd_core.losses import EdgeGraph, FittedGraph, Measured, Step, build_terms
+from lesionkd_core.losses.segmentation import bce_dice
+from lesionkd_core.models import ResNet34UNet, UNet, channels_of, freeze
+from lesionkd_core.predict import build
 
 PIXELS, BATCH = 128, 16
-ARMS = ["", "feat", "edge", "feat, edge", "feat, edge", "kd", "cwd", "dist"]  # as many as the study has
-
-
-def silent(*_):
-    pass
+LOSSES = {
+    "student alone": "",
+    "with L_feat": "feat",
+    "with L_edge": "edge",
+    "with both": "feat, edge",
+}
+EIGHT = ["", "feat", "edge", "feat, edge", "feat, edge_shuffled", "kd", "cwd", "dist"]
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def repeatable():
     torch.set_num_threads(2)
     torch.manual_seed(0)
 
 
-def batch(pixels: int = PIXELS, size: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
-    masks = torch.zeros(size, 1, pixels, pixels)
-    masks[..., pixels // 3 : 2 * pixels // 3, pixels // 4 : 2 * pixels // 3] = 1
-    return torch.randn(size, 3, pixels, pixels).contiguous(memory_format=torch.channels_last), masks
+@pytest.fixture(scope="module")
+def batch():
+    """Images and masks of one training step."""
+    masks = torch.zeros(BATCH, 1, PIXELS, PIXELS)
+    masks[..., 42:85, 32:85] = 1
+    images = torch.randn(BATCH, 3, PIXELS, PIXELS)
+    return images.contiguous(memory_format=torch.channels_last), masks
 
 
-def frozen(network: nn.Module) -> nn.Module:
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+@pytest.fixture(scope="module")
+def teacher():
+    return freeze(ResNet34UNet()).to(memory_format=torch.channels_last)
 
 
-def look_at(teacher: nn.Module, images, masks) -> Look:
-    with torch.no_grad():
-        return Look(masks, *teacher.forward_features(images))
-
-
-def student_step(terms: str, teacher: nn.Module, graph: FittedGraph):
-    """A step of this project: (images, masks, look) -> None."""
-    cfg = DistillConfig(profile="cpu", terms=terms)
+def step_of(losses, teacher, plain=False):
+    """One update of a student: (images, masks, the teacher's output) -> None."""
+    cfg = DistillConfig(profile="cpu", losses=losses)
+    graph = EdgeGraph.build(channels_of(teacher, cfg.edge_level), cfg)
     student = build(cfg)
-    objective = Objective(student, build_terms(cfg, student, teacher, Measured(graph)), cfg).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], cfg.lr, fused=True)
+    terms = build_terms(cfg, student, teacher, Measured(FittedGraph(graph, torch.ones(cfg.states))))
+    both = nn.ModuleList([student, terms]).to(memory_format=torch.channels_last).train()
+    if plain:
+        for module in both.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.__class__ = nn.BatchNorm2d
+    trained = [p for p in both.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, cfg.lr, fused=True)
 
-    def step(images, masks, look) -> None:
-        sum(objective(images, masks, look).values()).backward()
+    def update(images, masks, seen):
+        logits, maps = student.forward_features(images)
+        edge = edge_label_batch(masks, 1) if losses else None
+        known = {"teacher_logits": seen[0], "teacher_maps": seen[1]} if losses else {}
+        step = Step(logits.float(), masks, maps, edge, **known)
+        sum(cfg.losses[name] * term(step) for name, term in terms.items()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return update
 
 
-class PlainTerms(nn.Module):
-    """L_feat and L_edge as one would write them down first, on torch's own layers."""
-
-    LEVELS = {"decoder.stride8": (16, 128), "decoder.stride4": (8, 64), "decoder.stride2": (4, 32)}
-
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        joined = lambda s, t: nn.Sequential(nn.Conv2d(s, t, 1, bias=False), nn.BatchNorm2d(t))  # noqa: E731
-        self.connectors = nn.ModuleList(joined(s, t) for s, t in self.LEVELS.values())
-        self.edge_connector, self.phi, self.theta = joined(16, 64), nn.Conv2d(64, 16, 1), nn.Conv2d(64, 16, 1)
-        self.nodes, self.states = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
-        for fixed in (self.phi, self.theta, self.nodes, self.states):
-            fixed.requires_grad_(False)  # the graph is frozen
-        self.margins = [bn_margin(teacher.feature_norms()[name]) for name in self.LEVELS]
-
-    def refinement(self, maps, teacher_maps):
-        total = 0
-        for connector, margin, name in zip(self.connectors, self.margins, self.LEVELS):
-            s, t = connector(maps[name]), torch.maximum(teacher_maps[name], margin.view(1, -1, 1, 1))
-            loss = F.mse_loss(s, t, reduction="none")
-            total = total + (loss * ((s > t) | (t > 0)).float()).mean()
-        return total
-
-    def graph(self, x, edge):
-        keys, states = self.theta(x).flatten(2), self.phi(x).flatten(2)
-        member = grid_cells(edge, 4) * edge.flatten(2)
-        live = member.sum(-1) > 0
-        anchors = keys @ member.transpose(1, 2) / member.sum(-1).clamp_min(1e-6).unsqueeze(1)
-        assigned = (anchors.transpose(1, 2) @ keys).masked_fill(~live.unsqueeze(-1), -1e30).softmax(1)
-        nodes = states @ assigned.transpose(1, 2) / assigned.sum(-1).clamp_min(1e-6).unsqueeze(1)
-        return self.states((self.nodes(nodes) - nodes).transpose(1, 2)).transpose(1, 2), live
-
-    def reasoning(self, maps, teacher_maps, masks):
-        edge = F.max_pool2d(masks, 3, 1, 1) - masks
-        edge = F.max_pool2d(edge, 4)
-        h_s, live = self.graph(self.edge_connector(maps["encoder.stride4"]), edge)
-        with torch.no_grad():
-            h_t, _ = self.graph(teacher_maps["encoder.stride4"], edge)
-        return ((h_s - h_t).square().mean(1) * live).sum() / live.sum()
+def seen_by(teacher, images):
+    with torch.no_grad():
+        logits, maps = teacher.forward_features(images)
+    return logits.float(), maps
 
 
-def plain_norms(network: nn.Module) -> nn.Module:
-    """The same network on torch's own BatchNorm."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = nn.BatchNorm2d
-    return network
+def test_a_students_step(in_turns, batch, teacher):
+    images, masks = batch
+    seen = seen_by(teacher, images)
+    steps = {"frozen ResNet34-UNet, one pass": lambda: seen_by(teacher, images)}
+    for name, losses in LOSSES.items():
+        update = step_of(losses, teacher)
+        steps[f"step, {name}"] = lambda update=update: update(images, masks, seen)
+    plain = step_of("", teacher, plain=True)
+    steps["step, student alone, torch's BatchNorm"] = lambda: plain(images, masks, seen)
+    in_turns(steps, "step, student alone")
 
 
-def plain_step(terms: str, teacher: nn.Module):
-    """The prototype that this project is held against."""
-    student, extra = plain_norms(UNet(width=4)), PlainTerms(teacher)
-    both = nn.ModuleList([student, extra]).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(both.parameters(), 5e-3)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_of_eight_arms(in_turns, batch, teacher, precision):
+    images, masks = batch
+    updates = [(losses, step_of(losses, teacher)) for losses in EIGHT]
 
-    def step(images, masks, look) -> None:
-        logits, maps = student.forward_features(images)
-        loss = F.binary_cross_entropy_with_logits(logits, masks)
-        loss = loss + (extra.refinement(maps, look.maps) if "feat" in terms else 0)
-        loss = loss + (0.1 * extra.reasoning(maps, look.maps, masks) if "edge" in terms else 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def separately():
+        for losses, update in updates:
+            update(images, masks, seen_by(teacher, images) if losses else None)
 
-    return step
+    def together():
+        seen = seen_by(teacher, images)
+        for _, update in updates:
+            update(images, masks, seen)
 
-
-def test_a_students_step_against_a_plain_version(in_turns, report):
-    """Teacher pass apart: 128 px, batch 16, two threads."""
-    images, masks = batch()
-    teacher = frozen(ResNet34UNet())
-    graph, look = FittedGraph(EdgeGraph(64), torch.ones(16)), look_at(teacher, images, masks)
-    steps = {"frozen ResNet34-UNet pass": lambda: look_at(teacher, images, masks)}
-    for name, terms in {"BCE alone": "", "+ L_feat": "feat", "+ L_edge": "edge", "both terms": "feat, edge"}.items():
-        plain, ours = plain_step(terms, teacher), student_step(terms, teacher, graph)
-        steps[f"plain step, {name}"] = lambda step=plain: step(images, masks, look)
-        steps[f"step, {name}"] = lambda step=ours: step(images, masks, Look(masks, look.logits, look.maps))  # nothing shared with other arms
-    ours = student_step("feat, edge", teacher, graph)
-    steps["step, both terms, beside other arms"] = lambda: ours(images, masks, look)  # what the teacher becomes in the losses is there
-    medians = in_turns(steps, "step, BCE alone")
-    for name in ("BCE alone", "+ L_feat", "+ L_edge", "both terms"):
-        report(f"step / plain step, {name}", medians[f"step, {name}"] / medians[f"plain step, {name}"], "ratio")
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_eight_arms_in_lockstep_against_each_alone(in_turns, precision):
-    images, masks = batch()
-    teacher = frozen(ResNet34UNet())
-    graph = FittedGraph(EdgeGraph(64), torch.ones(16))
-    steps = [student_step(terms, teacher, graph) for terms in ARMS]
-
-    def alone() -> None:
-        for terms, step in zip(ARMS, steps):
-            step(images, masks, look_at(teacher, images, masks) if terms else None)
-
-    def together() -> None:
-        look = look_at(teacher, images, masks)
-        for terms, step in zip(ARMS, steps):
-            step(images, masks, look if terms else None)
+    def stored():
+        for _, update in updates:
+            update(images, masks, known)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
-        medians = in_turns({
-            f"8 arms, each alone, {precision}": alone, f"8 arms in lockstep, {precision}": together,
-            f"one arm alone without a teacher, {precision}": lambda: steps[0](images, masks, None),
-            f"one arm with L_feat and L_edge and its teacher pass, {precision}": lambda: steps[3](images, masks, look_at(teacher, images, masks)),
-        }, f"8 arms, each alone, {precision}", rounds=5, warmup=1)
-    print({name: round(value) for name, value in medians.items()})
+        known = seen_by(teacher, images)
+        steps = {"each alone": separately, "together": together, "teacher's outputs stored": stored}
+        steps = {f"8 arms, {name}, {precision}": step for name, step in steps.items()}
+        in_turns(steps, f"8 arms, each alone, {precision}", rounds=5, warmup=1)
 
 
-def test_whole_runs_of_eight_arms_in_lockstep_against_each_alone(in_turns, monkeypatch, tmp_path):
-    """From finished teacher and graph to scored students: batches, augmentation, validation, checkpoints and test scores are part of it."""
-    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
-    cfg = AblationConfig(pixels=128, cases=160, batch_size=16, teacher_epochs=1, graph_epochs=1, epochs=2, weak_teacher="allow")
-    fit_graph(cfg, silent)
-    arms = [cfg.arm(arm, 0) for arm in STUDY_ARMS]
-
-    def train(*groups: list[DistillConfig]) -> None:
-        shutil.rmtree(tmp_path / "distill", ignore_errors=True)
-        for group in groups:
-            distill_arms(group, silent)
-
-    runs = {"runs of 8 arms, each alone": lambda: train(*([arm] for arm in arms)), "runs of 8 arms in lockstep": lambda: train(arms)}
-    in_turns(runs, "runs of 8 arms, each alone", rounds=2, warmup=0)
-
-
-@pytest.mark.parametrize("what", ["training step", "inference"])
-def test_the_students_cost_against_both_teachers(in_turns, what):
-    networks = {"student": UNet(width=4), "U-Net 64": UNet(width=64), "ResNet34-UNet": ResNet34UNet()}
-    images, masks = batch(size=4)
+@pytest.mark.parametrize("kind", ["training step", "prediction"])
+def test_networks(in_turns, kind):
+    images = torch.randn(4, 3, PIXELS, PIXELS).contiguous(memory_format=torch.channels_last)
+    masks = torch.zeros(4, 1, PIXELS, PIXELS)
+    networks = {"student": UNet(width=4), "ResNet34-UNet": ResNet34UNet(), "U-Net 64": UNet(width=64)}
     steps = {}
     for name, network in networks.items():
-        network.to(memory_format=torch.channels_last).train(what == "training step")
+        network.to(memory_format=torch.channels_last).train(kind == "training step")
 
-        def step(network=network) -> None:
-            if what == "training step":
-                F.binary_cross_entropy_with_logits(network(images), masks).backward()
-                network.zero_grad()
-            else:
-                with torch.inference_mode():
-                    network(images)
+        def step(network=network):
+            with torch.set_grad_enabled(kind == "training step"):
+                logits = network(images)
+                if kind == "training step":
+                    bce_dice(logits, masks).backward()
+                    network.zero_grad()
 
-        steps[f"{what} of {name}, batch 4"] = step
-    in_turns(steps, f"{what} of student, batch 4", rounds=4, warmup=1)
-
-
-@pytest.mark.parametrize("what", ["training step", "inference"])
-def test_compiled_against_eager(in_turns, what):
-    """Whether torch.compile pays on this machine; it is not used."""
-    images, masks = batch()
-    student = UNet(width=4).to(memory_format=torch.channels_last).train(what == "training step")
-    compiled = torch.compile(student)
-
-    def step(network) -> None:
-        if what == "training step":
-            F.binary_cross_entropy_with_logits(network(images), masks).backward()
-            student.zero_grad()
-        else:
-            with torch.inference_mode():
-                network(images)
-
-    in_turns({f"{what} of student, eager": lambda: step(student), f"{what} of student, compiled": lambda: step(compiled)}, f"{what} of student, eager")
+        steps[f"{kind} of {name}, batch 4"] = step
+    in_turns(steps, f"{kind} of student, batch 4", rounds=5, warmup=1)
 
 
-def test_cost_against_pixels_images_and_arms(in_turns):
-    """Points for the figure in docs/speed.md: cost should grow no faster than the work."""
-    teacher = frozen(ResNet34UNet())
-    graph = FittedGraph(EdgeGraph(64), torch.ones(16))
-    steps = {}
-    for pixels in (64, 128, 256):
-        images, masks = batch(pixels, 8)
-        step = student_step("feat, edge", teacher, graph)
-        steps[f"step at {pixels} px, batch 8"] = lambda step=step, images=images, masks=masks: step(images, masks, look_at(teacher, images, masks))
-    for size in (8, 16, 32):
-        images, masks = batch(64, size)
-        step = student_step("feat, edge", teacher, graph)
-        steps[f"step at 64 px, batch {size}"] = lambda step=step, images=images, masks=masks: step(images, masks, look_at(teacher, images, masks))
-    images, masks = batch(64)
-    students = [student_step("feat, edge", teacher, graph) for _ in range(8)]
-    for count in (1, 2, 4, 8):
-        def lockstep(count=count) -> None:
-            look = look_at(teacher, images, masks)
-            for step in students[:count]:
-                step(images, masks, look)
+def test_whole_runs(in_turns, monkeypatch, tmp_path):
+    """From a finished teacher to scored students: batches, validation and checkpoints included."""
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
+    sizes = {"pixels": PIXELS, "cases": 160, "batch_size": 16, "teacher_epochs": 1, "epochs": 8}
+    cfg = DistillConfig(**sizes, label_fraction=1.0, weak_teacher="allow")
+    data = lkd.prepare(cfg)
+    teacher = lkd.train_teacher(data, cfg)
+    graph = lkd.fit_edge_graph(teacher, data, cfg)
 
-        steps[f"{count} arms at 64 px, batch 16"] = lockstep
-    in_turns(steps, "step at 64 px, batch 8", rounds=5, warmup=1)
+    def train(losses, views=0):
+        shutil.rmtree(tmp_path / "distill", ignore_errors=True)
+        arms = [cfg.with_values(losses=name, teacher_views=views) for name in losses]
+        lkd.distill_arms(teacher, graph, data, arms)
 
-
-def test_deterministic_operations_against_the_usual_ones(in_turns):
-    """The switch `deterministic`, on this machine's CPU."""
-    teacher = frozen(ResNet34UNet())
-    images, masks = batch()
-    look = look_at(teacher, images, masks)
-
-    def under(switch: bool):
-        step = student_step("feat, edge", teacher, FittedGraph(EdgeGraph(64), torch.ones(16)))
-
-        def switched() -> None:
-            torch.use_deterministic_algorithms(switch)
-            step(images, masks, look)
-            torch.use_deterministic_algorithms(False)
-
-        return switched
-
-    in_turns({"student's step, usual": under(False), "student's step, deterministic": under(True)}, "student's step, usual")
+    train(["feat, edge"], 4)  # stores the views
+    runs = {
+        "run, student alone": lambda: train([""]),
+        "run, method": lambda: train(["feat, edge"]),
+        "run, method, teacher_views": lambda: train(["feat, edge"], 4),
+        "run, 8 arms together": lambda: train(EIGHT),
+        "run, 8 arms together, teacher_views": lambda: train(EIGHT, 4),
+    }
+    in_turns(runs, "run, student alone", rounds=2, warmup=0)
 
 
-@pytest.mark.parametrize("look", phantom.LOOKS)
-def test_drawing_a_phantom_case_at_128_px(benchmark, report, look):
-    torch.set_num_threads(1)
-    index = iter(range(10**6))
-    benchmark.pedantic(lambda: phantom.draw(look, 0, next(index), 128), rounds=200, warmup_rounds=5)
-    report(f"phantom {look}, 128 px, one thread", 1 / benchmark.stats.stats.median, "images/s")
+def test_batches(in_turns, batch, teacher, monkeypatch, tmp_path):
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
+    data = lkd.prepare(TeacherConfig(pixels=PIXELS, cases=100))
+    images, masks = batch
+    update = step_of("", teacher)
+    steps = {"step, student alone": lambda: update(images, masks, None)}
+    for augment in ("full", "flips", "none"):
+        steps[f"batch, augment {augment}"] = lambda augment=augment: next(
+            epoch_batches(data, BATCH, 0, 0, augment, torch.device("cpu"))
+        )
+    in_turns(steps, "step, student alone")
 
 
-def test_importing_against_starting_python(in_turns):
-    def start(code: str):
+def test_preparing(in_turns, monkeypatch, tmp_path):
+    """60 photographs of 600 x 450 px, as JPEG with PNG masks."""
+    from PIL import Image
+
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "runs"))
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for i in range(60):
+        small = rng.integers(0, 255, (15, 20, 3), np.uint8)
+        Image.fromarray(small).resize((600, 450)).save(folder / "images" / f"{i}.jpg")
+        mask = np.zeros((450, 600), np.uint8)
+        mask[100 : 200 + i, 150 : 300 + i] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+
+    def prepare(**options):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        lkd.prepare(PrepareConfig(dataset=str(folder), **options))
+
+    def only_decode():
+        for path in folder.rglob("*.*"):
+            np.asarray(Image.open(path))
+
+    in_turns({"decoding 60 pairs": only_decode, "preparing 60 pairs": prepare}, "decoding 60 pairs")
+
+
+def test_importing(in_turns):
+    def start(code):
         return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
-    in_turns({
-        "starting Python": start("pass"), "import lesionkd_core": start("import lesionkd_core"),
-        "from lesionkd_core import PrepareConfig": start("from lesionkd_core import PrepareConfig"),
-    }, "starting Python", rounds=7, warmup=1)
+    code = {"starting Python": "pass", "import lesionkd_core": "import lesionkd_core"}
+    in_turns({name: start(text) for name, text in code.items()}, "starting Python", rounds=7)
