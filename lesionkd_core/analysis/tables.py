@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from .. import results
-from ..config import PROFILES, loss_terms
+from ..config import loss_terms
 from ..evaluate import score_external
 from .statistics import FAMILY, TEACHER, by_seed, case_mean, families
 
@@ -232,7 +232,7 @@ def collect_study(
         dataset = Path(cfg["dataset"]).name
         row: dict[str, Any] = {"run": results.short(run.path).removeprefix("runs/")}
         row |= {"dataset": dataset} | {
-            name: cfg[name] for name in ("profile", "teacher", "fold", "seg_loss")
+            name: cfg[name] for name in ("profile", "teacher", "fold", "seg_loss", "pixels")
         }
         row |= {"arm": arm, "seed": seed} | (about or {})
         scored = {dataset: run.per_case.query("split == 'test'")}
@@ -254,7 +254,7 @@ def collect_study(
 FIRST = [
     "run", "dataset", "test_dataset", "profile", "teacher", "arm", "seed", "split", "fold", "case",
     "group", "lesion_px", "contrast", "dice", "iou", "sensitivity", "precision", "hd95",
-    "surface_dice", "missed", "false_alarm", "soft_dice", "seg_loss",
+    "surface_dice", "missed", "false_alarm", "soft_dice", "seg_loss", "pixels",
 ]
 # fmt: on
 """Columns of data/results/per_case.csv."""
@@ -270,19 +270,17 @@ def cost_points(
     per_case : DataFrame
         From `study`; of one `seg_loss`.
     cost : DataFrame
-        `committed("cost")`; times are those of ONNX Runtime in float32.
+        `committed("cost")`.
 
     Returns
     -------
     DataFrame
-        dataset, model (arm or teacher network), dice, low, high, parameters, macs and
-        latency_ms_median (at the profile's size), for `figures.pareto`.
+        dataset, model (arm or teacher network), dice, low, high, parameters and macs
+        (multiplications for one image of the size of the training), for `figures.pareto`.
     """
-    engine = (cost["engine"] == "ONNX Runtime") & (cost["precision"] == "float32")
-    measured, rows = cost[engine].set_index(["pixels", "model"]), []
+    at_128, rows = cost[cost["pixels"] == 128].drop_duplicates("model").set_index("model"), []
     teachers = per_case.loc[~per_case["arm"].isin([TEACHER, "alone"]), "teacher"].nunique()
     for family, part in families(per_case):
-        known = measured.loc[PROFILES[family["profile"]]["pixels"]]
         for arm in (arm for arm in (TEACHER, *arms) if arm in set(part["arm"])):
             network = family["teacher"] if arm == TEACHER else "student"
             model = network if arm == TEACHER else arm
@@ -290,9 +288,9 @@ def cost_points(
             row = {"dataset": family["test_dataset"], "model": model}
             row["model"] += f", {label(family['teacher'])}" * taught
             row |= dict(zip(("dice", "low", "high"), case_mean(by_seed(part, arm))))
-            rows.append(
-                row | known.loc[network, ["parameters", "macs", "latency_ms_median"]].to_dict()
-            )
+            row["parameters"] = at_128.loc[network, "parameters"]
+            row["macs"] = at_128.loc[network, "macs"] * (part["pixels"].iloc[0] / 128) ** 2
+            rows.append(row)
     return pd.DataFrame(rows).drop_duplicates(["dataset", "model"], ignore_index=True)
 
 
