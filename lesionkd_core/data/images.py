@@ -27,6 +27,8 @@ NEAR_INTEGER = 0.05
 """Class numbers that were stored with a scale factor differ from integers by less than this."""
 SOLID = 0.1
 """Fraction of the pixels of classes or instances whose neighbours have the same value."""
+SMALL_LESION = 1000
+"""The soft border of a lesion of at most this many pixels may have two values alone."""
 MOST_BETWEEN, LEAST_BRIGHT = 0.1, 0.25
 """In black and white with soft borders: largest fraction of the image between the ends, smallest
 fraction of bright pixels among those that are not dark."""
@@ -464,6 +466,8 @@ def _are_labels(planes: Sequence[np.ndarray], values: np.ndarray, counts: np.nda
     """
     top, whole = values[-1], bool(np.abs(values - np.rint(values)).max() < NEAR_INTEGER)
     if whole and (len(values) <= 4 or top <= CLASSES_UP_TO):
+        if len(values) == 4 and top > CLASSES_UP_TO and counts[1:].sum() <= SMALL_LESION:
+            raise ValueError("two values between black and white may be classes or a soft border")
         return True
     if len(values) > MANY_VALUES // 2:
         return False

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,16 @@ from .pixels import (
     prepare_mask,
     thumbnail,
 )
-from .splits import SPLITS, crossing, group_cases, series_across, split_cases
+from .splits import SPLITS, SplitError, crossing, group_cases, series_across, split_cases
 
 SMALL = (THUMBNAIL, THUMBNAIL)
 PART, VOLUMES = 64, 2  # images or volumes between two saves; they are in memory together
+BYTES = 9
+"""Written for each prepared pixel: image and mask in a part, then image, mask and edge."""
+FLAT, BLACK, SHORT = 3.0, 8.0, 32
+"""Reported: standard deviation and mean of grey levels, and side of an image, below these."""
+FEW_PIXELS = 10
+"""A mask of fewer pixels is reported if the median lesion has a hundred times as many."""
 Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
 """Facts of a case; its image (1, S, S, 3), mask (1, S, S) and thumbnail; empty if it is dropped."""
 
@@ -112,12 +119,15 @@ def prepare(cfg: PrepareConfig) -> Prepared:
     DatasetNotFound, SplitError, LesionKDError
         There is no such data set, or too few of its cases can be used.
     """
+    for name in getattr(cfg, "test_dataset", ()):
+        fingerprint(cfg.for_testing(name))  # an error now, not after hours of training
     cfg = cfg.upstream(PrepareConfig)
     upstream, raw = fingerprint(cfg)
 
     def make(missing: dict[Path, PrepareConfig]) -> None:
         for path in missing:
             log.info(f"preparing {cfg.dataset} at {cfg.pixels} px")
+            _check_space(path, (cfg.cases or len(raw) or phantom.CASES) * cfg.pixels**2 * BYTES)
             official = CATALOGUE[cfg.dataset].count if cfg.dataset in CATALOGUE else len(raw)
             if len(raw) != official:
                 log.info(f"note: {len(raw)} of the release's {official} images are here")
@@ -128,6 +138,15 @@ def prepare(cfg: PrepareConfig) -> Prepared:
             shutil.rmtree(path / "parts")
 
     return results.find_or_make([cfg], [upstream], make, Prepared, resume=True)[0]
+
+
+def _check_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise LesionKDError(
+            f"the prepared data need at least {needed / 1e9:.1f} GB, and the disk of {path} has "
+            f"{free / 1e9:.1f} GB. Free some space, or give fewer pixels or cases."
+        )
 
 
 def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
@@ -192,13 +211,13 @@ def _row(
     reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig
 ) -> Row:
     """Size and likeness come from the original, so that every prepared size has the same split."""
-    empty = not mask.any()
+    empty, moments = not mask.any(), _moments(image)
     # slices of two patients look alike
     small = np.zeros(SMALL, np.uint8) if reading.volume else thumbnail(reading.image)
     row = {
         "id": reading.id,
         "file": case.image.name,
-        "notes": list(reading.notes),
+        "notes": [*reading.notes, *(() if reading.volume else _unseen(reading.image, moments))],
         "group": case.group or reading.group or reading.volume,
         "label": case.label,
         "official": case.split,
@@ -208,11 +227,25 @@ def _row(
         "empty": bool(empty),
         "lesion_share": np.count_nonzero(reading.mask) / reading.mask.size,
         "contrast": lesion_contrast(image, mask),
-        "moments": _moments(image),
+        "moments": moments,
         "problem": "no lesion (normals = drop)" if empty and cfg.normals == "drop" else "",
     }
     kept = slice(0, 0) if row["problem"] else slice(None)
     return row, image[None][kept], mask[None][kept].astype(np.uint8), small[None][kept]
+
+
+def _unseen(image: np.ndarray, moments: list[list[float]]) -> list[str]:
+    """Notes on a picture that shows little."""
+    (height, width), (mean, square) = image.shape[:2], np.array(moments)
+    found = [f"{width} x {height} px: a side is shorter than {SHORT} px"] * (
+        height < SHORT or width < SHORT
+    )
+    cure = "; if it has a narrow range of values, give window = 'centre, width'"
+    if (square - mean**2).max() < FLAT**2:
+        found.append(f"nearly flat: all grey levels are near {mean.mean():.0f} of 255{cure}")
+    elif mean.max() < BLACK:
+        found.append(f"nearly black: the mean grey level is {mean.max():.1f} of 255{cure}")
+    return found
 
 
 def _write_part(path: Path, done: list[Row]) -> None:
@@ -227,23 +260,30 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
     rows = pd.DataFrame([r for part in parts for r in json.loads(str(np.load(part)["rows"]))])
     kept = rows["problem"] == ""
     results.write_table(path / "report.csv", _report(rows))  # also if an error follows
+    listed = (
+        f"{r.file}: {r.problem.removeprefix(f'{r.file}: ')}" for r in rows[~kept].itertuples()
+    )
+    reasons = "\n".join(f"  {reason}" for reason in islice(listed, 5))
+    dropped = f"{(~kept).sum()} were dropped (report.csv in {results.short(path)}):\n{reasons}"
     needed, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
     if kept.sum() < needed:
-        reasons = [f"  {r.file}: {r.problem}" for r in rows[~kept].head(5).itertuples()]
         raise LesionKDError(
             f"{cfg.dataset}: {kept.sum()} usable cases; at least {needed} are needed{why}. "
-            f"{(~kept).sum()} were dropped:\n" + "\n".join(reasons)
+            + dropped
         )
     cases = rows[kept].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
     small = np.concatenate([np.load(part)["thumbnails"].reshape(-1, *SMALL) for part in parts])
     known, bits = cases["group"], cfg.duplicate_bits
     cases["group"] = group_cases(known, small if grouped else None, bits, sequence_of(cfg))
-    cases["split"] = split_cases(cases, cfg)
+    try:
+        cases["split"] = split_cases(cases, cfg)
+    except SplitError as error:
+        raise SplitError(f"{error}\nOf the cases {dropped}" if reasons else str(error)) from None
     chosen = (cases["split"] != "").to_numpy()
     rows.loc[rows.index[kept][~chosen], "problem"] = "not in the split file"
     cases = cases[chosen].reset_index(drop=True)
     across = crossing(cases)
-    warnings = _warnings(cases[known[chosen].to_numpy() == ""], across)
+    warnings = _warnings(cases, known[chosen].to_numpy() == "", across)
     for warning in warnings:
         log.warning(f"warning: {warning}")
     _write_arrays(path, parts, chosen, cfg.pixels)
@@ -251,18 +291,18 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
     report = _report(rows)
     results.write_table(path / "report.csv", report)
     results.write_table(path / "split.csv", cases[["id", "group", "split"]])
-    columns = "id group label split volume lesion_share contrast height width".split()
-    results.write_table(path / "cases.csv", cases[columns])
+    described = ["label", "split", "volume", "lesion_share", "contrast", "height", "width"]
+    results.write_table(path / "cases.csv", cases[["id", "group", *described]])
     counts = {
         action: int(report.loc[report["action"] == action, "id"].nunique())
         for action in ("repaired", "dropped")
     }
     about = {"kept": len(cases), "groups": int(cases["group"].nunique()), "crossing": across}
-    about["warnings"] = warnings
+    about |= {"warnings": warnings, "paired": how_paired(cfg)}
     results.write_json(path / "summary.json", about | counts | _statistics(cases))
 
 
-def _warnings(ungrouped: pd.DataFrame, across: dict[str, int]) -> list[str]:
+def _warnings(cases: pd.DataFrame, ungrouped: np.ndarray, across: dict[str, int]) -> list[str]:
     """What may be wrong with the data, and the option that cures it."""
     found = []
     if any(across.values()):
@@ -270,10 +310,25 @@ def _warnings(ungrouped: pd.DataFrame, across: dict[str, int]) -> list[str]:
             f"{across['test']} test and {across['val']} validation cases share a group (video, "
             "patient, near-duplicate) with a training case"
         )
-    if series := series_across(ungrouped):
+    if series := series_across(cases[ungrouped]):
         found.append(
             f"{len(series)} numbered series of images, such as that of {series[0]}, have members "
             "in more than one split. If a series is a patient or a video, give group_by = 'number'"
+        )
+    lesions = cases[~cases["empty"] & (cases["volume"] == "")]
+    share = lesions["lesion_share"]
+    if (median := share.median()) > 0.5:
+        found.append(
+            f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
+            "black on white, give invert_masks = True"
+        )
+    area = share * lesions["height"] * lesions["width"]
+    stray = lesions.loc[(area < FEW_PIXELS) & (area < area.median() / 100), "file"].tolist()
+    if stray:
+        found.append(
+            f"{len(stray)} masks have fewer than {FEW_PIXELS} lesion pixels, such as that of "
+            f"{stray[0]}; the median is {area.median():.0f}. If other values of these masks are "
+            "lesion too, name them in lesion_values"
         )
     return found
 

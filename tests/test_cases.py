@@ -1,0 +1,323 @@
+"""Small data sets as people have them that version 0.1 read wrongly, with the right values."""
+
+import csv
+import shutil
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from lesionkd_core.config import ConfigError, PrepareConfig, TeacherConfig
+from lesionkd_core.data import prepare as module
+from lesionkd_core.data.layouts import DatasetNotFound, own_pairs
+from lesionkd_core.data.prepare import prepare
+from lesionkd_core.data.splits import SplitError
+from tests.test_dicom import dicom
+from tests.tiny import SIZE, image_folder, lesion, picture, save
+
+pytestmark = pytest.mark.usefixtures("runs")
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """12 good pairs, case_000 to case_011, with square lesions of side 6 to 17."""
+    return image_folder(tmp_path / "mine", 12)
+
+
+def prepared(folder, **options):
+    return prepare(PrepareConfig(dataset=str(folder), pixels=32, **options))
+
+
+def areas(data):
+    """Lesion pixels of the original masks by id."""
+    share = data.cases.set_index("id")["lesion_share"]
+    return (share * data.cases.set_index("id").eval("height * width")).round().astype(int)
+
+
+def reason(data, case_id):
+    return " | ".join(data.report.loc[data.report["id"] == case_id, "reason"])
+
+
+def mask(folder, number, pixels):
+    return save(folder / "masks" / f"case_{number:03d}.png", pixels)
+
+
+def image(folder, number, pixels, suffix=".png"):
+    (folder / "images" / f"case_{number:03d}.png").unlink()
+    return save(folder / "images" / f"case_{number:03d}{suffix}", pixels)
+
+
+# Masks --------------------------------------------------------------------------------------------
+
+
+def test_scan_beside_scan2_is_sorted_and_kept(mine):
+    for number, name in ((0, "scan"), (1, "scan2")):
+        for folder in ("images", "masks"):
+            (mine / folder / f"case_{number:03d}.png").rename(mine / folder / f"{name}.png")
+    data = prepared(mine)
+    assert data.cases["id"].tolist()[-2:] == ["scan", "scan2"] and len(data.cases) == 12
+
+
+@pytest.mark.parametrize(("kind", "top"), [(np.uint8, 2), (np.uint8, 4), (np.int16, 7)])
+def test_every_slice_with_a_class_keeps_its_lesion_whatever_the_scale_factor(tmp_path, kind, top):
+    classes = np.zeros((20, 24, 6))
+    classes[4:12, 6:16, 1:5] = np.random.default_rng(0).integers(1, top + 1, (8, 10, 4))
+    body = np.random.default_rng(1).normal(0, 100, classes.shape).astype(np.float32)
+    for name, voxels, stored in (("images", body, np.float32), ("masks", classes, kind)):
+        volume = nib.Nifti1Image(voxels, np.eye(4))
+        volume.set_data_dtype(stored)  # of floats: nibabel adds scl_slope
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        nib.save(volume, tmp_path / "mine" / name / "a.nii.gz")
+    data = prepared(tmp_path / "mine", split="test")
+    assert areas(data).tolist() == [80] * 4
+    assert "all but 0 read as lesion" in reason(data, "a_z001")
+
+
+def test_labels_classes_and_stray_values_of_grey_masks_are_all_lesion(mine):
+    cells = np.zeros(SIZE, np.uint16)
+    for k in range(48):
+        row, column = 8 * (k // 8), 8 * (k % 8)
+        cells[row + 1 : row + 7, column + 1 : column + 7] = k + 1
+    mask(mine, 0, cells)
+    mask(mine, 1, (cells * 5).astype(np.uint8))
+    mask(mine, 2, (127 * lesion(20) + 128 * lesion(10)).astype(np.uint8))
+    stray = lesion(20).astype(np.uint16)
+    stray[40, 50] = 40
+    mask(mine, 3, stray)
+    data = prepared(mine)
+    assert areas(data)[:4].tolist() == [48 * 36, 48 * 36, 400, 401]
+    assert reason(data, "case_000") == "49 values from 0 to 48: all but 0 read as lesion"
+    assert reason(data, "case_002") == "values 0, 127, 255: all but 0 read as lesion"
+
+
+def test_an_ignore_ring_is_refused_until_the_lesion_is_named(mine):
+    ring = np.where(lesion(20), 255, 0).astype(np.uint8)
+    ring[lesion(12, top=8, left=10)] = 1
+    mask(mine, 0, ring)
+    words = reason(prepared(mine, split="test"), "case_000")
+    assert "values 0, 1, 255" in words and "'ignore'" in words and "lesion_values" in words
+    assert areas(prepared(mine, split="test", lesion_values="1"))["case_000"] == 144
+    with pytest.raises(ConfigError, match=r"cannot be left out .* lesion_values"):
+        PrepareConfig(ignore_values="255")
+
+
+def test_lesion_values_choose_classes(mine):
+    for number in range(12):
+        classes = lesion(10) + 2 * lesion(8, left=30) + 3 * lesion(6, top=30)
+        mask(mine, number, classes.astype(np.uint8))
+    assert areas(prepared(mine)).tolist() == [200] * 12
+    data = prepared(mine, lesion_values="1, 3")
+    assert areas(data).tolist() == [136] * 12
+    assert reason(data, "case_000") == "values 0, 1, 2, 3: 1, 3 read as lesion (lesion_values)"
+
+
+def test_lesions_black_on_white_are_a_warning_with_the_option_that_inverts(mine):
+    for number in range(12):
+        mask(mine, number, ~lesion(6 + number))
+    [warning] = prepared(mine).summary["warnings"]
+    assert warning.startswith("the median lesion covers 96% of its image") and "invert" in warning
+    data = prepared(mine, invert_masks=True)
+    assert areas(data).tolist() == [(6 + n) ** 2 for n in range(12)]
+    assert data.summary["warnings"] == [] and reason(data, "case_003") == "inverted (invert_masks)"
+
+
+def test_a_mask_of_one_stray_pixel_among_large_ones_is_a_warning(mine):
+    mask(mine, 4, lesion(1))
+    [warning] = prepared(mine).summary["warnings"]
+    assert "1 masks have fewer than 10 lesion pixels, such as that of case_004.png" in warning
+
+
+# Images -------------------------------------------------------------------------------------------
+
+
+def test_16_bit_pictures_are_scaled_by_percentiles_or_the_window(mine):
+    grey = picture(0)[..., 0].astype(np.uint16) * 16
+    grey[0, 0] = 65535
+    image(mine, 0, grey)
+    data = prepared(mine)
+    assert 80 < data.images[0].mean() < 170 and "shown as black to white" in reason(
+        data, "case_000"
+    )
+    low = prepared(mine, window="1600, 2").images[0]
+    assert set(np.unique(low[4:, 4:])) >= {0, 255}
+
+
+def test_pictures_that_show_nothing_are_reported(mine):
+    image(mine, 0, np.full((*SIZE, 3), 97, np.uint8))
+    image(mine, 1, picture(1) // 40)
+    image(mine, 2, picture(2)[:20])
+    mask(mine, 2, lesion(6)[:20])
+    data = prepared(mine, split="test")
+    assert reason(data, "case_000").startswith("nearly flat: all grey levels are near 97 of 255")
+    assert reason(data, "case_001").startswith(("nearly black", "nearly flat"))
+    assert reason(data, "case_002") == "64 x 20 px: a side is shorter than 32 px"
+    assert set(data.report["action"]) == {"repaired"} and len(data.cases) == 12
+
+
+# Pairs --------------------------------------------------------------------------------------------
+
+
+def test_an_image_of_another_letter_case_does_not_get_the_mask(mine):
+    save(mine / "images" / "CASE_000.png", picture(99))
+    data = prepared(mine)
+    assert reason(data, "CASE_000") == "CASE_000.png: no mask belongs to this image"
+    assert len(data.cases) == 12
+
+
+def renamed(folder, form):
+    for path in sorted((folder / "masks").iterdir()):
+        path.rename(path.with_name(form.format(path.stem) + path.suffix))
+
+
+@pytest.mark.parametrize(
+    ("form", "how"),
+    [
+        ("{}_mask", "the suffix '_mask'"),
+        ("{}_segmentation", "the suffix '_segmentation'"),
+        ("{}_seg", "the suffix '_seg'"),
+        ("{}-mask", "the suffix '-mask'"),
+        ("{}_GT", "the suffix '_gt'"),
+        ("{}_lesion", "the suffix '_lesion'"),
+        ("{}_label", "the suffix '_label'"),
+        ("mask_{}", "the prefix 'mask_'"),
+        ("{}.jpg", "the suffix of the image '.jpg'"),
+    ],
+)
+def test_masks_are_found_by_what_all_their_names_add(mine, form, how):
+    renamed(mine, form)
+    data = prepared(mine, split="test")
+    assert areas(data).tolist() == [(6 + n) ** 2 for n in range(12)] and data.report.empty
+    assert data.summary["paired"] == f"masks paired by {how}"
+
+
+def test_channel_numbers_of_nnu_net_are_no_part_of_the_name(mine):
+    for path in [*(mine / "images").iterdir()]:
+        path.rename(path.with_name(f"{path.stem}_0000.png"))
+    (mine / "images").rename(mine / "imagesTr")
+    (mine / "masks").rename(mine / "labelsTr")
+    data = prepared(mine, split="test")
+    assert areas(data).tolist() == [(6 + n) ** 2 for n in range(12)]
+
+
+@pytest.mark.parametrize("name", ["Masks", "labels", "annotations", "Ground Truth", "ground_truth"])
+def test_the_folder_of_masks_may_have_other_names(mine, name):
+    (mine / "masks").rename(mine / "renamed")
+    (mine / "renamed").rename(mine / name)
+    assert len(prepared(mine).cases) == 12
+
+
+def test_images_and_masks_may_share_a_folder(mine):
+    renamed(mine, "{}_mask")
+    for path in [*(mine / "images").iterdir(), *(mine / "masks").iterdir()]:
+        shutil.move(path, mine / path.name)
+    (mine / "images").rmdir(), (mine / "masks").rmdir()
+    assert areas(prepared(mine)).tolist() == [(6 + n) ** 2 for n in range(12)]
+
+
+def test_a_folder_may_hold_one_case_with_its_masks(mine, tmp_path):
+    for number in range(12):
+        case = tmp_path / "cases" / f"p{number:02d}"
+        save(case / "images" / "a.png", picture(number))
+        save(case / "masks" / "1.png", lesion(6))
+        save(case / "masks" / "2.png", lesion(6, top=30))
+    data = prepared(tmp_path / "cases")
+    assert areas(data).tolist() == [72] * 12 and reason(data, "p03") == "2 masks united"
+    assert data.summary["paired"] == "one folder for each case"
+
+
+def test_sub_folders_are_the_official_split(mine, tmp_path):
+    root, parts = tmp_path / "parts", {"train": range(8), "val": (8, 9), "test": (10, 11)}
+    for part, numbers in parts.items():
+        for number in numbers:
+            for folder in ("images", "masks"):
+                file = root / folder / part / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(mine / folder / f"case_{number:03d}.png", file)
+    cases = prepared(root, split="official").cases
+    assert cases["split"].value_counts().to_dict() == {"train": 8, "val": 2, "test": 2}
+    assert set(cases["id"]) == {f"{part}-{n}" for part, numbers in parts.items() for n in numbers}
+
+
+def test_names_that_do_not_match_are_shown(mine):
+    for number, path in enumerate(sorted((mine / "masks").iterdir())):
+        path.rename(path.with_name(f"drawing {chr(97 + number)}.png"))
+    with pytest.raises(DatasetNotFound) as error:
+        own_pairs(mine)
+    assert "case_000.png, case_001.png, case_002.png (12)" in str(error.value)
+    assert "drawing a.png, drawing b.png, drawing c.png (12)" in str(error.value)
+
+
+def test_two_ways_to_pair_are_refused(mine):
+    for path in [*(mine / "masks").iterdir()]:
+        shutil.copy(path, path.with_name(f"{path.stem}_mask.png"))
+        path.rename(path.with_name(f"{path.stem}_label.png"))
+    with pytest.raises(DatasetNotFound, match="no mask can be assigned"):
+        own_pairs(mine)
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".jp2", ".avif"])
+def test_formats_that_are_not_read_are_named_as_such(mine, suffix):
+    (mine / "images" / f"new{suffix}").write_bytes(b"x")
+    found = reason(prepared(mine), f"new{suffix}")
+    assert found == f"new{suffix}: {suffix} files are not read; convert it to PNG or TIFF"
+
+
+def test_a_dicom_file_without_suffix_is_named_as_such(mine):
+    dicom(mine / "images" / "IM0001", np.zeros(SIZE, np.int16))
+    assert "a DICOM file; give it the suffix .dcm" in reason(prepared(mine), "IM0001")
+
+
+# Groups, and what is checked before training ------------------------------------------------------
+
+
+def listed(folder, patients):
+    """A manifest with the number of the patient of every image."""
+    with open(folder / "list.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("image", "mask", "group"))
+        for number, patient in enumerate(patients):
+            name = f"case_{number:03d}.png"
+            table.writerow((f"images/{name}", f"masks/{name}", f"P{patient}"))
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize(("patients", "train"), [(3, 1), (4, 2), (5, 3)])
+def test_three_to_five_patients_fill_every_split(mine, patients, train):
+    data = prepared(listed(mine, [n % patients for n in range(12)]))
+    groups = data.cases.groupby("split")["group"].nunique().to_dict()
+    assert groups == {"train": train, "val": 1, "test": 1}
+    assert data.path.name.startswith("mine-")  # a manifest has the name of its folder
+
+
+def test_too_few_patients_are_refused_with_the_options_that_matter(mine):
+    with pytest.raises(SplitError, match=r"2 groups.*\n.*val_fraction.*test_fraction"):
+        prepared(listed(mine, [n % 2 for n in range(12)]))
+
+
+def test_a_split_error_says_what_was_dropped_and_where_the_report_is(mine, runs):
+    for number in range(2):
+        mask(mine, number, np.zeros((10, 20), np.uint8))
+    with pytest.raises(
+        SplitError, match=r"Of the cases 2 were dropped \(report\.csv in .*\n.*10 px"
+    ):
+        prepared(listed(mine, [n % 2 for n in range(12)]))
+    [report] = runs.rglob("report.csv")
+    assert report.read_text().count("mask is 20 x 10 px") == 2
+
+
+def test_other_test_data_are_looked_for_before_training(mine):
+    with pytest.raises(DatasetNotFound, match="'nowhere'"):
+        prepare(TeacherConfig(dataset=str(mine), test_dataset="nowhere"))
+
+
+def test_a_disk_without_space_is_an_error_before_anything_is_read(mine, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=99))
+    with pytest.raises(module.LesionKDError, match=r"at least 0\.0 GB.*fewer pixels or cases"):
+        prepared(mine)
+
+
+def test_a_folder_may_be_called_2024(mine, monkeypatch):
+    monkeypatch.chdir(mine.parent)
+    mine.rename("2024")
+    assert len(prepare(PrepareConfig(dataset=2024, pixels=32)).cases) == 12
