@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -20,9 +22,18 @@ from torch import nn
 from . import results
 from .config import DistillConfig, LesionKDError, TeacherConfig
 from .data.batches import normalize
-from .data.images import UnreadableFile, is_volume, read_image, sources_in, stem_of
-from .data.layouts import window_of
-from .data.pixels import prepare_image, restore
+from .data.images import (
+    UnreadableFile,
+    count_pages,
+    is_volume,
+    noted_image,
+    read_image,
+    sources_in,
+    stem_of,
+    suffix_of,
+)
+from .data.layouts import unread, window_of
+from .data.pixels import prepare_image, restore, unseen
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
 
@@ -51,7 +62,7 @@ class TrainedNetwork:
         """Side of the square that it was trained on, px."""
         return self.cfg.pixels
 
-    def predict(self, images: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
+    def predict(self, images: Iterable[Any]) -> list[np.ndarray]:
         """Segment images of any size: `predict` with this network."""
         return predict(self, images)
 
@@ -164,7 +175,11 @@ def load_student(run: Any) -> TrainedNetwork:
 
 def save_student(student: TrainedNetwork, file: Path) -> None:
     """Write a student into one safetensors file, with its configuration and scores."""
-    content = {"config": student.cfg.model_dump(mode="json"), "summary": student.summary, "digest": student.digest}
+    content = {
+        "config": student.cfg.model_dump(mode="json"),
+        "summary": student.summary,
+        "digest": student.digest,
+    }
     weights = {name: x.contiguous() for name, x in student.network.state_dict().items()}
     with results.replacing(file) as partial:
         save_file(weights, partial, {"lesionkd": json.dumps(content)})
@@ -191,7 +206,9 @@ def _read_onnx(file: Path) -> OnnxStudent:
     try:
         import onnxruntime as ort
     except ImportError:
-        raise LesionKDError(f"{file} needs the package onnxruntime: pip install '.[mobile]'") from None
+        raise LesionKDError(
+            f"{file} needs the package onnxruntime: pip install '.[mobile]'"
+        ) from None
     about = file.with_name("model.json")
     if not about.is_file():
         raise LesionKDError(f"{file.name} needs {about}, which has the size of its images")
@@ -223,32 +240,41 @@ def probabilities(network: nn.Module, images: np.ndarray, batch_size: int = 32) 
     return torch.cat(parts).numpy()
 
 
-def predict(student: TrainedNetwork, images: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
+def predict(student: TrainedNetwork, images: Iterable[Any]) -> list[np.ndarray]:
     """Segment images of any size (step S7).
 
     Parameters
     ----------
     student : TrainedNetwork
         From `load_student`.
-    images : (N, H, W, 3) uint8, or a sequence of (H, W, 3) uint8
-        RGB; resized as for the training.
+    images : (N, H, W, 3) uint8, or an iterable of images
+        Each is (H, W, 3) uint8 in RGB, a PIL image or the path of a picture.
 
     Returns
     -------
     list of (H, W) float32
         Probability that a pixel is lesion, at the image's own size.
     """
-    for i, image in enumerate(images):
+    if isinstance(images, (str, Path, Image.Image)):
+        raise LesionKDError("predict: expected a list of images; put the one image into [ ]")
+    pixels = [_pixels(image, student.cfg) for image in images]
+    for i, image in enumerate(pixels):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise LesionKDError(
                 f"predict: image {i} has shape {image.shape} and type {image.dtype}; "
                 "expected (H, W, 3) uint8"
             )
-    if not len(images):
+    if not pixels:
         return []
-    small = np.stack([prepare_image(image, student.cfg) for image in images])
+    small = np.stack([prepare_image(image, student.cfg) for image in pixels])
     found = student.probabilities(small)
-    return [restore(p, len(x), x.shape[1], student.cfg) for p, x in zip(found, images)]
+    return [restore(p, len(x), x.shape[1], student.cfg) for p, x in zip(found, pixels)]
+
+
+def _pixels(image: Any, cfg: TeacherConfig) -> np.ndarray:
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image), window_of(cfg))
+    return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
 
 
 def predict_folder(
@@ -261,7 +287,9 @@ def predict_folder(
 ) -> list[str]:
     """Write a mask for every image and volume of a folder, at its own size (step S7).
 
-    Pictures give `NAME.png`. Volumes give `NAME.nii.gz` in the space of the scan.
+    Pictures give `NAME.png`, the pages of a TIFF stack `NAME_page000.png` and so on. Volumes give
+    `NAME.nii.gz` in the space of the scan. `report.csv` lists what was not read, and notes on what
+    was: pages, contrast, pictures that show little.
 
     Parameters
     ----------
@@ -269,7 +297,8 @@ def predict_folder(
         In 0..1: masks are 0 and 255 (volumes: 0 and 1). Otherwise they are probability x 255
         (volumes: probability, float32).
     overlays : bool
-        Also write `NAME_overlay.png` with the contour; of a volume, the slice with most lesion.
+        Also write `NAME_overlay.png` with the contour; of a volume, the slice with most lesion, as
+        `NAME_z012_overlay.png`.
     progress : function of (done, total)
 
     Returns
@@ -284,21 +313,34 @@ def predict_folder(
     if not images.is_dir():
         raise LesionKDError(f"{images} is not a folder of images")
     paths = [path for path in sources_in(images) if not path.is_dir() or is_dicom(path)]
+    unreadable = [(case.image.name, case.problem) for case in unread([images])]
     if not paths:
         raise LesionKDError(
             f"{images} has no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .nrrd, .mha, "
             ".mhd, .dcm, or folders of DICOM series)"
+            + "".join(f"\n{problem}" for _, problem in unreadable[:5])
         )
     results.make_folder(out)
-    stems, unreadable = Counter(map(stem_of, paths)), []
+    stems = Counter(map(stem_of, paths))
+    notes: list[tuple[str, str]] = []
     for done, path in enumerate(paths, start=1):
         name = stem_of(path) if stems[stem_of(path)] == 1 else path.name
         try:
-            _predict_file(student, path, out, name, threshold, overlays)
+            found = _predict_file(student, path, out, name, threshold, overlays)
+            notes += [(path.name, note) for note in found]
         except UnreadableFile as error:
-            unreadable.append(str(error))
+            unreadable.append((path.name, str(error)))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            unreadable.append(
+                (path.name, f"{path.name}: no room for the suffixes of its mask; shorten the name")
+            )
         progress(done, len(paths))
-    return unreadable
+    columns = ["file", "action", "reason"]
+    rows = [(n, "not read", why) for n, why in unreadable] + [(n, "noted", why) for n, why in notes]
+    results.write_table(out / "report.csv", pd.DataFrame(rows, columns=columns))
+    return [problem for _, problem in unreadable]
 
 
 def _predict_file(
@@ -308,30 +350,59 @@ def _predict_file(
     name: str,
     threshold: float | None,
     overlays: bool,
-) -> None:
+) -> list[str]:
+    """Write the masks of one file; return notes."""
+    if is_volume(path):
+        return _predict_volume(student, path, out, name, threshold, overlays)
+    notes: list[str] = []
+    pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
+    for page in range(pages):
+        number = page if pages > 1 else None
+        image, said, _ = noted_image(path, number, window_of(student.cfg))
+        _check_size(path, *image.shape[:2])
+        said += (*unseen(image, prepare_image(image, student.cfg)),)
+        notes += [f"page {page}: {note}" if pages > 1 else note for note in said]
+        [probability] = predict(student, [image])
+        lesion = probability > (0.5 if threshold is None else threshold)
+        written = probability if threshold is None else lesion
+        stem = name if pages == 1 else f"{name}_page{page:03d}"
+        _save(out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
+        if overlays:
+            _save(out / f"{stem}_overlay.png", overlay(image, lesion))
+    return notes
+
+
+def _predict_volume(
+    student: TrainedNetwork,
+    path: Path,
+    out: Path,
+    name: str,
+    threshold: float | None,
+    overlays: bool,
+) -> list[str]:
     from .data.volumes import read_volume, write_mask
 
-    volume = read_volume(path) if is_volume(path) else None
-    images = [] if volume else [read_image(path)]
-    shape = volume.space.shape if volume else (1, *images[0].shape[:2])
-    if min(shape[1:]) < 2:
-        raise UnreadableFile(f"{path.name}: {shape[2]} x {shape[1]} px is too small to segment")
-    slices = volume.images(window_of(student.cfg)) if volume else iter(images)
-    written = np.empty(shape, np.float32 if threshold is None else bool)
-    z, most = 0, -1
+    volume = read_volume(path)
+    _check_size(path, *volume.space.shape[1:])
+    slices = volume.images(window_of(student.cfg))
+    written = np.empty(volume.space.shape, np.float32 if threshold is None else bool)
+    z, most, fullest, drawn = 0, -1, 0, np.empty(0)
     while batch := list(islice(slices, BATCH)):
         for image, probability in zip(batch, predict(student, batch)):
             lesion = probability > (0.5 if threshold is None else threshold)
             written[z] = probability if threshold is None else lesion
-            z += 1
             if overlays and lesion.sum() > most:
-                most, drawn = lesion.sum(), overlay(image, lesion)
-    if volume:
-        write_mask(out / f"{name}.nii.gz", written, path)
-    else:
-        _save(out / f"{name}.png", np.rint(written[0] * np.float32(255)).astype(np.uint8))
+                most, fullest, drawn = lesion.sum(), z, overlay(image, lesion)
+            z += 1
+    write_mask(out / f"{name}.nii.gz", written, path)
     if overlays:
-        _save(out / f"{name}_overlay.png", drawn)
+        _save(out / f"{name}_z{fullest:03d}_overlay.png", drawn)
+    return [*volume.notes]
+
+
+def _check_size(path: Path, height: int, width: int) -> None:
+    if min(height, width) < 2:
+        raise UnreadableFile(f"{path.name}: {width} x {height} px is too small to segment")
 
 
 def _save(path: Path, pixels: np.ndarray) -> None:

@@ -128,6 +128,17 @@ def test_arrays_that_are_no_rgb_images_are_refused(runs, image):
     assert predict(student, []) == []
 
 
+def test_pil_images_paths_and_generators_are_images_too(images):
+    student = load_student(finished(images.parent))
+    array = pixels(images / "a.png")
+    [expected] = predict(student, [array])
+    for given in ([Image.open(images / "a.png")], [str(images / "a.png")], (x for x in [array])):
+        [found] = predict(student, given)
+        assert np.array_equal(found, expected)
+    with pytest.raises(LesionKDError, match="expected a list of images"):
+        predict(student, images / "a.png")
+
+
 # Folders ------------------------------------------------------------------------------------------
 
 
@@ -142,7 +153,7 @@ def test_every_image_gets_a_mask_of_its_size_and_a_broken_one_is_listed(
     )
     assert len(unreadable) == 1 and "broken.png" in unreadable[0]
     assert steps == [(i, 6) for i in range(1, 7)]
-    masks = {path.name: pixels(path) for path in out.iterdir()}
+    masks = {path.name: pixels(path) for path in out.glob("*.png")}
     assert set(masks) == {f"{name.split('.')[0]}.png" for name in SIZES}
     for name, size in SIZES.items():
         mask = masks[f"{name.split('.')[0]}.png"]
@@ -181,6 +192,36 @@ def test_images_of_one_stem_get_masks_of_their_own(tmp_path, images):
     assert {"a.png.png", "a.jpg.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
+def test_every_page_of_a_stack_gets_a_mask(tmp_path, images):
+    pages = [Image.fromarray(picture(seed, (40 + seed, 50))) for seed in range(3)]
+    pages[0].save(images / "stack.tif", save_all=True, append_images=pages[1:])
+    student = load_student(finished(tmp_path))
+    predict_folder(student, images, tmp_path / "out")
+    for number, page in enumerate(pages):
+        [expected] = predict(student, [page])
+        found = pixels(tmp_path / "out" / f"stack_page{number:03d}.png")
+        assert np.array_equal(found, np.rint(expected * np.float32(255)))
+
+
+def test_the_report_says_what_was_not_read_and_what_shows_little(tmp_path, images):
+    save(images / "black.png", np.zeros((40, 50, 3), np.uint8))
+    deep = picture(3)[..., 0].astype(np.uint16) * 12
+    save(images / "deep.png", deep)
+    (images / "phone.heic").write_bytes(b"x")
+    long = images / ("n" * 246 + ".png")
+    save(long, picture(4))
+    unreadable = predict_folder(load_student(finished(tmp_path)), images, tmp_path / "out")
+    report = results.read_table(tmp_path / "out" / "report.csv")
+    missing = report[report["action"] == "not read"]
+    assert set(missing["file"]) == {"phone.heic", "broken.png", long.name}
+    assert missing["reason"].tolist() == unreadable
+    assert "shorten the name" in missing.set_index("file").loc[long.name, "reason"]
+    notes = report[report["action"] == "noted"].groupby("file")["reason"].agg(" ".join)
+    assert "nearly flat" in notes["black.png"] and "16-bit values" in notes["deep.png"]
+    assert "shorter than 32 px" in notes["tiny.bmp"] and "a.png" not in notes
+    assert (tmp_path / "out" / "odd.png").is_file()  # and files after the long name, too
+
+
 def scan(path, voxels, direction=None):
     """(D, H, W) as a volume 0.5 mm wide, 0.75 mm high and 2.5 mm deep."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +250,7 @@ def test_volumes_among_the_images_get_masks_in_their_space(tmp_path, runs, thres
     unreadable = predict_folder(student, folder, tmp_path / "out", threshold)
     assert len(unreadable) == 1 and "broken.nii.gz" in unreadable[0]
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"way 1.nii.gz", "way 2.nii.gz", "a.png"}
+    assert found == {"way 1.nii.gz", "way 2.nii.gz", "a.png", "report.csv"}
     for name, source in sources.items():
         mask = sitk.ReadImage(str(tmp_path / "out" / f"{name}.nii.gz"))
         assert mask.GetSize() == source.GetSize() and mask.GetPixelID() == kind
@@ -241,7 +282,8 @@ def test_every_slice_is_segmented_in_the_window_of_the_run(tmp_path, runs, monke
     assert expected.std((1, 2)).min() > 0
     assert np.abs(written - expected).max() < 0.02  # a grey level may round either way
     fullest = (expected > 0.5).sum((1, 2)).argmax()
-    drawn = (pixels(tmp_path / "out" / "a_overlay.png") == ORANGE).all(-1)
+    drawn = pixels(tmp_path / "out" / f"a_z{fullest:03d}_overlay.png")
+    drawn = (drawn == ORANGE).all(-1)
     contour = border(expected[fullest] > 0.5)
     assert contour.any() and (drawn != contour).mean() < 0.02
 

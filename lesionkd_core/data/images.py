@@ -27,7 +27,7 @@ NEAR_INTEGER = 0.05
 """Class numbers that were stored with a scale factor differ from integers by less than this."""
 SOLID = 0.1
 """Fraction of the pixels of classes or instances whose neighbours have the same value."""
-SMALL_LESION = 1000
+SMALL_LESION = 600
 """The soft border of a lesion of at most this many pixels may have two values alone."""
 MOST_BETWEEN, LEAST_BRIGHT = 0.1, 0.25
 """In black and white with soft borders: largest fraction of the image between the ends, smallest

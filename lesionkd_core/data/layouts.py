@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -236,7 +236,7 @@ def own_pairs(folder: Path) -> tuple[list[Case], str]:
             here, how = _matched(files, labels)
             group = "" if split else name
             here = [replace(c, id=f"{name}-{c.id}" if name else c.id, group=group) for c in here]
-        cases += [replace(case, split=split) for case in here] + _unread({images, masks})
+        cases += [replace(case, split=split) for case in here] + unread({images, masks})
         said |= {how, "sub-folders as official split"} if split else {how}
     return cases, ", ".join(sorted(filter(None, said)))
 
@@ -296,7 +296,7 @@ def _matched(images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
     )
 
 
-def _unread(folders: set[Path]) -> list[Case]:
+def unread(folders: Collection[Path]) -> list[Case]:
     """A case with a problem for every image in a format that is not read."""
     cases = []
     for path in sorted(file for folder in folders for file in _content(folder)):

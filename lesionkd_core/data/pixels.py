@@ -12,6 +12,8 @@ RING = 1 / 32
 THUMBNAIL = 64
 FLAT = 1.0
 """Standard deviation of the low frequencies below which an image has no perceptual hash."""
+EVEN, BLACK, SHORT = 3.0, 8.0, 32
+"""Reported: standard deviation and mean of grey levels, and side of an image, below these."""
 
 
 def prepare_image(image: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
@@ -77,6 +79,25 @@ def lesion_contrast(image: np.ndarray, mask: np.ndarray) -> float:
     if not (mask.any() and ring.any()):
         return np.nan
     return float(grey[mask].mean() - grey[ring].mean()) / 255
+
+
+def moments(image: np.ndarray) -> list[list[float]]:
+    """Means of the three channels and of their squares, from the histogram."""
+    counts = np.reshape(Image.fromarray(image).histogram(), (3, 256))
+    return [(counts @ np.arange(256.0) ** p / counts[0].sum()).tolist() for p in (1, 2)]
+
+
+def unseen(image: np.ndarray, prepared: np.ndarray) -> list[str]:
+    """Notes on a picture (H, W, 3) that shows little, as it is or prepared."""
+    (height, width), (mean, square) = image.shape[:2], np.array(moments(prepared))
+    short = f"{width} x {height} px: a side is shorter than {SHORT} px"
+    cure = "; if it has a narrow range of values, give window = 'centre, width'"
+    found = [short] * (min(height, width) < SHORT)
+    if (square - mean**2).max() < EVEN**2:
+        found.append(f"nearly flat: all grey levels are near {mean.mean():.0f} of 255{cure}")
+    elif mean.max() < BLACK:
+        found.append(f"nearly black: the mean grey level is {mean.max():.1f} of 255{cure}")
+    return found
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:

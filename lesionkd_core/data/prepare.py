@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from .. import results
 from ..config import LesionKDError, PrepareConfig
@@ -30,9 +29,11 @@ from .pixels import (
     THUMBNAIL,
     hash_thumbnails,
     lesion_contrast,
+    moments,
     prepare_image,
     prepare_mask,
     thumbnail,
+    unseen,
 )
 from .splits import SPLITS, SplitError, crossing, group_cases, series_across, split_cases
 
@@ -40,8 +41,6 @@ SMALL = (THUMBNAIL, THUMBNAIL)
 PART, VOLUMES = 64, 2  # images or volumes between two saves; they are in memory together
 BYTES = 9
 """Written for each prepared pixel: image and mask in a part, then image, mask and edge."""
-FLAT, BLACK, SHORT = 3.0, 8.0, 32
-"""Reported: standard deviation and mean of grey levels, and side of an image, below these."""
 FEW_PIXELS = 10
 """A mask of fewer pixels is reported if the median lesion has a hundred times as many."""
 Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
@@ -211,13 +210,13 @@ def _row(
     reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig
 ) -> Row:
     """Size and likeness come from the original, so that every prepared size has the same split."""
-    empty, moments = not mask.any(), _moments(image)
+    empty = not mask.any()
     # slices of two patients look alike
     small = np.zeros(SMALL, np.uint8) if reading.volume else thumbnail(reading.image)
     row = {
         "id": reading.id,
         "file": case.image.name,
-        "notes": [*reading.notes, *(() if reading.volume else _unseen(reading.image, moments))],
+        "notes": [*reading.notes, *(() if reading.volume else unseen(reading.image, image))],
         "group": case.group or reading.group or reading.volume,
         "label": case.label,
         "official": case.split,
@@ -227,25 +226,11 @@ def _row(
         "empty": bool(empty),
         "lesion_share": np.count_nonzero(reading.mask) / reading.mask.size,
         "contrast": lesion_contrast(image, mask),
-        "moments": moments,
+        "moments": moments(image),
         "problem": "no lesion (normals = drop)" if empty and cfg.normals == "drop" else "",
     }
     kept = slice(0, 0) if row["problem"] else slice(None)
     return row, image[None][kept], mask[None][kept].astype(np.uint8), small[None][kept]
-
-
-def _unseen(image: np.ndarray, moments: list[list[float]]) -> list[str]:
-    """Notes on a picture that shows little."""
-    (height, width), (mean, square) = image.shape[:2], np.array(moments)
-    found = [f"{width} x {height} px: a side is shorter than {SHORT} px"] * (
-        height < SHORT or width < SHORT
-    )
-    cure = "; if it has a narrow range of values, give window = 'centre, width'"
-    if (square - mean**2).max() < FLAT**2:
-        found.append(f"nearly flat: all grey levels are near {mean.mean():.0f} of 255{cure}")
-    elif mean.max() < BLACK:
-        found.append(f"nearly black: the mean grey level is {mean.max():.1f} of 255{cure}")
-    return found
 
 
 def _write_part(path: Path, done: list[Row]) -> None:
@@ -339,12 +324,6 @@ def _statistics(cases: pd.DataFrame) -> dict[str, list[float]]:
     mean, square = np.mean(cases[train if train.any() else ~train]["moments"].tolist(), axis=0)
     std = np.sqrt(np.maximum(square - mean**2, 0))
     return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
-
-
-def _moments(image: np.ndarray) -> list[list[float]]:
-    """Means of the three channels and of their squares, from the histogram."""
-    counts = np.reshape(Image.fromarray(image).histogram(), (3, 256))
-    return [(counts @ np.arange(256.0) ** p / counts[0].sum()).tolist() for p in (1, 2)]
 
 
 def _report(rows: pd.DataFrame) -> pd.DataFrame:
