@@ -296,7 +296,8 @@ def noted_image(
 ) -> tuple[np.ndarray, tuple[str, ...], int]:
     """Image, notes, and the EXIF orientation that was applied."""
     picture = _open(path, page)
-    image, notes = picture.image, ()
+    image = picture.image
+    notes: tuple[str, ...] = ()
     if picture.pages > 1:
         notes += (f"first of {picture.pages} pages read",)
     if picture.orientation in range(2, 9):
@@ -374,7 +375,7 @@ def count_values(planes: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decide_mask(
-    planes: Sequence[np.ndarray], case: Case, full: float = 1, lossy: bool = False
+    planes: Sequence[np.ndarray] | np.ndarray, case: Case, full: float = 1, lossy: bool = False
 ) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...]]:
     """Decide from the values of a mask which pixels are lesion.
 
@@ -426,7 +427,7 @@ def decide_mask(
 
 
 def _threshold(
-    planes: Sequence[np.ndarray], values: np.ndarray, counts: np.ndarray, full: float, lossy: bool
+    planes: Iterable[np.ndarray], values: np.ndarray, counts: np.ndarray, full: float, lossy: bool
 ) -> tuple[float, str]:
     """Value above which a pixel is lesion, and a note."""
     low, top, total = float(values[0]), float(values[-1]), counts.sum()
@@ -458,7 +459,7 @@ def _threshold(
     return top / 2, note * bool(inner)
 
 
-def _are_labels(planes: Sequence[np.ndarray], values: np.ndarray, counts: np.ndarray) -> bool:
+def _are_labels(planes: Iterable[np.ndarray], values: np.ndarray, counts: np.ndarray) -> bool:
     """Whether the values number classes or instances: whole numbers, few, small or in solid areas.
 
     A pixel is solid if its 8 neighbours have the same value. At a soft border hardly any is, and in
@@ -513,7 +514,10 @@ def _grey_mask(picture: _Picture, case: Case) -> np.ndarray:
     """(H, W): classes of a palette, codes of a few colours, or the brightest channel."""
     image = picture.image
     if image.mode == "P" and "transparency" not in image.info:
-        palette, used = np.reshape(image.getpalette() or 3 * [1], (-1, 3)), np.unique(image)
+        palette, used = (
+            np.reshape(image.getpalette() or 3 * [1], (-1, 3)),
+            np.unique(np.asarray(image)),
+        )
         others = palette[used[used > 0]]
         if not palette[0].any() and others.any(1).all() and np.ptp(others, axis=1).any():
             return np.asarray(image)  # black is 0, and the numbers of colours are classes
@@ -527,7 +531,8 @@ def _grey_mask(picture: _Picture, case: Case) -> np.ndarray:
     grey = reduce(ImageChops.lighter, bands)  # a red mask is a mask too
     if len(bands) == 3 and ImageChops.difference(grey, reduce(ImageChops.darker, bands)).getbbox():
         shown = Image.merge("RGB", bands)
-        if not picture.lossy and (colours := shown.getcolors(CLASSES_UP_TO + 1)):
+        colours: Any = shown.getcolors(CLASSES_UP_TO + 1)  # None if there are more
+        if colours and not picture.lossy:
             if not case.lesion_values and all(any(colour) for _, colour in colours):
                 raise ValueError("its colours are not on black; convert it to 0 and 255")
             return np.asarray(shown).astype(np.int64) @ (65536, 256, 1)

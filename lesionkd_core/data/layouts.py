@@ -554,7 +554,7 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
             f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
             f"file that can be read ({kinds})."
         )
-    said = {"lesion_values": cfg.lesion_values, "inverted": cfg.invert_masks}
+    said: dict[str, Any] = {"lesion_values": cfg.lesion_values, "inverted": cfg.invert_masks}
     cases = [replace(case, window=release.window, **said) for case in cases]
     if cfg.group_by not in ("", "sequence") and not column:
         cases = _regrouped(cases, folder, cfg.group_by)

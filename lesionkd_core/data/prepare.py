@@ -235,7 +235,9 @@ def _row(
 
 def _write_part(path: Path, done: list[Row]) -> None:
     kept = [arrays for row, *arrays in done if not row["problem"]] or [[np.empty(0, np.uint8)] * 3]
-    arrays = dict(zip(("images", "masks", "thumbnails"), map(np.concatenate, zip(*kept))))
+    arrays: dict[str, Any] = dict(
+        zip(("images", "masks", "thumbnails"), map(np.concatenate, zip(*kept)))
+    )
     with results.replacing(path) as partial, open(partial, "wb") as file:
         np.savez(file, rows=np.array(json.dumps([row for row, *_ in done])), **arrays)
 

@@ -161,7 +161,9 @@ def group_cases(
             i, j = block[component[block[:, 0]] != component[block[:, 1]], :2].T
             same = detail_correlation(thumbnails, i, j) >= SAME
             component = _united(component, i[same], j[same])
-    for step in (1, 2, 3) if thumbnails is not None and sequence else ():
+    for step in (1, 2, 3):
+        if thumbnails is None or not sequence:
+            break
         i = np.arange(len(groups) - step)
         alike = detail_correlation(thumbnails, i, i + step, scale=3, reach=8) >= SAME_SCENE
         component = _united(component, i[alike], i[alike] + step)
@@ -201,7 +203,7 @@ def series_across(cases: pd.DataFrame) -> list[str]:
     numbered = series.index.str.contains("[0-9]")
     if len(series) < 2 or not (numbered.mean() > 0.5 or len(series) > 5):
         return []
-    return series.loc[series["splits"] > 1, "file"].tolist()
+    return list(series.loc[series["splits"] > 1, "file"])
 
 
 def crossing(cases: pd.DataFrame) -> dict[str, int]:

@@ -119,7 +119,7 @@ class Volume:
         """The same; if the windows of the file clip nearly all voxels, without them."""
         if self.voxels.ndim == 4 or None in self.windows:
             return self
-        low, high = np.transpose(self.windows)[..., None, None]
+        low, high = np.transpose(np.array(self.windows))[..., None, None]
         sample = self._sample()
         if ((sample > low) & (sample < high)).mean() > SHOWN:
             return self
