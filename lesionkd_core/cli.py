@@ -200,8 +200,7 @@ def score(run: str, datasets: tuple[str, ...]) -> None:
 
     for name, scored in score_external(results.Result(results.locate(run)), datasets).items():
         dice = scored.summary["test"]["dice"]
-        interval = f"[{dice['low']:.3f}, {dice['high']:.3f}]"
-        click.echo(f"{name}: Dice {dice['mean']:.3f} {interval}; results: {scored.path}")
+        click.echo(f"{name}: Dice {results.with_interval(dice)}; results: {scored.path}")
 
 
 @main.command()

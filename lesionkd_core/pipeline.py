@@ -56,8 +56,7 @@ class Run(Result):
     def __repr__(self) -> str:
         test = self.summary["test"]
         dice, missed = test["dice"], f"{test['missed']} of {test['lesions']} lesions missed"
-        interval = f"[{dice['low']:.3f}, {dice['high']:.3f}]"
-        return f"Run({short(self.path)}: test Dice {dice['mean']:.3f} {interval}, {missed})"
+        return f"Run({short(self.path)}: test Dice {results.with_interval(dice)}, {missed})"
 
 
 # Teacher ------------------------------------------------------------------------------------------

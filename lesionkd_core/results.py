@@ -500,6 +500,12 @@ def _options(made: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def with_interval(score: dict[str, float]) -> str:
+    """0.944 [0.931, 0.956]; without an interval where a single group cannot give one."""
+    mean, low, high = (score[name] for name in ("mean", "low", "high"))
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if low < high else f"{mean:.3f}"
+
+
 def report(path: Path) -> str:
     """A run in a few lines: where it was made, options, scores, whether its files are intact."""
     from . import config
@@ -521,7 +527,7 @@ def report(path: Path) -> str:
         if split not in ("val", "test") or not scores:
             continue
         shown = [
-            f"{n} {scores[n]['mean']:.3f} [{scores[n]['low']:.3f}, {scores[n]['high']:.3f}]"
+            f"{n} {with_interval(scores[n])}"
             for n in ("dice", "hd95")
             if scores.get(n, {}).get("mean") is not None
         ]

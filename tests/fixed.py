@@ -18,7 +18,7 @@ from lesionkd_core.predict import TrainedNetwork, load_student
 WEIGHTS = Path(__file__).parent / "fixtures" / "student.safetensors"
 CFG = DistillConfig(losses="", pixels=64, cases=60, device="cpu", threads=1)
 DICE = {"mean": 0.8, "low": 0.7, "high": 0.9}
-SCORES = {"cases": 12, "lesions": 12, "missed": 1, "false_alarms": 0, "dice": DICE}
+SCORES = {"cases": 12, "lesions": 12, "groups": 5, "missed": 1, "false_alarms": 0, "dice": DICE}
 
 
 def fixed_run(network: nn.Module | None = None, **options) -> TrainedNetwork:

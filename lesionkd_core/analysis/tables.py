@@ -119,7 +119,10 @@ def scores(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 def _with_interval(metric: str, mean: Any, low: Any, high: Any, **_: Any) -> str:
     digits = 1 if metric == "hd95" else 3
-    return "--" if mean is None else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    if mean is None:
+        return "--"
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else ""  # of one group: none
+    return f"{mean:.{digits}f}{interval}"
 
 
 def arms(means: pd.DataFrame) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from ..config import DistillConfig, ExportConfig, LesionKDError, PrepareConfig
 from ..data.layouts import DatasetNotFound
 from ..data.prepare import Prepared, prepare
 from ..models import parameter_count
-from ..predict import TrainedNetwork
+from ..predict import STUDENTS, TrainedNetwork, load_student, save_student
 from ..results import log
 from .coreml import write_coreml
 from .executorch import executorch_engine, write_executorch
@@ -237,6 +237,28 @@ def _settings(
     }
 
 
+def publish_student(run: results.Result, name: str, image: np.ndarray) -> Path:
+    """Write data/students/NAME.safetensors with a model card, an image and its mask.
+
+    Parameters
+    ----------
+    run : Result
+        A finished `distill` run.
+    image : (H, W, 3) uint8
+        Stored beside the student, so that a test can repeat its mask; one that may be published,
+        such as a case of the phantom.
+    """
+    student, file = load_student(run), STUDENTS / f"{name}.safetensors"
+    results.make_folder(STUDENTS)
+    save_student(student, file)
+    mask = np.rint(255 * student.predict([image])[0]).astype(np.uint8)
+    for kind, pixels in (("input", image), ("mask", mask)):
+        with results.replacing(STUDENTS / f"{name}-{kind}.png") as partial:
+            Image.fromarray(pixels).save(partial, format="PNG")
+    results.write_text(file.with_suffix(".md"), model_card(student, facts(student)))
+    return file
+
+
 # The model card -----------------------------------------------------------------------------------
 
 
@@ -258,8 +280,8 @@ def facts(student: TrainedNetwork) -> list[str]:
         f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
         f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
         f"{cfg.seed}).",
-        f"On {test['cases']} test cases, at threshold 0.5: Dice {dice['mean']:.3f} (95 % interval "
-        f"{dice['low']:.3f} to {dice['high']:.3f}), {test['missed']} of {test['lesions']} lesions "
+        f"On {test['cases']} test cases in {test['groups']} groups, at threshold 0.5: Dice with 95 % "
+        f"interval {results.with_interval(dice)}, {test['missed']} of {test['lesions']} lesions "
         f"missed, {test['false_alarms']} false alarms on images without a lesion.",
         f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
         INTENDED,
@@ -269,32 +291,24 @@ def facts(student: TrainedNetwork) -> list[str]:
 
 
 def model_card(
-    student: TrainedNetwork, about: list[str], table: pd.DataFrame, threshold: float
+    student: TrainedNetwork, about: list[str], table: pd.DataFrame | None = None, at: float = 0.5
 ) -> str:
-    """The model card in Markdown, with the scores and the parity of every file."""
+    """The model card in Markdown, with the scores and the parity of every file.
+
+    `at` is the threshold that the exported files use.
+    """
     made, scores, licence, intended, limits, patent = about
     test = student.summary["test"]
     metrics = {n: v for n, v in test.items() if isinstance(v, dict) and v.get("mean") is not None}
-    scored = pd.DataFrame(
-        [{"metric": n} | {k: v.get(k) for k in ("mean", "low", "high")} for n, v in metrics.items()]
-    )
-    parts = [
-        f"# Model card: {student.path.name}",
-        made,
-        "## Scores",
-        scores,
-        "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5. The "
-        f"page and model.json use {threshold}.",
-        scored.to_markdown(index=False, floatfmt=".3f"),
-        "## The same model in every file",
-        "Differences from PyTorch in float32 on the test cases:",
-        table.drop(columns="rule", errors="ignore").to_markdown(index=False, floatfmt=".4f"),
-        "## Intended use",
-        intended,
-        "## Limits",
-        limits,
-        "## Data and rights",
-        licence,
-        patent,
-    ]
-    return "\n\n".join(parts) + "\n"
+    rows = [{"metric": n, "mean": results.with_interval(v)} for n, v in metrics.items()]
+    scored = pd.DataFrame(rows)
+    intervals = "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5."
+    parts = [f"# Model card: {student.path.stem}", made, "## Scores", scores]
+    parts += [intervals, scored.to_markdown(index=False, disable_numparse=True)]
+    if table is not None:
+        parts += ["## The same model in every file"]
+        parts += [f"The page and model.json use threshold {at}. Differences from PyTorch in float32:"]
+        shown = table.drop(columns="rule", errors="ignore")
+        parts += [shown.to_markdown(index=False, floatfmt=".4f")]
+    parts += ["## Intended use", intended, "## Limits", limits, "## Data and rights"]
+    return "\n\n".join([*parts, licence, patent]) + "\n"
