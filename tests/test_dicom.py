@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, generate_uid
 
+from lesionkd_core.data.images import UnreadableFile
 from lesionkd_core.data.layouts import read
 from lesionkd_core.data.volumes import read_volume, space_of, write_mask
 
@@ -216,6 +217,28 @@ def test_the_frames_of_one_file_are_slices(tmp_path):
     write_mask(tmp_path / "m.nii.gz", LESION, like=image)
     readings = same(read(case(image, tmp_path / "m.nii.gz"), WINDOW), windowed(HU), LESION)
     assert [r.id for r in readings][:2] == ["scan_z000", "scan_z001"]
+
+
+def test_the_frames_of_one_mask_file_are_those_of_its_image(tmp_path):
+    frames = {"NumberOfFrames": 5, "Rows": 7, "Columns": 6}
+    image = dicom(tmp_path / "a.dcm", HU.reshape(-1, 6), **frames)
+    mask = dicom(tmp_path / "b.dcm", LESION.reshape(-1, 6).astype(np.uint8) * 255, **frames)
+    same(read(case(image, mask), WINDOW), windowed(HU), LESION)
+
+
+def test_monochrome1_masks_are_read_as_shown(tmp_path):
+    image = dicom(tmp_path / "a.dcm", HU[2])
+    stored = np.where(LESION[2], 0, 255).astype(np.uint8)  # 0 is shown white
+    mask = dicom(tmp_path / "b.dcm", stored, PhotometricInterpretation="MONOCHROME1")
+    same(read(case(image, mask), WINDOW), windowed(HU[2:3]), LESION[2:3])
+
+
+def test_dicom_seg_is_refused_with_the_recipe(tmp_path):
+    frames = {"NumberOfFrames": 5, "Rows": 7, "Columns": 6}
+    segmentation = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.4", **frames}
+    mask = dicom(tmp_path / "b.dcm", LESION.reshape(-1, 6).astype(np.uint8), **segmentation)
+    with pytest.raises(UnreadableFile, match=r"b\.dcm: DICOM SEG is not read; save it as NIfTI"):
+        [*read(case(series(tmp_path / "scan"), mask))]
 
 
 def as_pngs(folder):

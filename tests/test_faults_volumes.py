@@ -228,7 +228,7 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
     ),
     "a slice's mask of another shape": (
         lambda d: (series(d / "s"), other_shape(as_pngs(d / "p"))),
-        ["e.png", "(6, 7)", "(7, 6)"],
+        ["e.png", "(1, 6, 7)", "(1, 7, 6)"],
     ),
     "folder without DICOM": (
         lambda d: image_is(d, text(d / "s" / "a.txt").parent),

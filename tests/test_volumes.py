@@ -142,6 +142,17 @@ def test_every_type_of_number_is_read(tmp_path, kind, order):
     assert np.array_equal(read_volume(tmp_path / "a.nii").voxels, values)
 
 
+@pytest.mark.parametrize("shape", [(1, 48, 64), (48, 1, 64), (48, 64, 1), (48, 64)])
+def test_a_volume_one_voxel_thick_is_one_picture(tmp_path, shape):
+    voxels = RNG.normal(0, 100, shape).astype(np.float32)
+    image, mask = tmp_path / "a.nii.gz", tmp_path / "m.nii.gz"
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), image)
+    nib.save(nib.Nifti1Image((voxels > 50).astype(np.uint8), np.eye(4)), mask)
+    [found] = read(case(image, mask))
+    assert sorted(found.image.shape) == [3, 48, 64] and found.mask.sum() == (voxels > 50).sum()
+    assert found.image[found.mask].min() >= found.image[~found.mask].max()
+
+
 def test_without_a_window_the_percentiles_of_the_volume_decide(tmp_path, monkeypatch):
     image = nifti(tmp_path / "a.nii.gz", HU.astype(np.float32))
     mask = nifti(tmp_path / "m.nii", LESION.astype(np.uint8))

@@ -47,6 +47,7 @@ NO_IMAGE = re.compile(
     re.S,
 )
 """The SOP class of a directory, report, plan or other DICOM file without an image."""
+SEGMENTATION = b"1.2.840.10008.5.1.4.1.1.66.4"
 PIXEL_DATA, END_OF_SEQUENCE = b"\xe0\x7f\x10\x00", b"\xfe\xff\xdd\xe0"
 
 
@@ -211,6 +212,9 @@ def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
     series = source if isinstance(source, _Series) else None
     union = np.zeros(source.space.shape, bool)
     for path in case.masks:
+        if path.is_file() and SEGMENTATION in path.read_bytes()[:2048]:
+            why = "DICOM SEG is not read; save it as NIfTI as docs/data.md shows"
+            raise UnreadableFile(f"{path.name}: {why}")
         if not path.is_dir() and images.suffix_of(path) in FILES:
             notes += _unite_volume(union, path, source, case)
         elif series and (path.is_dir() or len(series.files) == 1):
@@ -257,20 +261,22 @@ def _unite_slices(union: np.ndarray, path: Path, stems: list[str], case: Case) -
     if alone := sorted({*stems} ^ {*found}):
         why = f"needs one mask of the same name for each slice; {alone[0]!r} has no partner"
         raise UnreadableFile(f"{path.name}: {why}")
-    for plane, stem in zip(union, stems):
+    for z, stem in enumerate(stems):
+        part = union if len(stems) == 1 else union[z : z + 1]
         for file in found[stem]:
             if images.suffix_of(file) in images.IMAGE_SUFFIXES:
                 mask, said, _ = images.noted_mask(file, case)
+                mask = mask[None]
             else:
-                [values] = _Series(file).read().voxels
+                values = _Series(file).shown()
                 with images.reading(file, "a mask"):
-                    select, said = images.decide_mask([values], case)
+                    select, said = images.decide_mask(values, case)
                     mask = select(values)
             notes += said
-            if mask.shape != plane.shape:
-                shapes = f"shape {mask.shape}, its slice {plane.shape}"
+            if mask.shape != part.shape:
+                shapes = f"(slices, rows, columns) = {mask.shape}, its image {part.shape}"
                 raise UnreadableFile(f"{file.name}: mask has {shapes}")
-            plane |= mask
+            part |= mask
     return tuple(dict.fromkeys(notes))
 
 
@@ -310,12 +316,13 @@ class _File:
                 )
             self.affine = _affine(self.reader)
         axes = self.affine[:3, :3] if axes is None else axes
+        self.size = np.array((*size, 1)[:3])
         cosines = _unit(axes).T @ _unit(self.affine[:3, :3])  # (axis, axis of the file)
-        orders = permutations(range(3))
+        flat = [axis for axis in range(3) if self.size[axis] == 1]  # one picture: its slice axis
+        orders = (o for o in permutations(range(3)) if len(flat) != 1 or o[2] == flat[0])
         order = max(orders, key=lambda order: np.abs(cosines[range(3), order]).sum())
         steps = np.where(cosines[range(3), order] < 0, -1, 1)
         self.order, self.flips = order, tuple(slice(None, None, step) for step in steps)
-        self.size = np.array((*size, 1)[:3])
         columns, rows, slices = (int(self.size[axis]) for axis in order)
         turn = np.zeros((4, 4))
         turn[order, range(3)], turn[3, 3] = steps, 1
@@ -508,6 +515,15 @@ class _Series:
         """Place of every slice in the order of the instance numbers."""
         numbers = [_numbers(header, "number") for header in self.headers]
         return [sorted(numbers).index(number) for number in numbers]
+
+    def shown(self) -> np.ndarray:
+        """Its slices (D, H, W) with high values shown bright."""
+        volume = self.read()
+        if volume.voxels.ndim == 4:
+            return np.asarray(volume.voxels.max(-1))
+        if volume.inverted:
+            return np.asarray(_highest_plus_lowest(self.headers[0]) - volume.voxels)
+        return volume.voxels
 
     def read(self) -> Volume:
         """Its slices in the unit of the files (CT: HU), or in colour."""
