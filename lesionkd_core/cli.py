@@ -100,7 +100,9 @@ def _literal(text: str) -> Any:
 @main.command(add_help_option=False)
 @click.argument("notebook", required=False)
 @click.option("-h", "--help", "show_help", is_flag=True, help="this text, and the parameters")
-@click.option("--link", type=click.Path(path_type=Path), help="write the results' path to this file")
+@click.option(
+    "--link", type=click.Path(path_type=Path), help="write the results' path to this file"
+)
 @parameters
 def run(
     notebook: str | None,
@@ -233,19 +235,39 @@ def sweep(file: Path, scheduler: str, workers: int) -> None:
     help="write masks of 0 and 255 (volumes: 0 and 1) instead of probabilities",
 )
 @click.option("--overlays", is_flag=True, help="also write images with the contour")
-def predict(run: str, images: Path, out: Path, threshold: float | None, overlays: bool) -> None:
-    """Segment a folder of IMAGES with the student of a finished RUN (step S7)."""
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps")
+@click.option(
+    "--pixel-size",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MM",
+    help="side of a pixel of the pictures in mm, for areas in mm2",
+)
+def predict(
+    run: str,
+    images: Path,
+    out: Path,
+    threshold: float | None,
+    overlays: bool,
+    device: str,
+    pixel_size: float | None,
+) -> None:
+    """Segment a folder of IMAGES with a student: a RUN, a published one, or a file .onnx (S7).
+
+    Beside the masks are areas.csv (lesion area, number of components) and report.csv (what was not
+    read).
+    """
     from .predict import load_student, predict_folder
 
     if out.resolve() == images.resolve():
         raise config.ConfigError("--out is the folder of the images; choose another folder")
     student = load_student(run)
+    student.to(device)
 
     def progress(done: int, total: int) -> None:
         if sys.stdout.isatty() or done == total:
             click.echo(f"{done}/{total} images", nl=done == total)
 
-    unreadable = predict_folder(student, images, out, threshold, overlays, progress)
+    unreadable = predict_folder(student, images, out, threshold, overlays, progress, pixel_size)
     click.echo(f"masks: {out}")
     for line in unreadable:
         click.echo(f"not read: {line}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -40,6 +41,10 @@ from .models import Network, build_network, parameter_count, start_at_prior
 KINDS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
 STUDENTS = results.CHECKOUT / "data" / "students"
 """Trained students that come with the repository."""
+AREAS = [
+    "file", "slice", "lesion_px", "lesion_fraction", "lesion_mm2", "components",
+    "centre_probability",
+]  # fmt: skip
 BATCH = 16
 """Slices of a volume in memory at a time."""
 
@@ -70,6 +75,14 @@ class TrainedNetwork:
         """Prepared images (N, S, S, 3) uint8 -> probability of lesion (N, S, S) float32."""
         return probabilities(self.network, images)
 
+    def to(self, device: str) -> None:
+        """Move the network to `cpu`, `cuda` or `mps`."""
+        try:
+            self.network.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch raises both
+            reason = str(error).partition("\n")[0]
+            raise LesionKDError(f"device = {device!r} cannot be used here: {reason}") from None
+
     def __repr__(self) -> str:
         count = f"{parameter_count(self.network):,} parameters, {self.pixels} px"
         return f"{type(self.network).__name__}({results.short(self.path)}: {count})"
@@ -82,6 +95,11 @@ class OnnxStudent(TrainedNetwork):
         """Probabilities in steps of 1/255."""
         session: Any = self.network
         return np.asarray(session.run(None, {"image": images})[0], np.float32) / 255
+
+    def to(self, device: str) -> None:
+        """ONNX Runtime is used on the CPU only."""
+        if device != "cpu":
+            raise LesionKDError(f"device = {device!r}: an .onnx file is run on the CPU; use 'cpu'")
 
     def __repr__(self) -> str:
         return f"OnnxStudent({self.path}: {self.pixels} px)"
@@ -284,12 +302,15 @@ def predict_folder(
     threshold: float | None = None,
     overlays: bool = False,
     progress: Callable[[int, int], None] = lambda *_: None,
+    pixel_mm: float | None = None,
 ) -> list[str]:
     """Write a mask for every image and volume of a folder, at its own size (step S7).
 
     Pictures give `NAME.png`, the pages of a TIFF stack `NAME_page000.png` and so on. Volumes give
     `NAME.nii.gz` in the space of the scan. `report.csv` lists what was not read, and notes on what
-    was: pages, contrast, pictures that show little.
+    was: pages, contrast, pictures that show little. `areas.csv` has one row for each picture, page
+    or slice: lesion_px, lesion_fraction of the image, lesion_mm2 (of volumes, and with
+    `pixel_mm`), components (8-connected) and centre_probability, at the lesion's centre of mass.
 
     Parameters
     ----------
@@ -300,6 +321,8 @@ def predict_folder(
         Also write `NAME_overlay.png` with the contour; of a volume, the slice with most lesion, as
         `NAME_z012_overlay.png`.
     progress : function of (done, total)
+    pixel_mm : float, optional
+        Side of a pixel of the pictures, in mm.
 
     Returns
     -------
@@ -323,11 +346,13 @@ def predict_folder(
     results.make_folder(out)
     stems = Counter(map(stem_of, paths))
     notes: list[tuple[str, str]] = []
+    areas: list[dict[str, Any]] = []
     for done, path in enumerate(paths, start=1):
         name = stem_of(path) if stems[stem_of(path)] == 1 else path.name
         try:
-            found = _predict_file(student, path, out, name, threshold, overlays)
+            found, rows = _predict_file(student, path, out, name, threshold, overlays, pixel_mm)
             notes += [(path.name, note) for note in found]
+            areas += [{"file": path.name} | row for row in rows]
         except UnreadableFile as error:
             unreadable.append((path.name, str(error)))
         except OSError as error:
@@ -338,8 +363,9 @@ def predict_folder(
             )
         progress(done, len(paths))
     columns = ["file", "action", "reason"]
-    rows = [(n, "not read", why) for n, why in unreadable] + [(n, "noted", why) for n, why in notes]
-    results.write_table(out / "report.csv", pd.DataFrame(rows, columns=columns))
+    said = [(n, "not read", why) for n, why in unreadable] + [(n, "noted", why) for n, why in notes]
+    results.write_table(out / "report.csv", pd.DataFrame(said, columns=columns))
+    results.write_table(out / "areas.csv", pd.DataFrame(areas, columns=AREAS))
     return [problem for _, problem in unreadable]
 
 
@@ -350,11 +376,13 @@ def _predict_file(
     name: str,
     threshold: float | None,
     overlays: bool,
-) -> list[str]:
-    """Write the masks of one file; return notes."""
+    pixel_mm: float | None,
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Write the masks of one file; return notes and rows of `areas.csv`."""
     if is_volume(path):
         return _predict_volume(student, path, out, name, threshold, overlays)
     notes: list[str] = []
+    rows = []
     pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
     for page in range(pages):
         number = page if pages > 1 else None
@@ -366,10 +394,11 @@ def _predict_file(
         lesion = probability > (0.5 if threshold is None else threshold)
         written = probability if threshold is None else lesion
         stem = name if pages == 1 else f"{name}_page{page:03d}"
+        rows.append({"slice": number} | _area(probability, lesion, pixel_mm and pixel_mm**2))
         _save(out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
         if overlays:
             _save(out / f"{stem}_overlay.png", overlay(image, lesion))
-    return notes
+    return notes, rows
 
 
 def _predict_volume(
@@ -379,7 +408,7 @@ def _predict_volume(
     name: str,
     threshold: float | None,
     overlays: bool,
-) -> list[str]:
+) -> tuple[list[str], list[dict[str, Any]]]:
     from .data.volumes import read_volume, write_mask
 
     volume = read_volume(path)
@@ -387,17 +416,33 @@ def _predict_volume(
     slices = volume.images(window_of(student.cfg))
     written = np.empty(volume.space.shape, np.float32 if threshold is None else bool)
     z, most, fullest, drawn = 0, -1, 0, np.empty(0)
+    rows, pixel_mm2 = [], math.prod(volume.space.spacing[1:])
     while batch := list(islice(slices, BATCH)):
         for image, probability in zip(batch, predict(student, batch)):
             lesion = probability > (0.5 if threshold is None else threshold)
             written[z] = probability if threshold is None else lesion
+            rows.append({"slice": z} | _area(probability, lesion, pixel_mm2))
             if overlays and lesion.sum() > most:
                 most, fullest, drawn = lesion.sum(), z, overlay(image, lesion)
             z += 1
     write_mask(out / f"{name}.nii.gz", written, path)
     if overlays:
         _save(out / f"{name}_z{fullest:03d}_overlay.png", drawn)
-    return [*volume.notes]
+    return [*volume.notes], rows
+
+
+def _area(probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None) -> dict[str, Any]:
+    """A row of `areas.csv`: (H, W) probability and bool."""
+    from scipy import ndimage
+
+    count = int(lesion.sum())
+    row = {"lesion_px": count, "lesion_fraction": count / lesion.size}
+    row["lesion_mm2"] = count * pixel_mm2 if pixel_mm2 else None
+    row["components"] = ndimage.label(lesion, np.ones((3, 3)))[1]
+    if count:
+        y, x = (round(float(c)) for c in ndimage.center_of_mass(lesion))
+        row["centre_probability"] = float(probability[y, x])
+    return row
 
 
 def _check_size(path: Path, height: int, width: int) -> None:

@@ -304,7 +304,7 @@ def test_every_file_is_compared_at_every_size(exported):
 
 def test_the_model_card_has_data_scores_limits_and_licence(exported):
     card = (exported.path / "model_card.md").read_text()
-    scored = "0.800 (95 % interval 0.700 to 0.900)"
+    scored = "0.800 [0.700, 0.900]"
     for said in (scored, "lesions missed", "Not a medical device", "patent", "Licence of the"):
         assert said in card
 

@@ -5,10 +5,12 @@ import math
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from lesionkd_core import predict as module
 from lesionkd_core import results
@@ -250,7 +252,7 @@ def test_volumes_among_the_images_get_masks_in_their_space(tmp_path, runs, thres
     unreadable = predict_folder(student, folder, tmp_path / "out", threshold)
     assert len(unreadable) == 1 and "broken.nii.gz" in unreadable[0]
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"way 1.nii.gz", "way 2.nii.gz", "a.png", "report.csv"}
+    assert found == {"way 1.nii.gz", "way 2.nii.gz", "a.png", "areas.csv", "report.csv"}
     for name, source in sources.items():
         mask = sitk.ReadImage(str(tmp_path / "out" / f"{name}.nii.gz"))
         assert mask.GetSize() == source.GetSize() and mask.GetPixelID() == kind
@@ -370,3 +372,24 @@ def test_a_folder_that_is_no_finished_student_is_refused(runs, what):
     with pytest.raises(LesionKDError) as error:
         load_student(make(runs))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_areas_of_pictures_and_slices_are_those_of_the_masks(tmp_path, runs):
+    student = load_student(finished(runs))
+    for name, size in (("a.png", (48, 64)), ("b.png", (33, 47))):
+        save(tmp_path / "in" / name, picture(3, size))
+    scan(tmp_path / "in" / "c.nii.gz", np.stack([picture(s, (40, 40))[..., 0] for s in range(3)]))
+    assert predict_folder(student, tmp_path / "in", tmp_path / "out", 0.5, pixel_mm=0.5) == []
+    areas = pd.read_csv(tmp_path / "out" / "areas.csv").set_index(["file", "slice"])
+    assert areas.index.tolist()[2:] == [("c.nii.gz", z) for z in (0.0, 1.0, 2.0)]
+    for (file, z), row in areas.iterrows():
+        if file == "c.nii.gz":
+            mask = sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "out" / file))[int(z)] > 0
+        else:
+            mask = np.asarray(Image.open(tmp_path / "out" / file)) > 0
+        assert row["lesion_px"] == mask.sum() and row["lesion_fraction"] == pytest.approx(mask.mean())
+        assert row["components"] == ndimage.label(mask, np.ones((3, 3)))[1]
+        assert np.isnan(row["centre_probability"]) == (not mask.any())
+    pictures = areas.loc[["a.png", "b.png"]]
+    assert pictures["lesion_mm2"].tolist() == (pictures["lesion_px"] / 4).tolist()
+    assert pictures["lesion_px"].sum() > 0

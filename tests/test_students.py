@@ -24,7 +24,7 @@ PUBLISHED = sorted(STUDENTS.glob("*.safetensors"))
 def file(tmp_path):
     """A file of an untrained student whose data set is not here."""
     score = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    test = {"dice": score, "cases": 9, "lesions": 9, "missed": 1, "false_alarms": 0}
+    test = {"dice": score, "cases": 9, "groups": 5, "lesions": 9, "missed": 1, "false_alarms": 0}
     student = TrainedNetwork(build(CFG).eval(), CFG, tmp_path, {"test": test}, "0" * 64)
     save_student(student, tmp_path / "one.safetensors")
     return tmp_path / "one.safetensors"

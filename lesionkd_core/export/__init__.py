@@ -280,8 +280,8 @@ def facts(student: TrainedNetwork) -> list[str]:
         f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
         f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
         f"{cfg.seed}).",
-        f"On {test['cases']} test cases in {test['groups']} groups, at threshold 0.5: Dice with 95 % "
-        f"interval {results.with_interval(dice)}, {test['missed']} of {test['lesions']} lesions "
+        f"On {test['cases']} test cases in {test['groups']} groups, at threshold 0.5: Dice (95 % "
+        f"interval) {results.with_interval(dice)}, {test['missed']} of {test['lesions']} lesions "
         f"missed, {test['false_alarms']} false alarms on images without a lesion.",
         f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
         INTENDED,
@@ -302,12 +302,16 @@ def model_card(
     metrics = {n: v for n, v in test.items() if isinstance(v, dict) and v.get("mean") is not None}
     rows = [{"metric": n, "mean": results.with_interval(v)} for n, v in metrics.items()]
     scored = pd.DataFrame(rows)
-    intervals = "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5."
+    intervals = (
+        "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5."
+    )
     parts = [f"# Model card: {student.path.stem}", made, "## Scores", scores]
     parts += [intervals, scored.to_markdown(index=False, disable_numparse=True)]
     if table is not None:
         parts += ["## The same model in every file"]
-        parts += [f"The page and model.json use threshold {at}. Differences from PyTorch in float32:"]
+        parts += [
+            f"The page and model.json use threshold {at}. Differences from PyTorch in float32:"
+        ]
         shown = table.drop(columns="rule", errors="ignore")
         parts += [shown.to_markdown(index=False, floatfmt=".4f")]
     parts += ["## Intended use", intended, "## Limits", limits, "## Data and rights"]
