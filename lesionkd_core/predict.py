@@ -162,7 +162,7 @@ def load_network(run: Any) -> TrainedNetwork:
         ) from None
     about = path / "summary.json"
     summary = results.read_json(about) if about.exists() else {}
-    digest = results.read_json(path / "config.json")["digest"]
+    digest = results.read_json(path / "config.json").get("digest", "")
     return TrainedNetwork(network.eval().requires_grad_(False), cfg, path, summary, digest)
 
 

@@ -49,12 +49,12 @@ def as_words(options):
         (
             DistillConfig,
             ["-p", "losses", "feat=2, kd"],
-            {"losses": {"seg": 1, "feat": 2, "kd": 10}},
+            {"losses": {"seg": 1, "feat": 2, "kd": 3}},
         ),
         (
             DistillConfig,
             ["-y", "{seed: 3, losses: kd}"],
-            {"seed": 3, "losses": {"seg": 1, "kd": 10}},
+            {"seed": 3, "losses": {"seg": 1, "kd": 3}},
         ),
         (DistillConfig, ["-y", "seed: 3", "-p", "seed", "4"], {"seed": 4}),
         (DistillConfig, ["-f", "FILE"], {"epochs": 7, "width": 8}),

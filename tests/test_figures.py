@@ -22,7 +22,7 @@ from lesionkd_core.losses import TERMS, Term
 from tests.test_statistics import study, table_of_arms
 
 mpl.use("Agg")
-ALL_ARMS = [*ARMS, *(name for name in TERMS if name not in ("seg", *ARMS)), "alone_long", "stem2"]
+ALL_ARMS = [*ARMS, *(name for name in TERMS if name not in ("seg", *ARMS))]
 
 
 @pytest.fixture(autouse=True)
@@ -41,23 +41,6 @@ def history(arms=("alone", "method"), seeds: int = 2, epochs: int = 6, **columns
         row |= {f"grad_{t}": rng.uniform(0.01, 1) for t in terms}
         rows.append(row | {f"cos_{t}": rng.uniform(-1, 1) for t in terms} | columns)
     return pd.DataFrame(rows)
-
-
-def weights() -> pd.DataFrame:
-    rows = [("alone", np.nan, seed, 0.6 + seed / 100) for seed in range(2)]
-    tried = (("feat", 10.0, 0.66), ("feat", 1.0, 0.62), ("kd", 0.1, 0.61))
-    rows += [
-        (arm, weight, seed, dice + seed / 50) for arm, weight, dice in tried for seed in (0, 1)
-    ]
-    return pd.DataFrame(rows, columns=["arm", "weight", "seed", "val_dice"])
-
-
-def options() -> pd.DataFrame:
-    levels = ("levels", "decoder.stride4, decoder.stride2")
-    tried = {("arm", "alone"): 0.5, ("arm", "method"): 0.6, ("margin", "bn"): 0.6}
-    tried |= {("margin", "empirical"): 0.64, levels: 0.58}
-    rows = [(*what, seed, dice + seed / 50) for what, dice in tried.items() for seed in range(2)]
-    return pd.DataFrame(rows, columns=["option", "value", "seed", "val_dice"])
 
 
 @cache
@@ -159,8 +142,6 @@ DRAWINGS = {
     "segmentations": lambda: figures.segmentations(
         PREPARED, [0, 1], {"teacher": [EYE] * 2, "otsu": [EYE] * 2}
     ),
-    "sweep": lambda: figures.sweep(weights(), {"feat": 10.0}),
-    "sweep_options": lambda: figures.sweep(options()),
     "tertiles": lambda: figures.tertiles(thirds()),
     "training_curves": lambda: figures.training_curves(
         {"teacher": history(("alone",)), "student": history(("alone",))}
@@ -382,31 +363,6 @@ def ticks(axis) -> list[str]:
     return [text.get_text() for text in axis.get_yticklabels()]
 
 
-def test_the_sweep_of_weights_has_a_row_for_each_weight_with_mean_and_seeds():
-    [axis] = figures.sweep(weights(), {"feat": 10.0}).axes
-    feat = r"+ $L_\mathrm{feat}$"
-    assert ticks(axis) == [f"{feat}: 1", f"{feat}: 10, default", "logit KD: 0.1"]
-    means = [line for line in axis.lines if line.get_marker() == "D"]
-    [mean] = means
-    assert list(mean.get_xdata()) == pytest.approx([0.63, 0.67, 0.62])
-    seeds = np.concatenate([c.get_offsets() for c in axis.collections])[:, 0]
-    assert sorted(seeds) == pytest.approx([0.61, 0.62, 0.63, 0.64, 0.66, 0.68])
-    assert axis.lines[0].get_xdata()[0] == pytest.approx(0.605), "the student alone"
-    band = axis.patches[0].get_extents()
-    width = axis.transData.inverted().transform(band.get_points())[:, 0]
-    assert width == pytest.approx([0.60, 0.61])
-
-
-def test_the_sweep_of_options_has_lines_of_the_student_alone_and_the_method():
-    [axis] = figures.sweep(options(), {"margin": "bn"}).axes
-    assert ticks(axis) == ["margin: bn, default", "margin: empirical", "levels: decoder 4, 2"]
-    assert [line.get_xdata()[0] for line in axis.lines[:2]] == pytest.approx([0.51, 0.61])
-    [mean] = [line for line in axis.lines if line.get_marker() == "D"]
-    assert list(mean.get_xdata()) == pytest.approx([0.61, 0.65, 0.59])
-    low, high = axis.get_ylim()
-    assert low > high, "the first row at the top"
-
-
 def test_tertiles_are_in_order_with_their_ranges():
     table = thirds()
     axes = np.array(figures.tertiles(table).axes).reshape(3, 2)
@@ -529,8 +485,6 @@ def degenerate():
     yield "no teacher", lambda: figures.agreement(table_of_arms(0).assign(missed=0))
     yield "no epoch", lambda: figures.gradients(history().iloc[:0])
     yield "no curve", lambda: figures.learning_curves(curves(history()).iloc[:0])
-    yield "no weight", lambda: figures.sweep(weights().iloc[:0])
-    yield "only the arms", lambda: figures.sweep(options().query("option == 'arm'"))
     yield "no case in the graph", lambda: figures.nodes([], [], {"teacher": []})
     yield "no factor varies", lambda: figures.when_teacher_helps(gains().query("budget == 5"))
     yield (
@@ -551,10 +505,6 @@ def degenerate():
     yield "a gradient of 0", lambda: figures.gradients(some)
     bare = history(("method",), seeds=1, epochs=1).drop(columns=["arm", "seed"])
     yield "one epoch", lambda: figures.gradients(bare)
-    failed = weights()
-    failed["val_dice"] = failed["val_dice"].where(failed["arm"] != "kd")
-    yield "a weight that failed", lambda: figures.sweep(failed)
-    yield "no student alone", lambda: figures.sweep(weights().query("arm == 'kd'"))
     missed = study().assign(dice=0.0, missed=1).query("dataset == 'isic2018'")
     yield "all missed", lambda: figures.agreement(missed)
     for name, live in (("one live node", (2,)), ("no live node", ())):
@@ -583,7 +533,6 @@ def test_degenerate_tables_are_drawn_without_a_warning(name, draw):
     ("draw", "column"),
     [
         (lambda: figures.gradients(history().drop(columns="grad_seg")), "grad_seg"),
-        (lambda: figures.sweep(options().drop(columns="seed")), "seed"),
         (lambda: figures.agreement(study().drop(columns="missed")), "missed"),
         (lambda: figures.learning_curves(history()), "mean, low, high"),
         (lambda: figures.forest(compared().drop(columns="verdict")), "verdict"),

@@ -75,7 +75,7 @@ def finished_run(folder, cfg: DistillConfig, teacher: TrainedNetwork) -> results
     margins = {
         n: torch.rand(b.num_features) - 1 for n, b in teacher.network.feature_norms().items()
     }
-    measured = Measured(FittedGraph(fresh_graph().graph, torch.linspace(0.1, 0.4, 16)), margins)
+    measured = Measured(FittedGraph(EdgeGraph.build(64, cfg), torch.linspace(0.1, 0.4, 16)), margins)
     terms = shaken(build_terms(cfg, network, teacher.network, measured))
     path = folder / "distill" / f"run-{'-'.join(cfg.losses)}"
     results.write_json(path / "config.json", {"stage": "distill"} | cfg.model_dump(mode="json"))
@@ -256,7 +256,7 @@ def cell(edge: torch.Tensor, node: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("term", ["edge", "edge_shuffled", "edge_joint"])
 def test_the_nodes_of_a_student_are_those_of_its_connector_and_graph(tmp_path, teacher, term):
-    cfg = config(losses=f"feat, {term}")
+    cfg = config(losses=f"feat, {term}", anchors="masked_mean", background_node=False)
     run, (images, masks) = finished_run(tmp_path, cfg, teacher), some_cases(5)
     state = results.read_checkpoint(run.path / "checkpoint_last")["objective"]
     student = build(cfg)

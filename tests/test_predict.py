@@ -387,7 +387,9 @@ def test_areas_of_pictures_and_slices_are_those_of_the_masks(tmp_path, runs):
             mask = sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "out" / file))[int(z)] > 0
         else:
             mask = np.asarray(Image.open(tmp_path / "out" / file)) > 0
-        assert row["lesion_px"] == mask.sum() and row["lesion_fraction"] == pytest.approx(mask.mean())
+        assert row["lesion_px"] == mask.sum() and row["lesion_fraction"] == pytest.approx(
+            mask.mean()
+        )
         assert row["components"] == ndimage.label(mask, np.ones((3, 3)))[1]
         assert np.isnan(row["centre_probability"]) == (not mask.any())
     pictures = areas.loc[["a.png", "b.png"]]

@@ -130,16 +130,6 @@ def test_macros_of_the_study_are_the_numbers_of_its_tables():
     assert values["busi method minus kd p"] == f"= {row['p_holm']:.2g}"
 
 
-def test_speedups_are_ratios_of_medians():
-    rows = [("unet64", 100.0), ("student", 2.0), ("student, stem 2", 1.0)]
-    cost = pd.DataFrame(rows, columns=["model", "latency_ms_median"])
-    cost = cost.assign(engine="E", precision="float32", pixels=64)
-    half = cost.assign(precision="int8", latency_ms_median=1.0)
-    [row] = tables.speedups(pd.concat([cost, half])).to_dict("records")
-    assert row["U-Net 64, ms"] == 100 and row["student, times faster"] == 50
-    assert row["student, stem 2, times faster"] == 100
-
-
 def test_points_of_accuracy_and_cost_join_the_scores_with_the_network_at_the_size_of_its_training():
     scored = study().assign(pixels=128, test_dataset=lambda t: t["dataset"])
     scored.loc[scored["dataset"] == "isic2018", "pixels"] = 64

@@ -327,8 +327,8 @@ TRUTH = "#FFFFFF"
 
 def panels(rows: int, columns: int, ratio: float = 1.0) -> tuple[Figure, np.ndarray]:
     """A grid of pictures without axes, panels `ratio` times as high as wide; (rows, columns)."""
-    side = ONE_COLUMN / 2 if columns <= 2 else TWO_COLUMNS / columns
-    size = (side * columns, side * rows * ratio)
+    width = ONE_COLUMN if columns <= 2 else TWO_COLUMNS
+    size = (width, width / max(columns, 2) * rows * ratio)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -958,64 +958,6 @@ def _term_style(term: str) -> tuple[str, Style]:
     if term in loss_terms():
         return _label(term).removeprefix("+ "), style_of(term)
     return _typeset(" with ".join(f"L_{part}" for part in term.split("_"))), style_of(term)
-
-
-@styled("seed", "val_dice")
-def sweep(table: pd.DataFrame, defaults: dict[str, Any] | None = None) -> Figure:
-    """Validation Dice by the weight of a loss term or the value of an option, a row for each.
-
-    Seeds are points, their mean a diamond. Line and band: mean and range of the seeds of the
-    student alone, and of the method if all rows are changes of it.
-
-    Parameters
-    ----------
-    table : DataFrame
-        arm, weight, seed, val_dice; or option, value, seed, val_dice with the option 'arm' for the
-        student alone and the method. Columns of `statistics.FAMILY` if there are several.
-    defaults : {arm or option: value}, optional
-        Marked in the labels.
-    """
-    options = table.get("option", table.get("arm")).unique()
-    if "weight" in table:
-        table = table.sort_values("weight", kind="stable").assign(option=table["arm"])
-        table = table.assign(value=table["weight"].map("{:g}".format))
-        table.loc[table["arm"] == "alone", ["option", "value"]] = "arm", "alone"
-    default = {
-        (n, f"{v:g}" if isinstance(v, float) else str(v)) for n, v in (defaults or {}).items()
-    }
-    what = list(zip(table["option"], table["value"]))
-    marks = [", default" * (pair in default) for pair in what]
-    texts = [f"{_label(option)}: {_brief(value)}" for option, value in what]
-    table = table.assign(row=[text + mark for text, mark in zip(texts, marks)])
-    tried = table[table["option"] != "arm"]
-    if tried.empty:
-        return _nothing()
-    order = [row for n in options for row in tried.loc[tried["option"] == n, "row"].unique()]
-    found = list(_parts(table))
-    known = list(table.loc[table["option"] == "arm", "value"].unique())
-    how: dict[str, Any] = {"columns": 2, "narrow": 0, "sharey": True}
-    fig, axes = _charts(len(found), 0.15 * len(order) + 0.5, _arm_handles(known, marker=""), **how)
-    for axis, (name, part) in zip(axes, found):
-        for arm in known:
-            dice = part.query("option == 'arm' and value == @arm")["val_dice"]
-            pen = style_of(arm)
-            axis.axvline(dice.mean(), **pen.line | {"marker": ""})
-            axis.axvspan(dice.min(), dice.max(), color=pen.colour, alpha=0.15, linewidth=0)
-        how = {"x": "val_dice", "y": "row", "order": order, "ax": axis}
-        mean = {"errorbar": None, "linestyle": "none", "marker": "D", "markersize": 4}
-        sns.pointplot(part, color=style_of("method").colour, **mean, **how)
-        sns.stripplot(part, jitter=False, color="black", size=2.5, zorder=3, **how)
-        axis.set(xlabel=f"Validation Dice\n{name}".strip(), ylabel="")
-    text = f"Validation Dice{_on(name for name, _ in found)} by value, seeds as points"
-    return _described(fig, f"{text}: {_names(n for n in options if n != 'arm')}.")
-
-
-def _brief(value: str) -> str:
-    """'decoder.stride4, decoder.stride2' as 'decoder 4, 2'."""
-    halves: dict[str, list[str]] = {}
-    for half, stride in re.findall(r"(\w+)\.stride(\d+)", value):
-        halves.setdefault(half, []).append(stride)
-    return "; ".join(f"{half} {', '.join(strides)}" for half, strides in halves.items()) or value
 
 
 def _factor_text(factor: str, value: Any) -> str:

@@ -516,46 +516,6 @@ def learning_curves(history: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def epochs_to_reach(
-    history: pd.DataFrame, fraction: float = 0.9, reference: str = "alone"
-) -> pd.DataFrame:
-    """Epochs that each arm needs for a fraction of the reference's final validation Dice.
-
-    Each seed is compared with the same seed of the reference.
-
-    Returns
-    -------
-    DataFrame
-        Columns of FAMILY; arm, reference, fraction, target (Dice, mean over seeds), epochs (median
-        over seeds, where a seed that never reaches the target counts as the slowest; NaN if the
-        median is such a seed), low and high (fastest and slowest seed; NaN: never), reached (seeds
-        that reach the target), seeds.
-    """
-    rows = []
-    for family, table in families(history):
-        by_epoch = _by_epoch(table)
-        if reference not in set(table["arm"]):
-            continue
-        final = by_epoch.loc[reference].ffill(axis=1).iloc[:, -1]
-        target = (fraction * final).round(12)  # 0.9 x 0.4 is slightly more than 0.36
-        for arm in in_order(table):
-            values = by_epoch.loc[arm]
-            if not values.index.equals(target.index):
-                raise LesionKDError(
-                    f"arms {arm!r} (seeds {list(values.index)}) and {reference!r} (seeds "
-                    f"{list(target.index)}) need the same seeds"
-                )
-            there = values.ge(target, axis=0)
-            needed = there.idxmax(axis=1).astype(float).where(there.any(axis=1), np.inf)
-            limits = {"epochs": needed.median(), "low": needed.min(), "high": needed.max()}
-            row = {"arm": arm, "reference": reference, "fraction": fraction}
-            row |= {"target": target.mean()}
-            row |= {name: n if np.isfinite(n) else np.nan for name, n in limits.items()}
-            reached = int(there.any(axis=1).sum())
-            rows.append(family | row | {"reached": reached, "seeds": len(values)})
-    return as_table(rows, history)
-
-
 def convergence(history: pd.DataFrame, tolerance: float = 0.005) -> pd.DataFrame:
     """Whether each run has converged, and whether it has trained at all.
 

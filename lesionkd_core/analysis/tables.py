@@ -295,17 +295,3 @@ def cost_points(
             row["macs"] = at_128.loc[network, "macs"] * (part["pixels"].iloc[0] / 128) ** 2
             rows.append(row)
     return pd.DataFrame(rows).drop_duplicates(["dataset", "model"], ignore_index=True)
-
-
-def speedups(cost: pd.DataFrame, large: str = "unet64") -> pd.DataFrame:
-    """How many times faster each student is than a large network, in float32, by engine and size.
-
-    Columns engine, pixels, the milliseconds of the large network, and the factor of each student.
-    """
-    exact = cost[cost["precision"] == "float32"]
-    times = exact.pivot_table(
-        index=["engine", "pixels"], columns="model", values="latency_ms_median", sort=False
-    ).dropna(subset=large)
-    students = [name for name in times if name.startswith("student")]
-    factors = times[students].rdiv(times[large], axis=0).add_suffix(", times faster")
-    return times[[large]].rename(columns={large: f"{label(large)}, ms"}).join(factors).reset_index()

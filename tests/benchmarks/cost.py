@@ -154,4 +154,5 @@ if __name__ == "__main__":
         cost = measure_cost(SIZES, ENGINES, repeats=repeats, more=partial(yardsticks, None))
     results.write_table(RESULTS / "cost.csv", cost)
     results.write_table(RESULTS / "memory.csv", memory(SIZES))
-    print(lkd.tables.speedups(cost).to_string())
+    times = {"index": ["engine", "precision", "pixels"], "columns": "model"}
+    print(cost.pivot_table("latency_ms_median", **times).to_string())

@@ -124,7 +124,11 @@ def test_a_step_of_eight_arms(in_turns, batch, teacher, precision):
 def test_networks(in_turns, kind):
     images = torch.randn(4, 3, PIXELS, PIXELS).contiguous(memory_format=torch.channels_last)
     masks = torch.zeros(4, 1, PIXELS, PIXELS)
-    networks = {"student": UNet(width=4), "ResNet34-UNet": ResNet34UNet(), "U-Net 64": UNet(width=64)}
+    networks = {
+        "student": UNet(width=4),
+        "ResNet34-UNet": ResNet34UNet(),
+        "U-Net 64": UNet(width=64),
+    }
     steps = {}
     for name, network in networks.items():
         network.to(memory_format=torch.channels_last).train(kind == "training step")
