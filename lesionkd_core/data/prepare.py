@@ -251,11 +251,12 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
         f"{r.file}: {r.problem.removeprefix(f'{r.file}: ')}" for r in rows[~kept].itertuples()
     )
     reasons = "\n".join(f"  {reason}" for reason in islice(listed, 5))
-    dropped = f"{(~kept).sum()} were dropped (report.csv in {results.short(path)}):\n{reasons}"
+    dropped = f" {(~kept).sum()} were dropped (report.csv in {results.short(path)}):\n{reasons}"
+    dropped *= bool(reasons)
     needed, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
     if kept.sum() < needed:
         raise LesionKDError(
-            f"{cfg.dataset}: {kept.sum()} usable cases; at least {needed} are needed{why}. "
+            f"{cfg.dataset}: {kept.sum()} usable cases; at least {needed} are needed{why}."
             + dropped
         )
     cases = rows[kept].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
@@ -265,7 +266,7 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
     try:
         cases["split"] = split_cases(cases, cfg)
     except SplitError as error:
-        raise SplitError(f"{error}\nOf the cases {dropped}" if reasons else str(error)) from None
+        raise SplitError(f"{error}{dropped}") from None
     chosen = (cases["split"] != "").to_numpy()
     rows.loc[rows.index[kept][~chosen], "problem"] = "not in the split file"
     cases = cases[chosen].reset_index(drop=True)
