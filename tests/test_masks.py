@@ -13,18 +13,13 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
 
-from lesionkd_core.config import ConfigError, PrepareConfig
-from lesionkd_core.data.images import Case, UnreadableFile, decide_mask, read_case, read_mask
-from lesionkd_core.data.prepare import prepare
-from lesionkd_core.data.volumes import read_slices
-from tests.test_volumes import nifti
-from tests.tiny import image_folder, lesion, picture, save
+from lesionkd_core.data.images import Case, decide_mask
 
 TYPES = {"1": bool, "8": np.uint8, "16": np.uint16, "32": np.int32, "float": np.float32}
 TOPS = {"8": 255, "16": 65535, "32": 10**6, "float": 1000}
 
 
-# Generated masks: each function returns pixels, whether they are lossy, and the lesion ----------------
+# Generated masks: each function returns pixels, whether they are lossy, and the lesion ------------
 
 
 def blob(rng, height, width, smallest, largest):
