@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lesionkd_core import config
-from lesionkd_core.config import PROFILES, StageConfig
+from lesionkd_core.config import PROFILES, UNHASHED, StageConfig
 from lesionkd_core.sweep import configuration
 from tests.conftest import ROOT
 
@@ -28,7 +28,10 @@ COMMANDS: dict[str, type[StageConfig]] = {
 }
 HEAD = """# Options
 
-Every option of the suite, written by `make notebooks` from [config.py](../lesionkd_core/config.py). An option is given with `-p` to papermill and to `lesionkd`, in a [sweep file](sweeps.md), or by name in Python. A notebook takes every option of its table, also those that its first cell does not list.
+Every option of the suite, written by `make notebooks` from \
+[config.py](../lesionkd_core/config.py). An option is given with `-p` to papermill and to \
+`lesionkd`, in a [sweep file](sweeps.md), or by name in Python. A notebook takes every option of \
+its table, also those that its first cell does not list.
 
     lesionkd run 03_teacher -p teacher_epochs 3 -p split_seed 1
 
@@ -41,16 +44,24 @@ lkd.TeacherConfig.parameters()     # this page as a table
 
 - An unknown name is refused with the nearest one, a wrong value with the option's help.
 - A list is comma-separated text (`-p arms "alone, method"`), or a YAML list with `-y` or `-f`.
-- `-p` turns `3` into a number and `true` into a truth value where the option is not text; `-r` leaves text as it is. `-p seeds 3` is the seeds 0, 1 and 2; `-r seeds 3` is the seed 3.
+- `-p` turns `3` into a number and `true` into a truth value where the option is not text; `-r` \
+leaves text as it is. `-p seeds 3` is the seeds 0, 1 and 2; `-r seeds 3` is the seed 3.
 - Three defaults are those of the profiles smoke / cpu / paper.
-- A result is identified by the content of its data and by the options that change it: not by `profile`, `device`, `threads`, `deterministic`, `weak_teacher` or a path, and not by options of loss terms that are not used.
+- A result is identified by the content of its data and by the options that change it: not by \
+UNHASHED or a path, and not by options of loss terms that are not used.
 
-Two environment variables name folders: `LESIONKD_DATA` that of the data sets (`data/raw` if not set), `LESIONKD_RUNS` that of the results (`runs`)."""
+Two environment variables name folders: `LESIONKD_DATA` that of the data sets (`data/raw` if not \
+set), `LESIONKD_RUNS` that of the results (`runs`)."""
 
 
 def option_reference() -> str:
     """The page."""
-    parts = [HEAD, *(section(title, kind) for title, kind in SECTIONS.items()), losses()]
+    names = ", ".join(f"`{name}`" for name in UNHASHED if name != "dataset")
+    parts = [
+        HEAD.replace("UNHASHED", names),
+        *(section(title, kind) for title, kind in SECTIONS.items()),
+        losses(),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,7 +102,7 @@ def default(name: str, field: dict[str, Any]) -> str:
 def allowed(field: dict[str, Any]) -> str:
     """Allowed values in words."""
     if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
+        return ", ".join(f"`{value}`" if value else "empty" for value in field["enum"])
     kinds = {
         "array": "list",
         "boolean": "`True`, `False`",
@@ -119,9 +130,12 @@ def limits(field: dict[str, Any]) -> str:
 def losses() -> str:
     """The registered loss terms with their default weights."""
     rows = [
-        f"| `{name}` | {term.label} | {term.weight:g} | {', '.join(map(str, term.options)) or '-'} |"
+        f"| `{name}` | {term.label} | {term.weight:g} | {', '.join(term.options) or '-'} |"
         for name, term in config.loss_terms().items()
     ]
-    text = "For `losses`, and as arms of an ablation. A new one is a class in `losses/` ([design.md](design.md))."
+    text = (
+        "For `losses`, and as arms of an ablation. A new one is a class in `losses/` "
+        "([design.md](design.md))."
+    )
     head = "| term | label | default weight | options that it uses |\n|---|---|---|---|"
     return "\n".join(["## Loss terms", "", text, "", head, *rows])

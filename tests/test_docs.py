@@ -1,4 +1,6 @@
-"""The documents: every command is run or named with its reason, links resolve, messages are those of the code, what is generated is up to date."""
+"""README and docs: commands run, links resolve, messages are the code's, generated parts agree."""
+
+from __future__ import annotations
 
 import ast
 import os
@@ -9,90 +11,137 @@ import subprocess
 import sys
 import tomllib
 
-import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
 
-from lesionkd_core import __main__ as command_line
-from lesionkd_core import config
-from lesionkd_core.sweeps.notebooks import configuration, find_notebook, literal
-from tests import draw_method
+import lesionkd_core as lkd
+from lesionkd_core import cli, config
+from lesionkd_core.models import UNet
+from lesionkd_core.predict import TrainedNetwork
+from lesionkd_core.sweep import configuration, find_notebook
+from tests import draw_method, readme_index
 from tests.conftest import ROOT
-from tests.documents import PAGES, PYTHON, TABLE, anchors, blocks, commands, links, prose
-from tests.option_reference import DECIDED, option_reference
+from tests.documents import PAGES, anchors, blocks, commands, links, prose
+from tests.option_reference import COMMANDS, option_reference
+from tests.tiny import CFG, OPTIONS, image_folder, picture, save
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 ALL = {command: page for page in PAGES for command in commands(page)}
-OPTIONS = {**config.AblationConfig.model_fields, **config.ExportConfig.model_fields}
-TINY = {"dataset": "phantom-ct", "pixels": 32, "cases": 34, "teacher_epochs": 1, "graph_epochs": 1, "epochs": 1, "threads": 1, "device": "cpu",
-        "weak_teacher": "allow"}
+OPTION_NAMES = {*config.AblationConfig.model_fields, *config.ExportConfig.model_fields}
+
+HERE = "here: test_the_readme_goes_from_pairs_to_masks"
+CLI = "tests/test_cli.py::"
+TABLE = {
+    r"make (run|test|soak|notebooks|bench|bench BEFORE=\S+|cost)": "not run: takes long",
+    r"make lint": "tests/test_quality.py::test_mypy_finds_nothing",
+    r"make lab": "tests/test_lab.py::test_run_all_ends_with_done",
+    r"make paper": "tests/test_paper.py::test_the_paper_compiles",
+    r"(\S+/)?pip install .*|conda env create .*|docker .*|apt-get .*": "not run: a download",
+    r"python3 -m venv \.venv|source \.venv/bin/activate": "not run: makes an environment",
+    r"pre-commit install|git .*": "not run: changes the checkout",
+    r"export LESIONKD_\w+=\S+": "not run: sets a variable",
+    r"ruff (check|format)": "tests/test_quality.py::test_ruff_finds_nothing",
+    r"(clang|gcc) .*": "not run: other compilers; tests/test_native.py compiles with ziglang",
+    r"lesionkd run 0[14]_\w+ .*|lesionkd predict .*|papermill notebooks/0[14]_\w+\.ipynb .*": HERE,
+    r"lesionkd run 03_teacher .*": "tests/test_notebooks.py",
+    r"lesionkd run --link FILE": (
+        f"{CLI}test_a_notebook_is_executed_with_parameters_and_kept_beside_its_results"
+    ),
+    r"papermill notebooks/0\d_\w+\.ipynb .*": "tests/test_notebooks.py",
+    r"lesionkd download --list": f"{CLI}test_download_lists_the_catalogue",
+    r"lesionkd download \S+.*": "not run: a download",
+    r"lesionkd (list|show .*)": f"{CLI}test_list_and_show_report_on_finished_runs",
+    r"lesionkd score .*": f"{CLI}test_score_prints_the_dice_on_another_data_set",
+    r"lesionkd (prepare|train-teacher|distill)( -p .*)?": (
+        f"{CLI}test_stages_find_the_results_of_the_same_options"
+    ),
+    r"lesionkd ablate( -p .*)?": f"{CLI}test_ablate_prints_its_results",
+    r"lesionkd export.*": "tests/test_export.py",
+    r"lesionkd (run|predict|sweep|download|score)": f"{CLI}test_help_and_version",
+    r"python -m lesionkd_core": f"{CLI}test_the_module_is_the_command",
+    r"lesionkd sweep \S+": "tests/test_sweep.py::test_the_example_of_the_documentation_is_a_sweep",
+    r"lesionkd sweep \S+ --scheduler \S+|(OMP_NUM_THREADS=8 )?dask .*": "not run: a cluster",
+    r"torchrun --nproc-per-node\S* .*": (
+        "tests/test_distributed.py::test_two_processes_train_what_one_does"
+    ),
+    r"torchrun --nnodes=.*": "not run: several nodes",
+}
+"""Pattern of a command: the test that runs it, or why none does; the first one that fits counts."""
 
 
-def how(command: str) -> str:
-    """What the table says of a command, first come."""
+def how(command):
+    """What the table says of a command."""
     return next((said for pattern, said in TABLE.items() if re.fullmatch(pattern, command)), "")
 
 
-def substituted(command: str) -> list[str]:
-    """Words of a command, placeholders filled."""
-    return shlex.split(command.replace("<run>", "busi-cpu-s0-1a2b3c4d"))
+# Commands -----------------------------------------------------------------------------------------
 
 
 @by_page
-def test_every_command_is_in_the_table(page):
+def test_every_command_is_run_by_a_test_or_named_with_the_reason(page):
     assert [command for command in commands(page) if not how(command)] == []
 
 
-@by_page
-def test_no_number_was_left_to_be_filled_in(page):
-    assert re.findall(r"\{[A-Z_]+\}|\b(?:TODO|TBD|XXX)\b", prose(page)) == []
+def test_the_table_names_tests_that_exist():
+    for said in TABLE.values():
+        if said.startswith("not run: "):
+            continue
+        file, _, name = said.replace("here: ", "tests/test_docs.py::").partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text() if name else (ROOT / file).is_file()
 
 
-@by_page
-def test_no_command_hides_in_a_block_that_is_taken_for_text(page):
-    texts = [block.text for block in blocks(page) if block.kind == "text" and block.text not in MESSAGES]
-    words = [line.split()[0] for text in texts for line in text.splitlines() if line.split()]
-    assert [word for word in words if shutil.which(word) and not word.endswith(".py")] == []
+def words_of(command):
+    """The words of a `lesionkd` command after the program; None for other commands."""
+    found = re.match(r"(?:lesionkd|.*-m lesionkd_core) (.+)", command)
+    return shlex.split(found[1]) if found else None
 
 
-def test_every_line_of_the_table_is_needed_and_names_a_test_that_is_there():
-    matched = {next(pattern for pattern in TABLE if re.fullmatch(pattern, command)) for command in ALL}
-    assert matched == set(TABLE)
-    for said in (*TABLE.values(), *PYTHON.values()):
-        if not said.startswith("not run: ") and said != "here":
-            file, _, name = (said if not said.startswith("here: ") else f"tests/test_docs.py::{said[6:]}").partition("::")
-            assert (ROOT / file).is_file(), file
-            assert not name or f"def {name}(" in (ROOT / file).read_text(), said
+@pytest.mark.parametrize("command", sorted(c for c in ALL if words_of(c)))
+def test_the_command_line_understands_every_command(command):
+    name, *words = words_of(command)
+    if not words:  # a mention
+        assert name in cli.main.commands
+        return
+    given = cli.main.commands[name].make_context(name, list(words)).params
+    if name == "run" and given["notebook"]:
+        kind = configuration(find_notebook(given["notebook"]))
+    elif name in COMMANDS:
+        kind = COMMANDS[name]
+    else:
+        return
+    assert given["p"]
+    kind(**cli.read(kind, dict(given["p"]), dict(given["r"])))
 
 
-@pytest.mark.parametrize("command", sorted(command for command in ALL if re.match(r"papermill|make run$|\S+ -m lesionkd_core run \S", command)))
-def test_parameters_in_commands_are_taken_by_the_notebook(command):
-    words = substituted("python -m lesionkd_core run 04_distill" if command == "make run" else command)
-    given = {words[i + 1]: literal(words[i + 2]) for i, word in enumerate(words) if word == "-p"}
-    configuration(find_notebook(next(word for word in words if re.search(r"\b0\d_\w+", word))))(**given)
+@pytest.mark.parametrize("command", sorted(c for c in ALL if c.startswith("papermill ")))
+def test_the_notebook_takes_the_parameters_of_every_command(command):
+    words = shlex.split(command)
+    given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
+    kind = configuration(find_notebook(words[1]))
+    kind(**cli.read(kind, given, {}))
 
 
-@pytest.mark.parametrize("command", sorted(command for command in ALL if re.search(r"-m lesionkd_core \w+ [^…]", command)))
-def test_the_command_line_understands_every_command(command, monkeypatch):
-    """The real parser and, where there is one, the real configuration; what would start is only noted."""
-    started = []
-    for name in ("look_at_runs", "run_notebook", "run_sweep", "show_results", "predict_images", "download_release"):
-        monkeypatch.setattr(command_line, name, lambda *taken: started.append(taken) or 0)
-    words = substituted(command.partition("-m lesionkd_core ")[2])
-    if words[0] in command_line.TRAINING:
-        monkeypatch.setattr(command_line, "train", lambda name, given: started.append(
-            getattr(config, command_line.TRAINING[name][0])(**{n: literal(v) for n, v in given.items()})) or 0)
-    assert command_line.main(words) == 0 and len(started) == 1
-
-
-@pytest.mark.parametrize("command", sorted(command for command in ALL if command.startswith("make ")))
+@pytest.mark.parametrize("command", sorted(c for c in ALL if c.startswith("make ")))
 def test_make_knows_its_targets(command):
-    done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    words = [*command.split(), "--dry-run"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout, done.stderr
     if command == "make run":
-        assert "python -m lesionkd_core run 04_distill" in done.stdout
+        assert ".venv/bin/lesionkd run 04_distill" in done.stdout.splitlines()
+
+
+@by_page
+def test_options_that_a_page_names_are_options(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"(?:^|[\s`(])-[pr] ([a-z]\w*)(?![\w.])", text)
+    named += re.findall(r"`([a-z]\w+) = [^`]+`", prose(page))
+    assert {name for name in named} <= OPTION_NAMES
+
+
+# Names of files and functions ---------------------------------------------------------------------
 
 
 @by_page
@@ -105,207 +154,209 @@ def test_links_and_anchors_resolve(page):
 
 
 @by_page
-def test_options_that_a_page_names_are_options(page):
+def test_functions_and_modules_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"(?:^|[\s`(])-p ([a-z]\w*)", text) + re.findall(r"`([a-z]\w+) = [^`]+`", prose(page))
-    assert {name for name in named if name not in OPTIONS} <= {"where"}  # of summarize_results
+    for path in set(re.findall(r"\blkd((?:\.\w+)+)", text)):
+        found = lkd
+        for part in path.split(".")[1:]:
+            assert hasattr(found, part), f"lkd{path}"
+            found = getattr(found, part)
+            if isinstance(found, type):
+                break
+    core = {p.name for p in (ROOT / "lesionkd_core").rglob("*")} | {p.name for p in ROOT.iterdir()}
+    core |= {p.name for p in (ROOT / "tests").rglob("*.py")}
+    for name in set(re.findall(r"`(?:\w+/)*(\w+\.(?:py|toml|mplstyle))`", prose(page))):
+        assert name in core, name
 
 
-def test_what_is_generated_is_up_to_date(tmp_path):
-    """README's tables are held by test_notebooks and test_study_results."""
-    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == option_reference()
-    draw_method.save(tmp_path / "method.svg")
-    assert (ROOT / "docs" / "method.svg").read_bytes() == (tmp_path / "method.svg").read_bytes()
+@by_page
+def test_no_number_is_left_to_be_filled_in(page):
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"\{[A-Z_]+\}|\b(?:TODO|TBD|XXX)\b", prose(page))
+    if missing := re.findall(r"<!-- numbers: .*?-->", text, re.S):
+        pytest.xfail(f"the study is not finished: {len(missing)} places")
 
 
-def test_the_option_reference_holds_every_option_once():
-    rows = re.findall(r"^\| `(\w+)` \|", option_reference(), re.M)
-    assert sorted(rows) == sorted(OPTIONS)
-    for name in DECIDED:
-        with pytest.raises(config.ConfigError, match="arms and seeds"):
-            config.AblationConfig(**{name: config.DistillConfig().model_dump()[name]})
+# Messages -----------------------------------------------------------------------------------------
+
+FAQ = [block.text for block in blocks(ROOT / "docs" / "faq.md") if block.kind == "text"]
+REFUSED = [  # what pydantic says is no text of the code
+    (config.DistillConfig, {"epoch": 3}),
+    (config.DistillConfig, {"pixels": 100}),
+    (config.DistillConfig, {"losses": "fea=1"}),
+    (config.AblationConfig, {"seed": 3}),
+]
 
 
-def templates() -> list[tuple[str, list[str]]]:
-    """(class that is raised or empty, fixed pieces) of every text in the core."""
-    found = []
-    for path in (ROOT / "lesionkd_core").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr | ast.BinOp):
-                found.append(("", pieces(node)))
-            elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                name = ast.unparse(node.exc.func)
-                found.append(({"ValueError": "ConfigError"}.get(name, name), pieces(node.exc.args[0])))
-    return [(raised, fixed) for raised, fixed in found if sum(map(len, fixed)) > 12]
-
-
-def pieces(node: ast.AST) -> list[str]:
-    """The fixed words of a text; between two of them anything is filled in."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return [node.value]
-    parts = node.values if isinstance(node, ast.JoinedStr) else [node.left, node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) else []
-    joined = [""] if parts else ["", ""]
-    for part in map(pieces, parts):
-        joined = [*joined[:-1], joined[-1] + part[0], *part[1:]]
-    return joined
-
-
-def fits(text: str, fixed: list[str]) -> bool:
-    """Whether a text is made of these words, in their order, with anything between."""
-    if len(fixed) == 1:
-        return text == fixed[0]
-    at = len(fixed[0])
-    for piece in fixed[1:-1]:
-        at = text.find(piece, at) + len(piece) if text.find(piece, at) >= 0 else len(text) + 1
-    return text.startswith(fixed[0]) and text.endswith(fixed[-1]) and at <= len(text) - len(fixed[-1])
-
-
-def lines_of(fixed: list[str]) -> list[list[str]]:
-    """The same, line by line."""
-    lines = [[]]
-    for piece in fixed:
-        first, *rest = piece.split("\n")
-        lines[-1].append(first)
-        lines += [[line] for line in rest]
-    return lines
-
-
-MESSAGES = [block.text for block in blocks(ROOT / "docs" / "faq.md") if block.kind == "text"]
-TEXTS = templates()
-REFUSED = [(config.DistillConfig, {"wfeat": 3}), (config.DistillConfig, {"pixels": 100}), (config.AblationConfig, {"seed": 3})]
-
-
-def refused(make: type[config.StageConfig], values: dict) -> str:
-    """What is said of wrong parameters."""
+def refused(kind, values):
     with pytest.raises(config.ConfigError) as error:
-        make(**values)
+        kind(**values)
     return f"ConfigError: {error.value}"
 
 
-@pytest.mark.parametrize("message", sorted({*MESSAGES} - {*map(refused, *zip(*REFUSED))}), ids=lambda m: m[:50])
-def test_a_message_of_the_faq_is_the_code_s(message):
-    """Its class is raised with such a text, and lines that a text leaves open are texts of the code themselves."""
-    name, text = re.fullmatch(r"(?:([A-Z]\w+): )?((?:.|\n)+)", message).groups()
-    assert any(fits(text, fixed) for raised, fixed in TEXTS if raised == (name or ""))
+def test_refused_options_of_the_faq_are_refused_in_these_words():
+    assert {refused(*case) for case in REFUSED} <= {*FAQ}
+
+
+def texts():
+    """The lines of every text in the core, as patterns; what is filled in fits anything."""
+    found = set()
+    for path in (ROOT / "lesionkd_core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                pieces = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                pieces = [node.value]
+            else:
+                continue
+            for line in "".join(pieces).split("\n"):
+                if len(line.replace("\0", "")) > 8:
+                    found.add(".*".join(map(re.escape, line.split("\0"))))
+    return [re.compile(rf"(?:\S+: )*{pattern}") for pattern in sorted(found)]
+
+
+TEXTS = texts()
+
+
+@pytest.mark.parametrize("message", sorted({*FAQ}), ids=lambda message: message[:50])
+def test_a_message_of_the_faq_is_one_of_the_code(message):
+    if message in [refused(*case) for case in REFUSED]:
+        return
+    name, text = re.fullmatch(r"(?:([A-Z]\w+): )?(.+)", message, re.S).groups()
+    code = "\n".join(path.read_text() for path in (ROOT / "lesionkd_core").rglob("*.py"))
+    assert not name or f"raise {name}(" in code or f"results.{name}(" in code, name
     for line in text.splitlines():
-        assert any(fits(line, part) for _, fixed in TEXTS for part in lines_of(fixed) if sum(map(len, part)) > 8), line
+        starts = [found for pattern in TEXTS if (found := pattern.match(line))]
+        rests = [line[found.end() :] for found in starts]  # texts may be put together with +
+        assert any(not r or any(p.fullmatch(r) for p in TEXTS) for r in rests), line
 
 
-def test_refused_parameters_of_the_faq_are_refused_in_these_words():
-    assert {refused(*case) for case in REFUSED} <= {*MESSAGES}
+# Python and the way of the README -----------------------------------------------------------------
 
-
+PUBLISHED = ROOT / "data" / "students" / "busi.safetensors"
 PIECES = [block for page in PAGES for block in blocks(page) if block.kind == "python"]
 
 
 @pytest.mark.parametrize("block", PIECES, ids=lambda b: f"{b.page.name}: {b.text[:30]}")
-def test_python_in_the_documents_compiles_uses_names_that_exist_and_is_in_the_table(block):
-    import lesionkd_core as lkd
+def test_python_in_the_documents_runs(block, student, tmp_path, monkeypatch):
+    """With tiny options as globals, as in a notebook; results are found."""
+    code = compile(block.text, str(block.page), "exec")
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "image.png", picture(0))
+    if not PUBLISHED.exists():
+        trained = TrainedNetwork(UNet(width=4).eval(), CFG, student.path)
+        monkeypatch.setattr(lkd, "load_student", lambda name: trained, raising=False)
+    names = dict(OPTIONS) if "from_notebook" in block.text else {}
+    if "from_notebook" in block.text:
+        names["lkd"] = lkd
+    exec(code, names)
+    if "probability" in names:
+        assert names["probability"].shape == (48, 64)
+    if "scores" in names:
+        assert names["student"].path == student.path and len(names["scores"])
 
-    compile(block.text, str(block.page), "exec")
-    assert all(hasattr(lkd, name) for name in re.findall(r"\blkd\.(\w+)", block.text))
-    assert len([line for line in PYTHON if line in block.text]) == 1
 
-
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory):
-    """`python -m lesionkd_core run 04_distill`, as `make run` calls it, with tiny parameters: output and runs folder."""
-    runs = tmp_path_factory.mktemp("docs")
-    words = [word for name, value in TINY.items() for word in ("-p", name, str(value))]
-    done = run([sys.executable, "-m", "lesionkd_core", "run", "04_distill", *words], ROOT, LESIONKD_RUNS=runs)
-    return done.stdout, runs
-
-
-def run(command: list[str], folder, **variables) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | {name: str(value) for name, value in variables.items()}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+def run(words, folder, runs):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LESIONKD_RUNS": str(runs)}
+    command = [sys.executable, "-m", "lesionkd_core", *map(str, words)]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    return done
+    return done.stdout
 
 
-def test_a_notebook_is_run_and_found_again(first_run, monkeypatch):
-    said, runs = first_run
-    student = runs / re.search(r"^results: (.*)$", said, re.M)[1]
-    assert (student / "DONE").is_file() and (student / "notebook.ipynb").is_file()
-    monkeypatch.setenv("LESIONKD_RUNS", str(runs))
-    here = [block.text for block in PIECES if any(line in block.text for line, said in PYTHON.items() if said == "here")]
-    for text in here:
-        filled = text.replace("<run>", student.name).replace("lkd.DistillConfig()", f"lkd.DistillConfig(**{TINY!r})").replace("runs/", f"{runs}/")
-        names = {"image": np.zeros((50, 40, 3), np.uint8)}
-        exec(compile(filled, "a page", "exec"), names)
-        assert "probability" not in names or names["probability"].shape == (50, 40)
-        assert "run" not in names or names["run"].path == student
-    assert len(here) == list(PYTHON.values()).count("here")
+def commands_under(heading):
+    """The words of the `lesionkd` commands in a section of the README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text.partition(f"## {heading}")[2].partition("\n## ")[0].splitlines()
+    lines = [line.partition(" #")[0].strip() for line in lines if line.startswith("    lesionkd ")]
+    return [words_of(line) for line in lines]
 
 
-def test_30_pairs_go_through_by_the_page_s_own_words(tmp_path):
-    """data/own.md: a folder of pairs, no file edited, and the first figure where the page says it is."""
-    [command] = [c for c in commands(ROOT / "data" / "own.md") if how(c).endswith("test_30_pairs_go_through_by_the_page_s_own_words")]
-    for kind in ("images", "masks"):
-        (tmp_path / "my-lesions" / kind).mkdir(parents=True)
-    across = np.add.outer((np.arange(48) - 20) ** 2, (np.arange(64) - 30) ** 2)
-    for i in range(30):
-        noise = np.random.default_rng(i).integers(0, 90, (48, 64, 3))
-        mask = across < (5 + i / 3) ** 2
-        Image.fromarray((noise + 120 * mask[..., None]).astype(np.uint8)).save(tmp_path / "my-lesions" / "images" / f"case_{i}.png")
-        Image.fromarray((255 * mask).astype(np.uint8)).save(tmp_path / "my-lesions" / "masks" / f"case_{i}.png")
-    words = command.replace("/path/to/", f"{tmp_path}/").replace(" 01.ipynb", f" {tmp_path}/01.ipynb").split()
-    run([sys.executable, "-m", *words, "--no-progress-bar"], ROOT, LESIONKD_RUNS=tmp_path / "runs")
-    [prepared] = (tmp_path / "runs" / "prepare").glob("my-lesions-smoke-s0-????????")
-    assert (prepared / "figures" / "cases.png").is_file()
-    assert "figures/cases.png" in (ROOT / "data" / "own.md").read_text(encoding="utf-8")
+def test_the_readme_goes_from_pairs_to_masks(tmp_path):
+    """The commands under "Your own data", with a tiny teacher and few epochs, in an empty folder;
+    then that of the published student, or of this one if none is published."""
+    prepares, distills, predicts = commands_under("Your own data")[:3]
+    [published] = commands_under("Use a trained student")
+    data, runs = image_folder(tmp_path / "my-lesions", 30), tmp_path / "runs"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def filled(words, name="<run>", out="out"):
+        places = {"/path/to/my-lesions": data, "/path/to/images": data / "images"}
+        places |= {"/path/to/masks": tmp_path / out}
+        return [places.get(word, str(word).replace("<run>", name)) for word in words]
+
+    run(filled(prepares), empty, runs)
+    [prepared] = runs.glob("prepare/my-lesions-smoke-s0-*/DONE")
+    assert (prepared.parent / "figures" / "cases.png").is_file()
+    tiny = [word for name, value in OPTIONS.items() for word in ("-p", name, value)]
+    said = run([*filled(distills), *tiny], empty, runs)
+    [student] = runs.glob("distill/my-lesions-cpu-s0-*/notebook.ipynb")
+    assert f"results: {student.parent}" in said
+    run(filled(predicts, student.parent.name), empty, runs)
+    assert "busi" in published and "--overlays" in published
+    name = "busi" if PUBLISHED.exists() else student.parent.name
+    run([name if word == "busi" else word for word in filled(published, out="2")], empty, runs)
+    for out in ("out", "2"):
+        for image in (data / "images").iterdir():
+            mask = Image.open(tmp_path / out / image.name)
+            assert mask.size == Image.open(image).size and mask.mode == "L"
+        assert len(pd.read_csv(tmp_path / out / "areas.csv")) == 30
+    assert len(np.unique(np.asarray(mask))) > 2, "probabilities, not a mask"
+    assert list(empty.iterdir()) == [], "nothing is written to the working folder"
 
 
-def test_the_list_of_releases_is_shown(capsys):
-    assert command_line.main(["download", "--list"]) == 0
-    assert "busi" in capsys.readouterr().out
+# Generated parts ----------------------------------------------------------------------------------
 
 
-def test_the_environment_is_entered(tmp_path):
-    run([sys.executable, "-m", "venv", "--without-pip", ".venv"], tmp_path)
-    done = run(["bash", "-c", "source .venv/bin/activate && python -c 'import sys; print(sys.prefix)'"], tmp_path)
-    assert done.stdout.strip() == str(tmp_path / ".venv")
-    assert "-m venv .venv" in (ROOT / "Makefile").read_text()
+def test_the_option_reference_is_up_to_date_and_has_every_option():
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert page == option_reference(), "python -m tests.readme_index"
+    rows = set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+    assert rows == OPTION_NAMES | set(config.loss_terms())
 
 
-def test_jupyterlab_starts_where_make_lab_starts_it(tmp_path):
-    assert "-m jupyterlab notebooks" in (ROOT / "Makefile").read_text()
-    command = [sys.executable, "-m", "jupyterlab", "notebooks", "--no-browser", "--port=0", "--allow-root"]
-    settings = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path), "IPYTHONDIR": str(tmp_path)}
-    with subprocess.Popen(command, cwd=ROOT, env=settings, stderr=subprocess.PIPE, text=True) as lab:
-        try:
-            assert any("/lab?token=" in line for line in lab.stderr), "it ended without an address"
-        finally:
-            lab.kill()  # a SIGTERM before its loop runs is lost, and it stays
+def test_the_figure_of_the_method_is_up_to_date(tmp_path):
+    draw_method.save(tmp_path / "method.svg")
+    assert (ROOT / "docs" / "method.svg").read_bytes() == (tmp_path / "method.svg").read_bytes()
 
 
-def test_a_notebook_is_executed_in_place(tmp_path):
-    [command] = [command for command in ALL if command.startswith("python -m nbconvert")]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import lesionkd_core as lkd\nprint(lkd.DistillConfig().width)")])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, tmp_path / "one.ipynb")
-    run([sys.executable, *command.replace("notebooks/02_edge_labels.ipynb", "one.ipynb").split()[1:]], tmp_path)
-    [cell] = nbformat.read(tmp_path / "one.ipynb", as_version=4).cells
-    assert cell.outputs[0].text == "4\n"
-    assert command.removeprefix("python ").removesuffix("notebooks/02_edge_labels.ipynb") in (ROOT / "Makefile").read_text()
+def test_the_results_of_the_readme_are_up_to_date():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == readme_index.with_results(text), "python -m tests.readme_index"
+    table = readme_index.results_table()
+    assert len(table) and not table.isna().any(axis=None)
 
 
-def test_the_linter_is_content():
-    run([sys.executable, "-m", "ruff", "check"], ROOT)
+# README and citation ------------------------------------------------------------------------------
 
 
-def test_the_citation_file_is_whole():
-    """Fields that version 1.2.0 asks for, and the version of the package."""
-    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {"cff-version", "message", "title", "authors"} <= set(cff) and cff["cff-version"] == "1.2.0"
-    assert cff["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert [reference["type"] for reference in cff["references"]] == ["patent", "article", "conference-paper", "conference-paper"]
-    for work in (cff, *cff["references"]):
-        assert work["title"] and all({"name", "family-names"} & set(author) for author in work["authors"])
-
-
-def test_the_readme_gives_notice():
-    """Patent, research, no device, no licence, supported systems."""
+def test_the_readme_is_short_and_gives_notice():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    notices = "patent application", "for research", "not a medical device", "No licence has been chosen yet"
-    assert all(words in readme for words in (*notices, "x86-64 with Python 3.11", "Not tested: macOS"))
+    assert len(readme.splitlines()) <= 150
+    notices = ("patent application", "not a medical device", "For research", "No licence has been")
+    searched = ("tiny U-Net", "nowledge distillation", "resumes", "k-fold", "ONNX", "mobile app")
+    assert [words for words in (*notices, *searched) if words not in readme] == []
+
+
+def test_the_citation_file_is_complete():
+    """Fields that version 1.2.0 of the format requires, and the version of the package."""
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cff)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cff["version"] == project["version"] == lkd.__version__
+    kinds = [reference["type"] for reference in cff["references"]]
+    assert kinds == ["patent", "article", "conference-paper", "conference-paper"]
+    for work in (cff, *cff["references"]):
+        assert work["title"]
+        assert all({"name", "family-names"} & set(author) for author in work["authors"])
+
+
+def test_programs_in_plain_blocks_are_commands():
+    """No command hides in a block that is taken for text."""
+    texts = [b.text for page in PAGES for b in blocks(page) if b.kind == "text"]
+    words = [line.split()[0] for text in texts for line in text.splitlines() if line.split()]
+    found = {word for word in words if shutil.which(word) and not word.endswith((".py", "/"))}
+    assert found == set()
