@@ -12,7 +12,8 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon,
 from lesionkd_core.analysis import figures
 
 WIDTH, HEIGHT, BELOW = 174, 104, 4
-TEACHER, STUDENT = (figures.STYLES[name].colour for name in ("teacher", "student"))
+TEACHER = figures.STYLES["teacher"].colour
+STUDENT = "#33BBEE"  # blue: beside the teacher's orange the red of the plots is hard to tell
 INK, FAINT, EDGE = "#222222", "#8a8a8a", "#117733"
 FILL = {TEACHER: "#fbe3d3", STUDENT: "#d9f0fa", EDGE: "#dcefe2", INK: "#f2f2f2"}
 ENCODER = {1: 27, 2: 37.5, 4: 48, 8: 57, 16: 65, 32: 72}  # x of the map of each stride
