@@ -75,7 +75,8 @@ def said(text):
 
 
 def cell(source, outputs, *tags):
-    return nbformat.v4.new_code_cell(source, outputs=outputs, metadata={"tags": [*tags]})
+    how = {"execution_count": 1, "metadata": {"tags": [*tags]}}
+    return nbformat.v4.new_code_cell(source, outputs=outputs, **how)
 
 
 @pytest.fixture(scope="module")
