@@ -436,7 +436,7 @@ def _area(probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None) 
     from scipy import ndimage
 
     count = int(lesion.sum())
-    row = {"lesion_px": count, "lesion_fraction": count / lesion.size}
+    row: dict[str, Any] = {"lesion_px": count, "lesion_fraction": count / lesion.size}
     row["lesion_mm2"] = count * pixel_mm2 if pixel_mm2 else None
     row["components"] = ndimage.label(lesion, np.ones((3, 3)))[1]
     if count:

@@ -109,7 +109,10 @@ SPOILT = {  # what is wrong: how it is made from folder and name; words of the r
         lambda d, n: save(mask_of(d, n).with_suffix(".bmp"), lesion(5)),
         [".bmp", "have the same name"],
     ),
-    "grey mask": (lambda d, n: save(mask_of(d, n), 40 + noise(60)), ["neither two values, nor classes"]),
+    "grey mask": (
+        lambda d, n: save(mask_of(d, n), 40 + noise(60)),
+        ["neither two values, nor classes"],
+    ),
     "mask of several pages": (
         lambda d, n: instead(mask_of(d, n), pages(lesion(9), lesion(5)), ".tif"),
         ["2 pages"],
@@ -167,7 +170,10 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
         lambda d, n: save(mask_of(d, n), lesion(9).astype(np.uint8) + lesion(4)),
         ["values 0, 1, 2: all but 0 read as lesion"],
     ),
-    "soft mask": (lambda d, n: save(mask_of(d, n), soft()), ["cut at half", "of the pixels between 0 and 255"]),
+    "soft mask": (
+        lambda d, n: save(mask_of(d, n), soft()),
+        ["cut at half", "of the pixels between 0 and 255"],
+    ),
     "mask in colours": (
         lambda d, n: save(mask_of(d, n), COLOURED),
         ["colours other than black read as lesion"],

@@ -113,7 +113,7 @@ PREPARED = SimpleNamespace(
 POINTS = pd.DataFrame(
     {"dataset": "busi", "model": ["alone", "method", "unet64"], "dice": [0.6, 0.65, 0.7]}
 ).assign(low=[0.5, 0.55, 0.6], high=[0.7, 0.75, 0.8], macs=[1e7, 1e7, 1e10])
-PAIR = pd.DataFrame({"first": [0], "second": [2], "bits": [5]})
+PAIR = pd.DataFrame({"first": [0], "second": [2], "bits": [5], "correlation": [0.7]})
 EYE = np.eye(32)
 
 DRAWINGS = {
@@ -355,7 +355,7 @@ def test_the_cosine_of_two_terms_has_a_line_of_its_own():
     fig = figures.gradients(history(("method",)).assign(cos_feat_edge=0.3))
     assert lines(fig.axes[1])["feat_edge"][1] == [0.3] * 6
     assert set(lines(fig.axes[0])) == {"seg", "feat", "edge"}
-    assert any("with" in text.get_text() for text in fig.legends[0].get_texts())
+    assert any(" and " in text.get_text() for text in fig.legends[0].get_texts())
     assert "feat_edge" not in fig.get_label()
 
 

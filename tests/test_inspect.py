@@ -75,7 +75,9 @@ def finished_run(folder, cfg: DistillConfig, teacher: TrainedNetwork) -> results
     margins = {
         n: torch.rand(b.num_features) - 1 for n, b in teacher.network.feature_norms().items()
     }
-    measured = Measured(FittedGraph(EdgeGraph.build(64, cfg), torch.linspace(0.1, 0.4, 16)), margins)
+    measured = Measured(
+        FittedGraph(EdgeGraph.build(64, cfg), torch.linspace(0.1, 0.4, 16)), margins
+    )
     terms = shaken(build_terms(cfg, network, teacher.network, measured))
     path = folder / "distill" / f"run-{'-'.join(cfg.losses)}"
     results.write_json(path / "config.json", {"stage": "distill"} | cfg.model_dump(mode="json"))
@@ -117,9 +119,10 @@ def test_classes_and_several_functions_are_shown_in_one_block(monkeypatch):
 class Cases:
     """Prepared cases as far as the functions read them."""
 
-    def __init__(self, sizes, hashes=None) -> None:
+    thumbnails = None
+
+    def __init__(self, sizes) -> None:
         self.cases = pd.DataFrame({"lesion_share": sizes, "split": "test"})
-        self.hashes = hashes
 
     def index(self, split: str) -> np.ndarray:
         return np.flatnonzero(self.cases["split"] == split)
@@ -132,24 +135,12 @@ def test_cases_are_spread_from_the_smallest_to_the_largest_lesion():
     assert inspect.spread_of_cases(prepared, "train", 3) == []
 
 
-def test_example_pairs_are_around_the_threshold():
-    hashes = np.zeros((5, 63), bool)
-    for row, bits in enumerate((1, 2, 5, 11, 30)):
-        hashes[row, :bits] = True  # distances are differences of these numbers
-    table = inspect.example_pairs(Cases([0.1] * 5, hashes), 4, 2)
-    by_hand = sorted((abs(a - b), i, j) for i, a in enumerate((1, 2, 5, 11, 30))
-                     for j, b in enumerate((1, 2, 5, 11, 30)) if i < j)  # fmt: skip
-    within = [row for row in by_hand if row[0] <= 4][-2:]
-    beyond = [row for row in by_hand if row[0] > 4][:2]
-    expected = [(i, j, bits) for bits, i, j in within + beyond]
-    assert table[["first", "second", "bits"]].to_numpy().tolist() == [list(r) for r in expected]
-
-
-def test_unlike_images_still_give_pairs():
-    hashes = np.eye(63, dtype=bool)[:3]
-    hashes[:, 30:] = np.arange(3)[:, None] % 2 == 0
-    table = inspect.example_pairs(Cases([0.1] * 3, hashes), 1, 2)
-    assert len(table) and (table["bits"] > 1).all()
+def test_example_pairs_are_around_the_threshold(monkeypatch):
+    table = pd.DataFrame({"correlation": [0.9, 0.1, 0.5, 0.6, 0.3, 0.2]})
+    table["same"] = table["correlation"] >= 0.48
+    monkeypatch.setattr(inspect, "compare_pairs", lambda thumbnails, bits: table)
+    shown = inspect.example_pairs(Cases([0.1] * 5), 4, 2)
+    assert shown["correlation"].tolist() == [0.6, 0.5, 0.3, 0.2]
 
 
 def test_the_edge_survives_max_pooling():

@@ -230,9 +230,7 @@ def test_cvc_clinicdb_groups_frames_by_video(data, place, suffix):
         612: "video-29",
     }
     assert set(sides(cases).values()) == {9}
-    assert read_case(cases["1"]).notes == (
-        "values 3, 250: 250 read as lesion",
-    )
+    assert read_case(cases["1"]).notes == ("values 3, 250: 250 read as lesion",)
 
 
 def test_every_frame_of_cvc_clinicdb_has_a_video():
@@ -501,7 +499,10 @@ def test_own_data_pairs_equal_stems_of_any_suffix(data):
 def test_images_of_an_unknown_format_are_named_as_such(data):
     (data / "mine" / "masks").mkdir(parents=True)
     touch(data / "mine" / "images" / "a.heic")
-    assert cases_of("mine")["a.heic"].problem == "a.heic: .heic files are not read; convert it to PNG or TIFF"
+    assert (
+        cases_of("mine")["a.heic"].problem
+        == "a.heic: .heic files are not read; convert it to PNG or TIFF"
+    )
 
 
 @pytest.mark.fault

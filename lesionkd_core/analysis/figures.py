@@ -90,7 +90,7 @@ STYLES = {  # Tol's colour-blind safe colours
     "edge_joint": Style("#225522", (6, 1, 0), (2, 2, 6, 2)),
     "edge_relation": Style("#663333", (5, 1, 180), (6, 1, 6, 3)),
     "teacher": Style("#EE7733", "*", (11, 2.5)),
-    "student": Style("#33BBEE", "D", ""),
+    "student": Style("#CC3311", "D", ""),
     "otsu": Style("#000000", "x", (1, 1.5)),
     "resnet34_unet": Style("#EE7733", "*", (11, 2.5)),
     "unet64": Style("#009988", "H", (3, 2)),
@@ -385,7 +385,7 @@ def cases(prepared: Prepared, rows: Sequence[int], columns: int = 6) -> Figure:
 
 @styled()
 def pairs(prepared: Prepared, table: pd.DataFrame) -> Figure:
-    """Pairs of images, one above the other, and the distance of their perceptual hashes.
+    """Pairs of images, one above the other, and how alike they are.
 
     Parameters
     ----------
@@ -396,10 +396,10 @@ def pairs(prepared: Prepared, table: pd.DataFrame) -> Figure:
     ids, said = prepared.cases["id"], []
     for (top, bottom), row in zip(axes.T, table.itertuples()):
         draw_image(top, prepared.images[row.first], _short(ids[row.first]))
-        caption = f"{_short(ids[row.second])}\n{row.bits} bits"
-        draw_image(bottom, prepared.images[row.second], caption)
-        said.append(f"{ids[row.first]} and {ids[row.second]}, {row.bits} bits")
-    what = "Pairs of images and the distance of their perceptual hashes"
+        alike = f"{row.bits} bits, r {row.correlation:.2f}"
+        draw_image(bottom, prepared.images[row.second], f"{_short(ids[row.second])}\n{alike}")
+        said.append(f"{ids[row.first]} and {ids[row.second]}, {alike}")
+    what = "Pairs of images, the distance of their hashes and the correlation r of their details"
     return _described(fig, f"{what}: {'; '.join(said) or 'none'}.")
 
 
@@ -865,7 +865,8 @@ def training_curves(histories: dict[str, pd.DataFrame]) -> Figure:
     losses = [n for n in history if n.startswith("loss_") and n != "loss_total"]
     for name, line in zip(losses, ("-", "--", "-.", ":") * 3):
         right.plot(history["epoch"], history[name], line, label=_typeset(name.replace("loss", "L")))
-    right.set(xlabel="Epoch", ylabel="Loss before its weight", yscale="log")
+    last = _label(list(histories)[-1])
+    right.set(xlabel=f"Epoch of the {last}", ylabel="Loss before its weight", yscale="log")
     _plain_log(right.yaxis, 1, 2, 5)
     for axis in (left, right):
         axis.legend()
@@ -942,7 +943,7 @@ def gradients(history: pd.DataFrame) -> Figure:
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set(xlabel=f"Epoch\n{name}".strip(), ylim=(-1.05, 1.05))
     axes[0].set_ylabel("Norm of gradient")
-    axes[count].set_ylabel(_typeset("Cosine with L_seg"))
+    axes[count].set_ylabel("Cosine")
     _whole_epochs(axes)
     shown = _names(term for term in terms if term in loss_terms())
     who = _names(filter(None, in_order(history))) or "one run"
@@ -957,7 +958,7 @@ def _term_style(term: str) -> tuple[str, Style]:
         return _label("seg"), Style("#000000", ".", "")
     if term in loss_terms():
         return _label(term).removeprefix("+ "), style_of(term)
-    return _typeset(" with ".join(f"L_{part}" for part in term.split("_"))), style_of(term)
+    return _typeset(" and ".join(f"L_{part}" for part in term.split("_"))), style_of(term)
 
 
 def _factor_text(factor: str, value: Any) -> str:

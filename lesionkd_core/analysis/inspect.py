@@ -19,7 +19,7 @@ from .. import results
 from ..config import DistillConfig, GraphConfig, LesionKDError
 from ..data.batches import normalize
 from ..data.prepare import Prepared
-from ..data.splits import near_pairs
+from ..data.splits import compare_pairs
 from ..edges import edge_at_stride, edge_label_batch
 from ..losses import EdgeGraph, EdgeReasoning, FittedGraph, Measured, build_terms, margin_relu
 from ..losses.edge_reasoning import live_in
@@ -58,21 +58,19 @@ def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
 def example_pairs(prepared: Prepared, bits: int, count: int) -> pd.DataFrame:
     """Pairs of images on both sides of the threshold for near-duplicates.
 
-    The `count` least similar pairs within `bits`, and the `count` most similar beyond.
+    Of the pairs whose hashes are near, the `count` least alike that share a group, and the `count`
+    most alike that do not.
 
     Returns
     -------
     DataFrame
-        first, second (rows of `prepared`), bits (distance of their hashes).
+        first, second (rows of `prepared`), bits (distance of their hashes), correlation (of their
+        details), same.
     """
-    for reach in (bits + 8, 63):  # few images may all be unlike
-        found = np.concatenate([*near_pairs(prepared.hashes, reach)])
-        if (found[:, 2] > bits).any():
-            break
-    table = pd.DataFrame(found, columns=["first", "second", "bits"])
-    table = table.sort_values("bits", kind="stable")
-    within = table["bits"] <= bits
-    return pd.concat([table[within].tail(count), table[~within].head(count)], ignore_index=True)
+    table = compare_pairs(prepared.thumbnails, bits)
+    table = table.sort_values("correlation", ascending=False, kind="stable")
+    same = table["same"]
+    return pd.concat([table[same].tail(count), table[~same].head(count)], ignore_index=True)
 
 
 def _edges(masks: np.ndarray, width: int) -> Tensor:

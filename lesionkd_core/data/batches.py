@@ -91,18 +91,20 @@ def epoch_batches(
     drawn = (VIEW_SEED, epoch % views) if views else (seed, epoch)
     rows = data.index("train")
     order = epoch_order(len(rows), batch_size, seed, epoch)
-    batches = [rows[batch[rank::ranks]] for batch in order if len(batch) >= ranks]
+    batches = [rows[batch] for batch in order if len(batch) >= ranks]
     labelled, rng = labelled_rows(data, label_fraction), np.random.default_rng([seed, epoch, 0, 1])
 
-    def load(own: np.ndarray) -> Batch:
+    def load(whole: np.ndarray) -> Batch:
+        own = whole[rank::ranks]
         if label_fraction == 1:
             return load_batch(data, own, *drawn, augmentation, device)
-        first = np.where(np.isin(own, labelled), own, rng.choice(labelled, len(own)))
-        both = load_batch(data, np.concatenate([first, own]), *drawn, augmentation, device)
-        return both._replace(masks=both.masks[: len(own)])
+        filled = np.where(np.isin(whole, labelled), whole, rng.choice(labelled, len(whole)))
+        both = np.concatenate([filled[rank::ranks], own])
+        batch = load_batch(data, both, *drawn, augmentation, device)
+        return batch._replace(masks=batch.masks[: len(own)])
 
     with ThreadPoolExecutor(1) as loader:
-        coming = (loader.submit(load, own) for own in batches)
+        coming = (loader.submit(load, whole) for whole in batches)
         for ready, _ in pairwise(chain(coming, [None])):
             assert ready  # None follows the last batch
             yield ready.result()

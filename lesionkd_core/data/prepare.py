@@ -27,7 +27,6 @@ from .images import Case, Reading, UnreadableFile, is_volume
 from .layouts import CATALOGUE, fingerprint, how_paired, read, sequence_of
 from .pixels import (
     THUMBNAIL,
-    hash_thumbnails,
     lesion_contrast,
     moments,
     prepare_image,
@@ -83,11 +82,6 @@ class Prepared(results.Result):
     def thumbnails(self) -> np.ndarray:
         """(N, 64, 64) uint8: grey copies in which near-duplicates are searched; 0 for a volume."""
         return results.read_array(self.path / "thumbnails.npy")
-
-    @cached_property
-    def hashes(self) -> np.ndarray:
-        """(N, 63) bool: perceptual hashes."""
-        return hash_thumbnails(self.thumbnails)
 
     @cached_property
     def split_hash(self) -> str:

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
-import lesionkd_core as lkd
 from lesionkd_core import results
 from lesionkd_core.config import ENGINES, ExportConfig, LesionKDError
 from lesionkd_core.export.cost import NETWORKS, Browser, measure_cost, timer_of
