@@ -41,7 +41,6 @@ def test_a_figure_says_briefly_what_it_shows(name):
         (DRAWINGS["calibration"], ["teacher; both (method)", "predicted probability"]),
         (DRAWINGS["lesion_sizes"], ["train, val, test", "size of the lesion"]),
         (DRAWINGS["when_teacher_helps"], ["by epochs, training cases with a mask, teacher"]),
-        (DRAWINGS["sweep"], ["+ L_feat; logit KD"]),
         (
             lambda: figures.forest(compared()),
             ["busi, U-Net 64", "student alone; both, edges shuffled; logit KD", "right: method"],
