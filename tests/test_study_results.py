@@ -1,16 +1,15 @@
-"""The committed study of version 0.1: complete, paired, and drawn again without training."""
+"""The committed study: complete, paired, and drawn again without training."""
+
+from __future__ import annotations
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from lesionkd_core.analysis import figures, statistics, tables
+from lesionkd_core.losses import TERMS
 
-COLUMNS = [
-    "run", "dataset", "test_dataset", "profile", "teacher", "arm", "seed", "split", "fold", "case",
-    "group", "lesion_px", "contrast", "dice", "iou", "sensitivity", "precision", "hd95",
-    "surface_dice", "missed", "false_alarm",
-]  # fmt: skip
-ARMS = {"teacher", "alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist"}
+ARMS = {"alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist", "sobel", "alone_long"}
 
 
 @pytest.fixture(scope="module")
@@ -19,37 +18,56 @@ def scored():
 
 
 @pytest.fixture(scope="module")
-def compared(scored):
-    return statistics.compare_arms(scored)
+def main(scored):
+    return scored[scored["seg_loss"] == "bce_dice"]
+
+
+@pytest.fixture(scope="module")
+def compared(main):
+    return statistics.compare_arms(main)
+
+
+@pytest.fixture(scope="module")
+def helps():
+    return tables.study("when_teacher_helps")
 
 
 def test_the_tables_have_their_columns():
-    assert list(tables.committed("per_case")) == COLUMNS
+    assert list(tables.committed("per_case")) == [*tables.FIRST, "dice_background", "brier"]
     runs, history = set(tables.committed("runs")), set(tables.committed("history"))
     assert {"run", "hash", "arm", "seed", "parameters", "epochs", "seconds", "device"} <= runs
     assert {"run", "arm", "seed", "epoch", "val_dice"} <= history
 
 
-def test_every_arm_is_scored_on_the_same_test_cases_with_the_same_seeds(scored):
-    assert set(scored["split"]) == {"test"}
-    for (_, teacher), part in scored.groupby(["dataset", "teacher"]):
-        assert set(part["arm"]) == (ARMS if teacher == "resnet34_unet" else {"teacher", "alone"})
+def test_every_arm_is_scored_on_the_same_test_cases_with_the_same_seeds(main):
+    assert set(main["split"]) == {"test"}
+    for _, part in main.groupby("dataset"):
+        assert set(part["arm"]) == ARMS | {"teacher"}
         students = part[part["arm"] != "teacher"].groupby("arm")
         assert len({tuple(sorted(set(own["seed"]))) for _, own in students}) == 1
         cases = [
-            frozenset(zip(own["id"], own["group"], own["lesion_pixels"]))
+            frozenset(zip(own["id"], own["group"], own["fold"], own["lesion_pixels"]))
             for _, own in part.groupby("arm")
         ]
         assert len(set(cases)) == 1 and not part.duplicated(["arm", "seed", "id"]).any()
 
 
+def test_a_case_is_tested_in_one_fold_only(main):
+    assert (main.groupby(["dataset", "id"])["fold"].nunique() == 1).all()
+
+
 def test_runs_and_curves_belong_to_the_scores(scored):
     runs, history = tables.committed("runs"), tables.study("history")
     assert set(runs["run"]) == set(history["run"]) == set(scored["run"])
-    once = runs.drop_duplicates("run").set_index("run")  # the student alone is beside two teachers
+    once = runs.drop_duplicates("run").set_index("run")
     assert once["hash"].is_unique
     assert history.groupby("run")["epoch"].max().to_dict() == once["epochs"].to_dict()
     assert set(runs.loc[runs["arm"] != "teacher", "parameters"]) == {58_629}
+
+
+def test_no_run_ends_below_half_of_its_arms_median():
+    history = tables.study("history")
+    assert not statistics.convergence(history[history["seg_loss"] == "bce_dice"])["failed"].any()
 
 
 def test_a_missed_lesion_counts_with_dice_0(scored):
@@ -57,27 +75,22 @@ def test_a_missed_lesion_counts_with_dice_0(scored):
     assert len(missed) and (missed["dice"] == 0).all() and missed["hd95"].notna().all()
 
 
-def drawn(scored, compared):
+def drawn(main, compared, helps):
     """Every figure of the study."""
-    history = tables.study("history").query("arm != 'teacher' and teacher == 'resnet34_unet'")
-    taught = scored[scored["teacher"] == "resnet34_unet"]
-    thirds = statistics.by_tertile(scored, draws=500)
-    yield "study", lambda: figures.ablation(taught, compared)
-    yield "forest", lambda: figures.forest(compared)
-    yield "tertiles", lambda: figures.tertiles(thirds)
+    history = tables.study("history").query("arm != 'teacher' and seg_loss == 'bce_dice'")
+    yield "study", lambda: figures.ablation(main, compared)
+    yield "forest", lambda: figures.forest(statistics.compare_with(main, "alone"))
     yield "curves", lambda: figures.learning_curves(statistics.learning_curves(history))
-    yield "gradients", lambda: figures.gradients(history.query("arm == 'method'"))
-    yield "agreement", lambda: figures.agreement(taught.query("dataset == 'busi'"), ("method",))
-    points = tables.cost_points(scored, tables.committed("cost"))
+    points = tables.cost_points(main, tables.committed("cost"))
     yield "pareto", lambda: figures.pareto(points)
-    yield "weights", lambda: figures.sweep(tables.committed("weights"))
-    yield "options", lambda: figures.sweep(tables.committed("options"))
+    gains = statistics.compare_with(helps, "alone", arms=("feat", "method", "cwd"))
+    yield "when_teacher_helps", lambda: figures.when_teacher_helps(gains)
     yield "latency", lambda: figures.latency(tables.committed("cost"))
 
 
-def test_its_figures_are_drawn_again_without_training(scored, compared, tmp_path, monkeypatch):
+def test_its_figures_are_drawn_again_without_training(main, compared, helps, tmp_path, monkeypatch):
     monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "no-runs"))
-    for name, draw in drawn(scored, compared):
+    for name, draw in drawn(main, compared, helps):
         first, second = (tmp_path / f"{name}-{i}.svg" for i in (1, 2))
         for path in (first, second):
             fig = draw()
@@ -88,38 +101,52 @@ def test_its_figures_are_drawn_again_without_training(scored, compared, tmp_path
     assert not (tmp_path / "no-runs").exists()
 
 
-def test_its_tables_are_made_again(scored, compared, tmp_path):
-    means = statistics.means(scored)
-    assert len(means) == 3 * len(ARMS) + 2
-    alone = means.query("dataset == 'busi' and teacher == 'resnet34_unet' and arm == 'alone'")
-    own = scored.query("dataset == 'busi' and teacher == 'resnet34_unet' and arm == 'alone'")
+def test_its_tables_are_made_again(main, compared, tmp_path):
+    means = statistics.means(main)
+    sets = main["dataset"].nunique()
+    assert len(means) == sets * (len(ARMS) + 1)
+    alone = means.query("dataset == 'busi' and arm == 'alone'")
+    own = main.query("dataset == 'busi' and arm == 'alone'")
     assert alone["dice"].item() == pytest.approx(own["dice"].mean())
     for table, name in ((tables.arms(means), "arms"), (tables.differences(compared), "pairs")):
         assert tables.save(table, name, tmp_path).read_text().count(r"\\") == len(table) + 1
         assert "nan" not in tables.markdown(table).data
-    assert len(tables.differences(compared)) == len(compared) == 3 * (len(ARMS) - 2)
-    values = tables.numbers(means, compared)
-    assert "busi method minus alone verdict" in values
-    assert "busi unet64 teacher dice" in values
+    assert len(tables.differences(compared)) == len(compared) == sets * (len(ARMS) - 1)
+    assert "busi method minus alone verdict" in tables.numbers(means, compared)
 
 
 def test_its_verdicts_are_those_of_its_numbers(compared):
-    rows = compared.set_index(["dataset", "other"])
-    significant = (rows["p_holm"] <= 0.05) & ((rows["low"] > 0) | (rows["high"] < 0))
-    assert (rows["verdict"].isin(["better", "worse"]) == significant).all()
-    assert (rows["verdict"] == "too few groups").equals(rows["groups"] == 7)
-    assert rows.loc[("isic2018", "alone"), "verdict"] == "better"
-    assert rows.loc[("isic2018", "feat"), "verdict"] == "worse"
-    assert rows.loc[("busi", "shuffled"), "verdict"] == "inconclusive"
+    significant = (compared["p_holm"] <= 0.05) & ((compared["low"] > 0) | (compared["high"] < 0))
+    assert (compared["verdict"].isin(["better", "worse"]) == significant).all()
+    few = compared[compared["dataset"] == "em-isbi2012"]
+    assert set(few["verdict"]) == {"too few groups"}
 
 
-def test_the_ratio_to_a_larger_network_is_measured_where_it_was_trained(scored):
-    ratio = statistics.accuracy_ratio(scored).set_index("dataset")["ratio"].dropna()
-    assert set(ratio.index) == {"busi"} and 0.9 < ratio["busi"] < 1
+def test_the_ratio_to_u_net_64_is_measured_where_it_was_trained(main):
+    ratio = statistics.accuracy_ratio(main, "unet64").set_index("dataset")["ratio"].dropna()
+    assert set(ratio.index) == {"em-isbi2012"} and 0.95 < ratio["em-isbi2012"] < 1.02
 
 
-def test_its_students_had_not_converged():
-    """Why the study is repeated: BCE alone, and too few epochs."""
-    history = tables.study("history").query("teacher == 'resnet34_unet' and dataset == 'busi'")
-    table = statistics.convergence(history)
-    assert not table["converged"].any() and (table["change"] > 0).all()
+@pytest.mark.parametrize("name", ["weights", "options"])
+def test_choices_were_made_on_validation_cases_with_two_seeds(name):
+    table = tables.committed(name)
+    what = ["arm", "weight"] if name == "weights" else ["option", "value", "losses"]
+    seeds = table.fillna({"value": "", "losses": ""}).groupby(what)["seed"].nunique()
+    assert (seeds >= 2).all() and "val_dice" in table and "dice" not in table
+
+
+def test_default_weights_are_among_those_that_were_compared():
+    table = tables.committed("weights")
+    for arm, part in table[table["arm"] != "alone"].groupby("arm"):
+        assert TERMS[arm].weight in set(part["weight"]), arm
+
+
+def test_every_budget_and_fraction_has_all_arms_and_three_seeds(helps):
+    students = helps[helps["arm"] != "teacher"]
+    for _, part in students.groupby(["budget", "labels"]):
+        counts = part.groupby("arm")["seed"].nunique()
+        assert set(counts.index) == {"alone", "feat", "method", "cwd"} and set(counts) == {3}
+    assert (
+        isinstance(helps, pd.DataFrame)
+        and students[["budget", "labels"]].drop_duplicates().shape[0] >= 3
+    )

@@ -174,9 +174,9 @@ def numbers(means: pd.DataFrame, comparison: pd.DataFrame) -> dict[str, Any]:
     """What a paper quotes of `statistics.means` and `compare_arms`, by name, for `variables`.
 
     A name holds what tells the rows apart: `busi method dice`, `busi method minus alone low`. The
-    teacher ResNet34-UNet and the profile cpu are not named.
+    teacher ResNet34-UNet, the profile cpu and the loss bce_dice are not named.
     """
-    usual = {"teacher": "resnet34_unet", "profile": "cpu"}
+    usual = {"teacher": "resnet34_unet", "profile": "cpu", "seg_loss": "bce_dice"}
     values: dict[str, Any] = {}
 
     def place(row: dict[str, Any]) -> str:
