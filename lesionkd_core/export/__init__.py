@@ -251,6 +251,7 @@ def publish_student(run: results.Result, name: str, image: np.ndarray) -> Path:
     student, file = load_student(run), STUDENTS / f"{name}.safetensors"
     results.make_folder(STUDENTS)
     save_student(student, file)
+    student = load_student(file)
     mask = np.rint(255 * student.predict([image])[0]).astype(np.uint8)
     for kind, pixels in (("input", image), ("mask", mask)):
         with results.replacing(STUDENTS / f"{name}-{kind}.png") as partial:
@@ -275,14 +276,15 @@ def facts(student: TrainedNetwork) -> list[str]:
     cfg, test = student.cfg, student.summary["test"]
     assert isinstance(cfg, DistillConfig)
     how = f"with {', '.join(cfg.terms)} from a {cfg.teacher} teacher" if cfg.terms else "alone"
-    dice = test["dice"]
+    dice, empty = test["dice"], test["cases"] - test["lesions"]
+    alarms = f"{test['false_alarms']} false alarms on {empty} images without a lesion"
     return [
         f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
         f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
         f"{cfg.seed}).",
         f"On {test['cases']} test cases in {test['groups']} groups, at threshold 0.5: Dice (95 % "
         f"interval) {results.with_interval(dice)}, {test['missed']} of {test['lesions']} lesions "
-        f"missed, {test['false_alarms']} false alarms on images without a lesion.",
+        f"missed, {alarms}.",
         f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
         INTENDED,
         LIMITS,
