@@ -55,7 +55,8 @@ ARMS = {"student alone": "alone", "distilled (method)": "method"}
 
 def shown(score: tuple[float, float, float]) -> str:
     """Mean and 95 % interval."""
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*score)
+    mean, low, high = score
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if low < high else f"{mean:.3f}"
 
 
 def with_results(text: str) -> str:

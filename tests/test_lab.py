@@ -177,6 +177,8 @@ def session(tmp_path_factory):
     notebook = nbformat.read(ROOT / "notebooks" / NAME, as_version=4)
     for cell in notebook.cells:
         cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
+    for cell in notebook.cells:
+        cell.metadata.setdefault("tags", [])  # papermill reads it
     notebook = parameterize_notebook(notebook, PARAMETERS, kernel_name="python3", language="python")
     nbformat.write(notebook, notebooks / NAME)
     found = {}

@@ -167,7 +167,7 @@ def test_cases_that_the_split_file_does_not_name_are_reported(tmp_path, runs):
     cfg = config(image_folder(tmp_path / "mine"), split_file=str(tmp_path / "split.csv"))
     found = prepare(cfg)
     assert found.cases["id"].tolist() == ids[2:]
-    assert {len(x) for x in (found.images, found.masks, found.edges, found.hashes)} == {22}
+    assert {len(x) for x in (found.images, found.masks, found.edges, found.thumbnails)} == {22}
     rows = found.report[["id", "action", "reason"]].values.tolist()
     assert rows == [[name, "dropped", "not in the split file"] for name in ids[:2]]
 

@@ -70,7 +70,7 @@ def test_the_example_of_the_documentation_is_a_sweep(sweep_of):
             ["unknown parameter 'teachr'", "did you mean 'teacher'"],
         ),
         ({"product": {"epochs": [1, "many"]}}, ["epochs = 'many'", "'epochs': 'many'"]),
-        ({"product": {"epochs": [0], "seeds": [0]}}, ["epochs = 0", "seeds = 0"]),
+        ({"product": {"epochs": [0], "seeds": [-1]}}, ["epochs = 0", "seeds = "]),
         ({"prodct": {}}, ["unknown key 'prodct'", "did you mean 'product'"]),
         ({"product": {"epochs": []}}, ["no runs"]),
         ({"parameters": {"epochs": 1}}, ["no runs"]),

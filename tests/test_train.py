@@ -291,7 +291,7 @@ def test_the_patents_teacher_trains(data, runs):
 
 def test_connectors_in_their_warm_up_leave_the_student_to_its_masks(data, teacher, runs):
     """Until then it is the student alone, to the bit."""
-    cfg = CFG.with_values(epochs=4)
+    cfg = CFG.with_values(epochs=4, label_fraction=1.0)
     cfgs = [
         cfg.with_values(losses=losses, connector_warmup=n) for losses, n in (("", 0), ("feat", 3))
     ]

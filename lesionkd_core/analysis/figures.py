@@ -277,7 +277,13 @@ def _interval(
     """A mean and its interval (NaN: none) along x or y; `hollow=True` for a white marker."""
     mean, (low, high) = x if along == "x" else y, limits
     edge = pen.colour if (hollow := how.pop("hollow", False)) else "black"
-    how |= {"fmt": pen.marker, "markersize": 5, "ecolor": "black", "elinewidth": 0.9}
+    how |= {
+        "marker": pen.marker,
+        "linestyle": "none",
+        "markersize": 5,
+        "ecolor": "black",
+        "elinewidth": 0.9,
+    }
     how |= {"color": edge, "markeredgewidth": 0.9 if hollow else 0.5}
     if low == low:
         how[f"{along}err"] = [[max(mean - low, 0)], [max(high - mean, 0)]]

@@ -282,14 +282,15 @@ def cost_points(
         (multiplications for one image of the size of the training), for `figures.pareto`.
     """
     at_128, rows = cost[cost["pixels"] == 128].drop_duplicates("model").set_index("model"), []
-    teachers = per_case.loc[~per_case["arm"].isin([TEACHER, "alone"]), "teacher"].nunique()
+    students = per_case[~per_case["arm"].isin([TEACHER, "alone"])]
+    teachers = students.groupby("test_dataset")["teacher"].nunique()
     for family, part in families(per_case):
         for arm in (arm for arm in (TEACHER, *arms) if arm in set(part["arm"])):
             network = family["teacher"] if arm == TEACHER else "student"
             model = network if arm == TEACHER else arm
-            taught = arm in arms and arm != "alone" and teachers > 1
+            taught = arm in arms and arm != "alone" and teachers[family["test_dataset"]] > 1
             row = {"dataset": family["test_dataset"], "model": model}
-            row["model"] += f", {label(family['teacher'])}" * taught
+            row["model"] += f", {label(family['teacher'])}" * bool(taught)
             row |= dict(zip(("dice", "low", "high"), case_mean(by_seed(part, arm))))
             row["parameters"] = at_128.loc[network, "parameters"]
             row["macs"] = at_128.loc[network, "macs"] * (part["pixels"].iloc[0] / 128) ** 2

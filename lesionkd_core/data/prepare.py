@@ -245,7 +245,7 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
         f"{r.file}: {r.problem.removeprefix(f'{r.file}: ')}" for r in rows[~kept].itertuples()
     )
     reasons = "\n".join(f"  {reason}" for reason in islice(listed, 5))
-    dropped = f" {(~kept).sum()} were dropped (report.csv in {results.short(path)}):"
+    dropped = f"\n{(~kept).sum()} were dropped (report.csv in {results.short(path)}):"
     dropped = f"{dropped}\n{reasons}" * bool(reasons)
     needed, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
     if kept.sum() < needed:
