@@ -127,6 +127,8 @@ def _seeds(value: Any) -> Any:
             raise ValueError(
                 f"{value} means the seeds 0 to {value - 1}; for one seed give the string '{value}'"
             )
+        if value < 0:
+            raise ValueError("expected the number of seeds, or seeds as text such as '0, 7'")
         return tuple(range(max(value, 1)))  # 0 can only mean seed 0
     return _numbers(value)
 
