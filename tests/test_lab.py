@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from lesionkd_core.export.cost import CHROMIUM, FLAGS
@@ -174,11 +175,9 @@ def session(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     runs, notebooks = folder / "runs", folder / "notebooks"
     notebooks.mkdir()
-    notebook = nbformat.read(ROOT / "notebooks" / NAME, as_version=4)
+    notebook = load_notebook_node(str(ROOT / "notebooks" / NAME))
     for cell in notebook.cells:
         cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
-    for cell in notebook.cells:
-        cell.metadata.setdefault("tags", [])  # papermill reads it
     notebook = parameterize_notebook(notebook, PARAMETERS, kernel_name="python3", language="python")
     nbformat.write(notebook, notebooks / NAME)
     found = {}
