@@ -13,7 +13,7 @@ import pandas as pd
 from torch import nn
 
 from . import results
-from .config import LesionKDError, TeacherConfig
+from .config import LesionKDError
 from .data.images import Case, Reading
 from .data.layouts import fingerprint, read
 from .data.prepare import Prepared, prepare
@@ -344,11 +344,10 @@ def near_training(own: Prepared, other: Prepared, bits: int) -> int:
     return int(pairs.loc[across, "second"].nunique())
 
 
-def held_out_scores(run: Result, cfg: TeacherConfig) -> pd.DataFrame:
-    """Test scores of a run on its own test cases and on every data set of `cfg.test_dataset`."""
-    own = run.per_case[run.per_case["split"] == "test"].assign(test_dataset=cfg.dataset_name)
-    elsewhere = score_external(run, cfg.test_dataset).items()
-    others = [scored.per_case.assign(test_dataset=name) for name, scored in elsewhere]
+def held_out_scores(run: Result, name: str, elsewhere: dict[str, External]) -> pd.DataFrame:
+    """Scores of a run on its own test cases, of data set `name`, and of `score_external`."""
+    own = run.per_case[run.per_case["split"] == "test"].assign(test_dataset=name)
+    others = [scored.per_case.assign(test_dataset=n) for n, scored in elsewhere.items()]
     return pd.concat([own, *others], ignore_index=True)
 
 

@@ -28,7 +28,7 @@ from .config import (
 from .data.batches import epoch_batches, labelled_rows, normalize
 from .data.prepare import Prepared
 from .edges import edge_label_batch
-from .evaluate import fixed_mask_dice, held_out_scores
+from .evaluate import fixed_mask_dice, held_out_scores, score_external
 from .losses import (
     TERMS,
     EdgeGraph,
@@ -430,11 +430,6 @@ class Ablation(Result):
     """All arms and seeds on the same cases: `per_case` has the columns arm and seed."""
 
     @cached_property
-    def table(self) -> pd.DataFrame:
-        """Mean test scores of each arm over seeds, the Dice of every seed, missed lesions."""
-        return results.read_table(self.path / "table.csv")
-
-    @cached_property
     def history(self) -> pd.DataFrame:
         """Epochs of all runs, with the columns arm and seed."""
         parts = [run.history.assign(arm=a, seed=s) for (a, s), run in self.runs.items()]
@@ -467,16 +462,17 @@ def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
     scored = dict(runs)
     if teacher is not None:
         scored["teacher", cfg.teacher_seed] = teacher
-    tables = {key: held_out_scores(run, cfg) for key, run in scored.items()}
-    text = "".join(table.to_csv() for table in tables.values())  # changes with other test data too
-    scores = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    upstream = "|".join([*(run.digest for run in scored.values()), scores])
+    elsewhere = {key: score_external(run, cfg.test_dataset) for key, run in scored.items()}
+    digests = [run.digest for run in scored.values()]
+    digests += [one.digest for found in elsewhere.values() for one in found.values()]
 
     def make(missing: dict[Path, AblationConfig]) -> None:
         for path in missing:
-            test = pd.concat([t.assign(arm=a, seed=s) for (a, s), t in tables.items()])
-            results.write_table(path / "per_case.csv", test)
-            results.write_table(path / "table.csv", _arm_table(test))
+            tables = [
+                held_out_scores(run, cfg.dataset_name, elsewhere[a, s]).assign(arm=a, seed=s)
+                for (a, s), run in scored.items()
+            ]
+            results.write_table(path / "per_case.csv", pd.concat(tables))
             root = results.runs_root()
             listed = [
                 {"arm": a, "seed": s, "path": run.path.relative_to(root).as_posix()}
@@ -484,17 +480,7 @@ def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
             ]
             results.write_json(path / "summary.json", {"runs": listed})
 
-    return results.find_or_make([cfg], [upstream], make, Ablation)[0]
-
-
-def _arm_table(test: pd.DataFrame) -> pd.DataFrame:
-    by_arm = test.groupby(["test_dataset", "arm"], sort=False)
-    metrics = "dice iou sensitivity precision hd95 surface_dice soft_dice".split()
-    students = test[test["arm"] != "teacher"]
-    keys = ["test_dataset", "arm"]
-    seeds = students.pivot_table(index=keys, columns="seed", values="dice").add_prefix("dice_seed")
-    counts = by_arm[["missed", "false_alarm"]].sum().div(by_arm["seed"].nunique(), axis=0)
-    return by_arm[metrics].mean().join(seeds).join(counts).reset_index()
+    return results.find_or_make([cfg], ["|".join(digests)], make, Ablation)[0]
 
 
 def sweep_weights(

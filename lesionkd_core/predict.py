@@ -233,15 +233,12 @@ def _read_onnx(file: Path) -> OnnxStudent:
     content = results.read_json(about)
     try:
         session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
-        if [x.type for x in session.get_inputs()] != ["tensor(uint8)"]:
-            raise LesionKDError(f"{file} takes no images of bytes; use student.onnx of notebook 07")
-    except (RuntimeError, ValueError, OSError) as error:
-        raise LesionKDError(f"{file} cannot be read as ONNX: {error}") from None
     except Exception as error:  # onnxruntime's own kinds have no public name
-        if isinstance(error, LesionKDError):
-            raise
         raise LesionKDError(f"{file} cannot be read as ONNX: {error}") from None
-    cfg = DistillConfig(pixels=content["size"], fit=content["fit"], window=content["window"])
+    if [x.type for x in session.get_inputs()] != ["tensor(uint8)"]:
+        raise LesionKDError(f"{file} takes no images of bytes; use student.onnx of notebook 07")
+    options = {"pixels": content["size"], "fit": content["fit"]}
+    cfg = DistillConfig(**options, window=content.get("window", ""))
     return OnnxStudent(session, cfg, file)
 
 
@@ -345,12 +342,13 @@ def predict_folder(
         )
     results.make_folder(out)
     stems = Counter(map(stem_of, paths))
+    write = _Writer(student, out, threshold, overlays, pixel_mm)
     notes: list[tuple[str, str]] = []
     areas: list[dict[str, Any]] = []
     for done, path in enumerate(paths, start=1):
         name = stem_of(path) if stems[stem_of(path)] == 1 else path.name
         try:
-            found, rows = _predict_file(student, path, out, name, threshold, overlays, pixel_mm)
+            found, rows = (write.volume if is_volume(path) else write.picture)(path, name)
             notes += [(path.name, note) for note in found]
             areas += [{"file": path.name} | row for row in rows]
         except UnreadableFile as error:
@@ -369,66 +367,63 @@ def predict_folder(
     return [problem for _, problem in unreadable]
 
 
-def _predict_file(
-    student: TrainedNetwork,
-    path: Path,
-    out: Path,
-    name: str,
-    threshold: float | None,
-    overlays: bool,
-    pixel_mm: float | None,
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Write the masks of one file; return notes and rows of `areas.csv`."""
-    if is_volume(path):
-        return _predict_volume(student, path, out, name, threshold, overlays)
-    notes: list[str] = []
-    rows = []
-    pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
-    for page in range(pages):
-        number = page if pages > 1 else None
-        image, said, _ = noted_image(path, number, window_of(student.cfg))
-        _check_size(path, *image.shape[:2])
-        said += (*unseen(image, prepare_image(image, student.cfg)),)
-        notes += [f"page {page}: {note}" if pages > 1 else note for note in said]
-        [probability] = predict(student, [image])
-        lesion = probability > (0.5 if threshold is None else threshold)
-        written = probability if threshold is None else lesion
-        stem = name if pages == 1 else f"{name}_page{page:03d}"
-        rows.append({"slice": number} | _area(probability, lesion, pixel_mm and pixel_mm**2))
-        _save(out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
-        if overlays:
-            _save(out / f"{stem}_overlay.png", overlay(image, lesion))
-    return notes, rows
+@dataclass(frozen=True)
+class _Writer:
+    """Segments one file at a time; both methods return notes and rows of `areas.csv`."""
 
+    student: TrainedNetwork
+    out: Path
+    threshold: float | None
+    overlays: bool
+    pixel_mm: float | None
 
-def _predict_volume(
-    student: TrainedNetwork,
-    path: Path,
-    out: Path,
-    name: str,
-    threshold: float | None,
-    overlays: bool,
-) -> tuple[list[str], list[dict[str, Any]]]:
-    from .data.volumes import read_volume, write_mask
+    def picture(self, path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
+        """Write a mask for each page."""
+        notes: list[str] = []
+        rows = []
+        pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
+        for page in range(pages):
+            number = page if pages > 1 else None
+            image, said, _ = noted_image(path, number, window_of(self.student.cfg))
+            _check_size(path, *image.shape[:2])
+            said += (*unseen(image, prepare_image(image, self.student.cfg)),)
+            notes += [f"page {page}: {note}" if pages > 1 else note for note in said]
+            [probability] = predict(self.student, [image])
+            lesion, written = self._decided(probability)
+            stem = name if pages == 1 else f"{name}_page{page:03d}"
+            area = self.pixel_mm and self.pixel_mm**2
+            rows.append({"slice": number} | _area(probability, lesion, area))
+            _save(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
+            if self.overlays:
+                _save(self.out / f"{stem}_overlay.png", overlay(image, lesion))
+        return notes, rows
 
-    volume = read_volume(path)
-    _check_size(path, *volume.space.shape[1:])
-    slices = volume.images(window_of(student.cfg))
-    written = np.empty(volume.space.shape, np.float32 if threshold is None else bool)
-    z, most, fullest, drawn = 0, -1, 0, np.empty(0)
-    rows, pixel_mm2 = [], math.prod(volume.space.spacing[1:])
-    while batch := list(islice(slices, BATCH)):
-        for image, probability in zip(batch, predict(student, batch)):
-            lesion = probability > (0.5 if threshold is None else threshold)
-            written[z] = probability if threshold is None else lesion
-            rows.append({"slice": z} | _area(probability, lesion, pixel_mm2))
-            if overlays and lesion.sum() > most:
-                most, fullest, drawn = lesion.sum(), z, overlay(image, lesion)
-            z += 1
-    write_mask(out / f"{name}.nii.gz", written, path)
-    if overlays:
-        _save(out / f"{name}_z{fullest:03d}_overlay.png", drawn)
-    return [*volume.notes], rows
+    def volume(self, path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
+        """Write a mask volume."""
+        from .data.volumes import read_volume, write_mask
+
+        volume = read_volume(path)
+        _check_size(path, *volume.space.shape[1:])
+        slices = volume.images(window_of(self.student.cfg))
+        mask = np.empty(volume.space.shape, np.float32 if self.threshold is None else bool)
+        z, most, fullest, drawn = 0, -1, 0, np.empty(0)
+        rows, pixel_mm2 = [], math.prod(volume.space.spacing[1:])
+        while batch := list(islice(slices, BATCH)):
+            for image, probability in zip(batch, predict(self.student, batch)):
+                lesion, mask[z] = self._decided(probability)
+                rows.append({"slice": z} | _area(probability, lesion, pixel_mm2))
+                if self.overlays and lesion.sum() > most:
+                    most, fullest, drawn = lesion.sum(), z, overlay(image, lesion)
+                z += 1
+        write_mask(self.out / f"{name}.nii.gz", mask, path)
+        if self.overlays:
+            _save(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
+        return [*volume.notes], rows
+
+    def _decided(self, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The lesion (bool), and what is written: it, or without a threshold the probability."""
+        lesion = probability > (0.5 if self.threshold is None else self.threshold)
+        return lesion, probability if self.threshold is None else lesion
 
 
 def _area(probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None) -> dict[str, Any]:

@@ -500,10 +500,16 @@ def _options(made: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def with_interval(score: dict[str, float]) -> str:
-    """0.944 [0.931, 0.956]; without an interval where a single group cannot give one."""
+def with_interval(score: Mapping[str, Any], digits: int = 3) -> str:
+    """'0.944 [0.931, 0.956]'; without an interval where a single group cannot give one.
+
+    `score` has the keys mean, low and high; a mean of None or NaN is '--'.
+    """
     mean, low, high = (score[name] for name in ("mean", "low", "high"))
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if low < high else f"{mean:.3f}"
+    if mean is None or mean != mean:
+        return "--"
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else ""
+    return f"{mean:.{digits}f}{interval}"
 
 
 def report(path: Path) -> str:

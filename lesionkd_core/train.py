@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
         raise LesionKDError(
             f"batch_size = {cfg.batch_size} cannot be divided among {processes} processes; "
             f"use at least {processes}"
+        )
+    if cfg.tracker and find_spec("tensorboardX") is None:
+        raise LesionKDError(
+            "tracker = 'tensorboard' needs the package tensorboardX: "
+            "pip install '.[tensorboard]', or leave tracker out"
         )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -233,13 +239,8 @@ class Learner:
 
     def _track(self, row: dict[str, float]) -> None:
         """Add an epoch to the event files in `tensorboard/`."""
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise LesionKDError(
-                "tracker = 'tensorboard' needs the package tensorboardX: "
-                "pip install '.[tensorboard]', or leave tracker out"
-            ) from None
+        from tensorboardX import SummaryWriter
+
         suffix = f".{len(self.history):04d}"
         with SummaryWriter(str(self.path / "tensorboard"), filename_suffix=suffix) as writer:
             for name, value in row.items():

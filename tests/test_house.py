@@ -102,5 +102,5 @@ def test_no_large_file_and_no_data_set_is_committed():
     )
     files = [Path(name) for name in done.stdout.split("\0") if name]
     sizes = {f: (ROOT / f).stat().st_size for f in files if (ROOT / f).is_file()}
-    assert [f for f, size in sizes.items() if size > 3_000_000] == []
+    assert [f for f, size in sizes.items() if size > 1_000_000] == []
     assert not [f for f in files if f.suffix.lower() in (".jpg", ".nii", ".dcm", ".bmp")]

@@ -111,22 +111,15 @@ def scores(summaries: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for name, summary in summaries.items():
         row: dict[str, Any] = {"network": label(name)}
         for metric in (metric for metric in METRIC_LABELS if metric in summary):
-            row[METRIC_LABELS[metric]] = _with_interval(metric, **summary[metric])
+            digits = 1 if metric == "hd95" else 3
+            row[METRIC_LABELS[metric]] = results.with_interval(summary[metric], digits)
         row |= {"missed": f"{summary['missed']} of {summary['lesions']}"}
         rows.append(row | {"false alarms": summary["false_alarms"]})
     return pd.DataFrame(rows)
 
 
-def _with_interval(metric: str, mean: Any, low: Any, high: Any, **_: Any) -> str:
-    digits = 1 if metric == "hd95" else 3
-    if mean is None:
-        return "--"
-    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if low < high else ""  # of one group: none
-    return f"{mean:.{digits}f}{interval}"
-
-
 def arms(means: pd.DataFrame) -> pd.DataFrame:
-    """`statistics.means` or `Ablation.table` for a page; data set and teacher if they differ."""
+    """`statistics.means` for a page; data set and teacher if they differ."""
     table = means.assign(arm=means["arm"].map(label))
     seeds = {name: name.replace("dice_seed", "Dice, seed ") for name in table if "_seed" in name}
     digits = dict.fromkeys(seeds, 3) | {"hd95": 1, "missed": 1, "false_alarm": 1}
@@ -135,8 +128,8 @@ def arms(means: pd.DataFrame) -> pd.DataFrame:
         table[name] = text.astype(object).fillna("")
     names = METRIC_LABELS | seeds | {"false_alarm": "false alarms"}
     if "low" in table:
-        limits = table[["dice", "low", "high"]].to_numpy()
-        table["dice"] = [_with_interval("dice", *row) for row in limits]
+        limits = table[["dice", "low", "high"]].rename(columns={"dice": "mean"})
+        table["dice"] = [results.with_interval(row) for row in limits.to_dict("records")]
         names["dice"] = "Dice [95 % interval]"
     table = table.drop(columns=["seeds", "cases", "groups", "low", "high"], errors="ignore")
     return _differing(table).rename(columns=names)

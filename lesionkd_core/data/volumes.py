@@ -212,7 +212,7 @@ def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
     series = source if isinstance(source, _Series) else None
     union = np.zeros(source.space.shape, bool)
     for path in case.masks:
-        if path.is_file() and SEGMENTATION in path.read_bytes()[:2048]:
+        if path.is_file() and SEGMENTATION in _beginning(path):
             why = "DICOM SEG is not read; save it as NIfTI as docs/data.md shows"
             raise UnreadableFile(f"{path.name}: {why}")
         if not path.is_dir() and images.suffix_of(path) in FILES:
@@ -414,8 +414,13 @@ def is_dicom(path: Path) -> bool:
     """Whether a file, or any file of a folder, has the mark of DICOM."""
     if path.is_dir():
         return any(map(is_dicom, files_in(path)))
+    return _beginning(path)[128:132] == b"DICM"
+
+
+def _beginning(path: Path) -> bytes:
+    """Where a DICOM file has its mark and its SOP class."""
     with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        return file.read(2048)
 
 
 class _Series:
@@ -449,8 +454,7 @@ class _Series:
     def _attributes(self, file: Path) -> dict[str, str]:
         """The attributes of `TAGS`, and the size; empty for what is not an image."""
         with images.reading(file, "DICOM"):
-            with open(file, "rb") as opened:
-                start = opened.read(2048)
+            start = _beginning(file)
             if start[128:132] != b"DICM":
                 if file == self.path or images.suffix_of(file) == ".dcm":
                     raise ValueError("the mark DICM is missing")
