@@ -254,7 +254,8 @@ def predict(
     """Segment a folder of IMAGES with a student: a RUN, a published one, or a file .onnx (S7).
 
     Beside the masks are areas.csv (lesion area, number of components) and report.csv (what was not
-    read).
+    read, and notes). Exit code 1: a file was not read; 2: all were read, but a picture is nearly
+    flat, nearly black or very small.
     """
     from .predict import load_student, predict_folder
 
@@ -271,7 +272,11 @@ def predict(
     click.echo(f"masks: {out}")
     for line in unreadable:
         click.echo(f"not read: {line}", err=True)
-    sys.exit(1 if unreadable else 0)
+    report = results.read_table(out / "report.csv")
+    little = report[report["action"] == "shows little"]
+    for row in little.itertuples():
+        click.echo(f"shows little: {row.file}: {row.reason}", err=True)
+    sys.exit(1 if unreadable else 2 if len(little) else 0)
 
 
 @main.command()

@@ -45,6 +45,8 @@ AREAS = [
     "file", "slice", "lesion_px", "lesion_fraction", "lesion_mm2", "components",
     "centre_probability",
 ]  # fmt: skip
+Notes = list[tuple[str, str]]
+"""(noted or shows little, text)."""
 BATCH = 16
 """Slices of a volume in memory at a time."""
 
@@ -304,8 +306,8 @@ def predict_folder(
     """Write a mask for every image and volume of a folder, at its own size (step S7).
 
     Pictures give `NAME.png`, the pages of a TIFF stack `NAME_page000.png` and so on. Volumes give
-    `NAME.nii.gz` in the space of the scan. `report.csv` lists what was not read, and notes on what
-    was: pages, contrast, pictures that show little. `areas.csv` has one row for each picture, page
+    `NAME.nii.gz` in the space of the scan. `report.csv` lists what was not read, pictures that
+    show little, and notes: pages, contrast. `areas.csv` has one row for each picture, page
     or slice: lesion_px, lesion_fraction of the image, lesion_mm2 (of volumes, and with
     `pixel_mm`), components (8-connected) and centre_probability, at the lesion's centre of mass.
 
@@ -343,13 +345,13 @@ def predict_folder(
     results.make_folder(out)
     stems = Counter(map(stem_of, paths))
     write = _Writer(student, out, threshold, overlays, pixel_mm)
-    notes: list[tuple[str, str]] = []
+    notes: list[tuple[str, str, str]] = []
     areas: list[dict[str, Any]] = []
     for done, path in enumerate(paths, start=1):
         name = stem_of(path) if stems[stem_of(path)] == 1 else path.name
         try:
             found, rows = (write.volume if is_volume(path) else write.picture)(path, name)
-            notes += [(path.name, note) for note in found]
+            notes += [(path.name, *note) for note in found]
             areas += [{"file": path.name} | row for row in rows]
         except UnreadableFile as error:
             unreadable.append((path.name, str(error)))
@@ -361,7 +363,7 @@ def predict_folder(
             )
         progress(done, len(paths))
     columns = ["file", "action", "reason"]
-    said = [(n, "not read", why) for n, why in unreadable] + [(n, "noted", why) for n, why in notes]
+    said = [(n, "not read", why) for n, why in unreadable] + notes
     results.write_table(out / "report.csv", pd.DataFrame(said, columns=columns))
     results.write_table(out / "areas.csv", pd.DataFrame(areas, columns=AREAS))
     return [problem for _, problem in unreadable]
@@ -377,17 +379,19 @@ class _Writer:
     overlays: bool
     pixel_mm: float | None
 
-    def picture(self, path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
+    def picture(self, path: Path, name: str) -> tuple[Notes, list[dict[str, Any]]]:
         """Write a mask for each page."""
-        notes: list[str] = []
+        notes: Notes = []
         rows = []
         pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
         for page in range(pages):
             number = page if pages > 1 else None
-            image, said, _ = noted_image(path, number, window_of(self.student.cfg))
+            image, read, _ = noted_image(path, number, window_of(self.student.cfg))
             _check_size(path, *image.shape[:2])
-            said += (*unseen(image, prepare_image(image, self.student.cfg)),)
-            notes += [f"page {page}: {note}" if pages > 1 else note for note in said]
+            said = [("noted", note) for note in read]
+            little = unseen(image, prepare_image(image, self.student.cfg))
+            said += [("shows little", note) for note in little]
+            notes += [(a, f"page {page}: {note}" if pages > 1 else note) for a, note in said]
             [probability] = predict(self.student, [image])
             lesion, written = self._decided(probability)
             stem = name if pages == 1 else f"{name}_page{page:03d}"
@@ -398,7 +402,7 @@ class _Writer:
                 _save(self.out / f"{stem}_overlay.png", overlay(image, lesion))
         return notes, rows
 
-    def volume(self, path: Path, name: str) -> tuple[list[str], list[dict[str, Any]]]:
+    def volume(self, path: Path, name: str) -> tuple[Notes, list[dict[str, Any]]]:
         """Write a mask volume."""
         from .data.volumes import read_volume, write_mask
 
@@ -418,7 +422,7 @@ class _Writer:
         write_mask(self.out / f"{name}.nii.gz", mask, path)
         if self.overlays:
             _save(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
-        return [*volume.notes], rows
+        return [("noted", note) for note in volume.notes], rows
 
     def _decided(self, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The lesion (bool), and what is written: it, or without a threshold the probability."""

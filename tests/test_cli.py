@@ -205,6 +205,11 @@ def test_predict_writes_masks_and_lists_what_could_not_be_read(tmp_path, runs):
     assert code == 1 and "not read: b.png" in errors
     mask = np.asarray(Image.open(tmp_path / "two" / "a.png"))
     assert mask.shape == (48, 64) and (mask == 255).all()
+    (folder / "b.png").unlink()
+    save(folder / "dark.png", np.zeros((48, 64, 3), np.uint8))
+    code, _, errors = command("predict", run, folder, "--out", tmp_path / "three")
+    assert code == 2 and "shows little: dark.png: nearly flat" in errors
+    assert (tmp_path / "three" / "dark.png").exists()
 
 
 @pytest.mark.fault

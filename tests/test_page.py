@@ -281,11 +281,20 @@ def test_it_prepares_photos_as_the_training_did_to_the_bit(browser, student, tmp
     page.context.close()
 
 
+def encoded(pixels, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("notes.txt", b"no picture", "notes.txt is not a picture"),
+        ("notes.txt", b"no picture", "notes.txt is not a photo"),
+        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "drawing.svg is not a photo"),
+        ("deep.png", encoded(np.full((40, 50), 9000, np.uint16)), "deep.png has 16 bits"),
+        ("cut.png", encoded(noise(1, 90, 80)[0])[:900], "cut.png is damaged"),
         (
             "broken.png",
             b"\x89PNG\r\n\x1a\nbroken",
@@ -295,7 +304,8 @@ def test_it_prepares_photos_as_the_training_did_to_the_bit(browser, student, tmp
     ],
 )
 def test_what_is_no_picture_gets_a_clear_message(phone, name, content, said):
-    kind = {"txt": "text/plain", "png": "image/png", "jpg": "image/jpeg"}[name[-3:]]
+    kinds = {"txt": "text/plain", "png": "image/png", "jpg": "image/jpeg", "svg": "image/svg+xml"}
+    kind = kinds[name[-3:]]
     choose(phone, {"name": name, "mimeType": kind, "buffer": content})
     alert = phone.get_by_role("alert")
     assert alert.is_visible() and said in alert.inner_text() and "Choose a" in alert.inner_text()

@@ -218,7 +218,9 @@ def test_the_report_says_what_was_not_read_and_what_shows_little(tmp_path, image
     assert set(missing["file"]) == {"phone.heic", "broken.png", long.name}
     assert missing["reason"].tolist() == unreadable
     assert "shorten the name" in missing.set_index("file").loc[long.name, "reason"]
-    notes = report[report["action"] == "noted"].groupby("file")["reason"].agg(" ".join)
+    kinds = report.set_index("file")["action"]
+    assert kinds["black.png"] == kinds["tiny.bmp"] == "shows little"
+    notes = report[report["action"] != "not read"].groupby("file")["reason"].agg(" ".join)
     assert "nearly flat" in notes["black.png"] and "16-bit values" in notes["deep.png"]
     assert "shorter than 32 px" in notes["tiny.bmp"] and "a.png" not in notes
     assert (tmp_path / "out" / "odd.png").is_file()  # and files after the long name, too

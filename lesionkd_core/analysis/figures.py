@@ -727,6 +727,7 @@ def _differences(
             how = {"hollow": row["verdict"] not in SIGNIFICANT, "label": arm}
             _interval(axis, x, y, limits, style_of(arm), "x", **how)
     axis.axvline(0, color="black", linewidth=0.6, zorder=1)
+    axis.locator_params(axis="x", nbins=6)
 
 
 def _of_seeds(row: dict[Any, Any]) -> list[float]:

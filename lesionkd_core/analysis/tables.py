@@ -54,7 +54,7 @@ def markdown(table: pd.DataFrame, digits: int = 3) -> Any:
 
     def shown(value: Any) -> Any:
         if isinstance(value, float):
-            return f"{value:.{digits}f}"
+            return f"{value:.{digits}f}" if value == value else "--"
         return html.escape(str(value), quote=False).replace("|", r"\|")
 
     cells = table.map(shown).rename(columns=shown)

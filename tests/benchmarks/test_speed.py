@@ -147,7 +147,7 @@ def test_networks(in_turns, kind):
 def test_whole_runs(in_turns, monkeypatch, tmp_path):
     """From a finished teacher to scored students: batches, validation and checkpoints included."""
     monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
-    sizes = {"pixels": PIXELS, "cases": 160, "batch_size": 16, "teacher_epochs": 1, "epochs": 8}
+    sizes = {"pixels": PIXELS, "cases": 80, "batch_size": 16, "teacher_epochs": 1, "epochs": 6}
     cfg = DistillConfig(**sizes, label_fraction=1.0, weak_teacher="allow")
     data = lkd.prepare(cfg)
     teacher = lkd.train_teacher(data, cfg)

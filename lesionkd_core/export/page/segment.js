@@ -186,14 +186,29 @@ async function sizeOf(file) {  // without decoding the pixels yet
   return [photo.naturalWidth, photo.naturalHeight];
 }
 
+async function refuse(file) {  // what the browser would read otherwise than lesionkd_core, or not at all
+  const cure = "Choose a JPEG photo or an 8-bit PNG.";
+  if (file.type && (!file.type.startsWith("image/") || file.type === "image/svg+xml")) {
+    throw new Error(`${file.name} is not a photo (${file.type}). ${cure}`);
+  }
+  const start = new Uint8Array(await file.slice(0, 25).arrayBuffer());
+  if (start[0] === 0x89 && start[1] === 0x50 && start[24] === 16) {  // PNG: bits of a channel
+    throw new Error(`${file.name} has 16 bits for each channel, which a browser shortens to 8. ${cure}`);
+  }
+}
+
 async function decode(file) {  // rotated by its Exif orientation, without colour management: as Pillow reads it
   const [width, height] = await sizeOf(file);
   if (width * height > LARGEST) {
     throw new Error(`${file.name} has ${Math.round(width * height / 1e6)} megapixels; this page takes up to ${LARGEST / 1e6}. Choose a smaller photo or make it smaller first.`);
   }
   if (width < 2 || height < 2) throw new Error(`${file.name} has ${width} x ${height} px: nothing to segment. Choose a larger picture.`);
-  const photo = await createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
-  return { photo, width, height };
+  try {
+    const photo = await createImageBitmap(file, { colorSpaceConversion: "none", imageOrientation: "from-image" });
+    return { photo, width, height };
+  } catch {
+    throw new Error(`${file.name} is damaged: this browser cannot decode it. Choose another file, or open and save it in an image program first.`);
+  }
 }
 
 async function open(file) {
@@ -203,7 +218,7 @@ async function open(file) {
   document.body.dataset.state = "busy";
   say(`Segmenting ${file.name} …`);
   try {
-    if (file.type && !file.type.startsWith("image/")) throw new Error(`${file.name} is not a picture (${file.type}). Choose a JPEG or PNG photo.`);
+    await refuse(file);
     const { photo, width, height } = await decode(file);
     const { probability, milliseconds } = segment(prepare(photo, width, height));
     if (mine !== turn) return;
