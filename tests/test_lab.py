@@ -49,6 +49,14 @@ STATE = r"""() => {
 DRAWN = """(images) => images.filter((image) =>
   image.complete && image.naturalWidth > 100 && image.getClientRects().length).length"""
 
+PIXELS = """(image) => {  // what is drawn; its address may be gone when the next picture comes
+  if (!image.complete || !image.naturalWidth) return null;
+  const canvas = document.createElement('canvas');
+  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+  canvas.getContext('2d').drawImage(image, 0, 0);
+  return canvas.toDataURL();
+}"""
+
 
 def results(runs):
     """When each finished result was finished."""
@@ -148,9 +156,8 @@ def use_viewer(page):
 
     def changed(what):
         for _ in range(300):
-            source = picture.get_attribute("src")
-            pixels = page.evaluate("async (url) => (await (await fetch(url)).text())", source)
-            if not seen or pixels != seen[-1][1]:
+            pixels = picture.evaluate(PIXELS)
+            if pixels and (not seen or pixels != seen[-1][1]):
                 seen.append((what, pixels))
                 return
             page.wait_for_timeout(100)
