@@ -41,6 +41,7 @@ cost: $(SETUP)  ## latency of all networks in all engines, into data/results/cos
 	$(BIN)/python -m tests.benchmarks.cost
 
 $(SETUP): requirements.lock pyproject.toml
+	@echo "installing packages into .venv: 3 GB on the disk, some minutes"
 	python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

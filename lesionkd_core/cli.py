@@ -6,12 +6,15 @@ import ast
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import click
 
 from . import __version__, config, results
 from .config import LesionKDError, StageConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Command = Callable[..., Any]
 
@@ -129,9 +132,19 @@ def run(
         click.echo(error, err=True)
         sys.exit(1)
     if place:
+        scores = place / "figures" / "scores.csv"
+        if scores.exists():
+            click.echo(_table(results.read_table(scores)[["network", "Dice", "missed"]]))
         click.echo(f"results: {place}")
         if link:
             results.write_text(link, f"{place.resolve()}\n")
+
+
+def _table(table: pd.DataFrame) -> str:
+    from tabulate import tabulate
+
+    shown = table.round(3).convert_dtypes().astype(object).fillna("")
+    return str(tabulate(shown, headers="keys", showindex=False))
 
 
 def _options_text(kind: type[StageConfig]) -> str:
@@ -276,6 +289,8 @@ def predict(
     little = report[report["action"] == "shows little"]
     for row in little.itertuples():
         click.echo(f"shows little: {row.file}: {row.reason}", err=True)
+    if others := len(report) - len(unreadable) - len(little):
+        click.echo(f"notes on reading: {others}, in {out / 'report.csv'}")
     sys.exit(1 if unreadable else 2 if len(little) else 0)
 
 
@@ -318,13 +333,10 @@ def download(
 @click.argument("stage", default="")
 def list_runs(stage: str) -> None:
     """List finished runs, of one STAGE or of all."""
-    from tabulate import tabulate
-
     table = results.collect(stage)
     columns = ["run", "finished", "dice", "missed", "losses", "epochs"]
-    table = table[[name for name in columns if name in table]] if len(table) else table
-    nothing = f"no finished run in {results.runs_root()}"
-    click.echo(tabulate(table, headers="keys", showindex=False) if len(table) else nothing)
+    shown = _table(table[[name for name in columns if name in table]])
+    click.echo(shown if len(table) else f"no finished run in {results.runs_root()}")
 
 
 @main.command()

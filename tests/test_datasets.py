@@ -312,7 +312,11 @@ def cut(path, share=0.5):
 REFUSED = {  # the file, how it is made, words of the message
     "missing": ("x.png", lambda p: None, "file is missing"),
     "empty": ("x.png", lambda p: p.touch(), r"cannot be read as an image \(the file is empty\)"),
-    "text": ("x.png", lambda p: p.write_text("<html>404</html>"), "cannot be read as an image$"),
+    "text": (
+        "x.png",
+        lambda p: p.write_text("<html>404</html>"),
+        r"cannot be read as an image \(its first bytes are b'<html>40'\)",
+    ),
     "cut PNG": ("x.png", cut, "cannot be read as an image"),
     "cut JPEG": ("x.jpg", cut, "cannot be read as an image"),
     "cut BMP": ("x.bmp", cut, "cannot be read as an image"),

@@ -440,6 +440,7 @@ def segmentations(
         for axis, (name, masks) in zip(axes[1:, column], predicted.items()):
             draw_image(axis, image, truth=mask, **{name: masks[column]})
     _row_labels(axes, ("image", *map(_label, predicted)))
+    fig.supxlabel("dashed: the true mask", fontsize="medium")
     what = f"and below each the outline of {_names(predicted)}, and of the true mask, dashed"
     return _described(fig, f"{len(rows)} images, {what}.")
 
@@ -869,9 +870,11 @@ def training_curves(histories: dict[str, pd.DataFrame]) -> Figure:
         left.plot(history["epoch"], history["val_dice"], **how)
     left.set(xlabel="Epoch", ylabel="Validation Dice", ylim=(0, 1))
     history = list(histories.values())[-1]
-    losses = [n for n in history if n.startswith("loss_") and n != "loss_total"]
-    for name, line in zip(losses, ("-", "--", "-.", ":") * 3):
-        right.plot(history["epoch"], history[name], line, label=_typeset(name.replace("loss", "L")))
+    terms = [n.removeprefix("loss_") for n in history if n.startswith("loss_")]
+    for term in (term for term in terms if term != "total"):
+        text, pen = _term_style(term)
+        how = pen.line | {"marker": "", "label": text}
+        right.plot(history["epoch"], history[f"loss_{term}"], **how)
     last = _label(list(histories)[-1])
     right.set(xlabel=f"Epoch of the {last}", ylabel="Loss before its weight", yscale="log")
     _plain_log(right.yaxis, 1, 2, 5)
@@ -950,7 +953,7 @@ def gradients(history: pd.DataFrame) -> Figure:
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set(xlabel=f"Epoch\n{name}".strip(), ylim=(-1.05, 1.05))
     axes[0].set_ylabel("Norm of gradient")
-    axes[count].set_ylabel("Cosine")
+    axes[count].set_ylabel("Cosine with that of\n" + _typeset("L_seg"))
     _whole_epochs(axes)
     shown = _names(term for term in terms if term in loss_terms())
     who = _names(filter(None, in_order(history))) or "one run"

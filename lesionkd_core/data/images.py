@@ -131,7 +131,9 @@ def reading(path: Path, kind: str) -> Iterator[None]:
             why = f"this machine could not read it ({why or 'out of memory'}); try again"
             raise LesionKDError(f"{path.name}: {why}") from None  # no case is dropped for it
         if isinstance(error, UnidentifiedImageError):
-            why = "" if path.stat().st_size else "the file is empty"
+            with path.open("rb") as file:
+                start = file.read(8)
+            why = f"its first bytes are {start!r}" if start else "the file is empty"
         why = re.sub(r"^\w+\(0x\w+\): ", "", why.partition("\n")[0]).replace(str(path), path.name)
         why = f" ({why})" if why else ""
         raise UnreadableFile(f"{path.name}: cannot be read as {kind}{why}") from None
