@@ -8,7 +8,7 @@ run: $(SETUP)  ## distil a student on the built-in data
 	$(BIN)/lesionkd run 04_distill
 
 test: $(SETUP)  ## all tests but the long ones; nbval compares the committed outputs of the notebooks
-	$(BIN)/python -m pytest --nbval -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest --nbval -n 2 --no-loadscope-reorder --durations 10
 
 lint: $(SETUP)  ## style, formatting, types, import rules
 	$(BIN)/ruff check

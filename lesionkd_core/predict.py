@@ -333,7 +333,8 @@ def predict_folder(
     if threshold is not None and not 0 <= threshold <= 1:
         raise LesionKDError(f"threshold = {threshold}: expected a probability from 0 to 1")
     if not images.is_dir():
-        raise LesionKDError(f"{images} is not a folder of images")
+        what = "is a file" if images.exists() else "does not exist"
+        raise LesionKDError(f"{images} {what}; give a folder of images")
     paths = [path for path in sources_in(images) if not path.is_dir() or is_dicom(path)]
     unreadable = [(case.image.name, case.problem) for case in unread([images])]
     if not paths:

@@ -29,7 +29,7 @@ from .config import LesionKDError, TeacherConfig
 from .data.batches import VIEW_SEED, Batch, epoch_batches, epoch_order, load_batch
 from .data.prepare import Prepared
 from .edges import edge_label_batch
-from .evaluate import score_network, summarize, validation_dice
+from .evaluate import fixed_mask_dice, score_network, summarize, validation_dice
 from .losses import Step
 from .models import Network, parameter_count
 from .results import Progress, log
@@ -253,14 +253,16 @@ class Learner:
         best = results.read_checkpoint(self.path / "checkpoint_best")
         self.network.load_state_dict(best["network"])
         per_case = score_network(self.network, data)
-        marked = per_case["predicted_pixels"]
-        constant = marked.nunique() == 1 and marked.iloc[0] in (0, data.masks[0].size)
-        if constant and len(marked) > 1:
-            what = "nothing" if marked.iloc[0] == 0 else "everything"
-            log.warning(f"warning: {results.short(self.path)} marks {what} in every case")
         results.write_table(self.path / "history.csv", pd.DataFrame(self.history))
         results.write_table(self.path / "per_case.csv", per_case)
         scores = {s: summarize(per_case[per_case["split"] == s]) for s in ("val", "test")}
+        own, fixed = scores["val"]["dice"]["mean"], fixed_mask_dice(data)
+        if own <= fixed:
+            log.warning(
+                f"warning: {results.short(self.path)} has validation Dice {own:.3f}, one fixed "
+                f"mask for all images {fixed:.3f}: in {self.schedule.total_steps} steps it has "
+                "learned nothing from the images; train it for more epochs"
+            )
         facts = {
             "best_epoch": best["epoch"],
             "epochs": len(self.history),
@@ -268,7 +270,6 @@ class Learner:
             "parameters": parameter_count(self.network),
             "split_hash": data.split_hash,
             "data": data.digest,
-            "constant": bool(constant),
         }
         results.write_json(self.path / "summary.json", scores | facts)
 
@@ -349,8 +350,13 @@ def train(
             for learner in learners:
                 learner.seconds += seconds
                 rows.append(learner.close_epoch(steps, data))
-            means = {key: np.mean([row[key] for row in rows]) for key in ("loss_total", "val_dice")}
-            progress.step(", ".join(f"{key} {value:.3f}" for key, value in means.items()))
+            progress.step(f"{_range(rows, 'loss_total')}, {_range(rows, 'val_dice')}")
+
+
+def _range(rows: list[dict[str, float]], key: str) -> str:
+    """'val_dice 0.612 to 0.774' over the networks in training; one number of one network."""
+    values = sorted({f"{row[key]:.3f}" for row in rows}, key=float)
+    return f"{key} {' to '.join(dict.fromkeys((values[0], values[-1])))}"
 
 
 def _stop(learners: list[Learner], data: Prepared, epoch: int, step: int) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +35,18 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if config.own_runs:
         shutil.rmtree(config.own_runs, ignore_errors=True)
+
+
+class _Scheduling(LoadFileScheduling):
+    """One worker for each file; one for all notebooks, since each finds what earlier ones made."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return "notebooks" if file.endswith(".ipynb") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return _Scheduling(config, log)
 
 
 @pytest.fixture

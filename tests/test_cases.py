@@ -298,7 +298,7 @@ def test_too_few_patients_are_refused_with_the_options_that_matter(mine):
 def test_a_split_error_says_what_was_dropped_and_where_the_report_is(mine, runs):
     for number in range(2):
         mask(mine, number, np.zeros((10, 20), np.uint8))
-    with pytest.raises(SplitError, match=r"2 were dropped \(report\.csv in .*\n.*10 px"):
+    with pytest.raises(SplitError, match=r"dropped: 2 \(all in report\.csv in .*\n.*10 px"):
         prepared(listed(mine, [n % 2 for n in range(12)]))
     [report] = runs.rglob("report.csv")
     assert report.read_text().count("mask is 20 x 10 px") == 2

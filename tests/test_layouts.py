@@ -629,6 +629,22 @@ def test_a_missing_file_of_a_manifest_drops_only_its_own_case(data):
         next(read(cases["3"]))
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my-dat", r"there is no folder and no CSV manifest .*/my-dat; did you mean 'my-data'\?$"),
+        ("nothing/alike", "there is no folder and no CSV manifest .*/alike$"),
+        ("my-data", "my-data has images and no masks: put the mask of images/a.jpg into a folder"),
+    ],
+)
+def test_a_folder_that_is_not_there_or_has_no_masks_is_told_so(tmp_path, name, words):
+    (tmp_path / "my-data" / "images").mkdir(parents=True)
+    save(tmp_path / "my-data" / "images" / "a.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(DatasetNotFound, match=words):
+        find(str(tmp_path / name))
+
+
 WRONG = {  # a manifest and words of its error
     "unknown column": (
         "image,mask,grup\nscans/0.png,drawn/0_m.png,a\n",

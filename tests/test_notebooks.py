@@ -104,8 +104,6 @@ def test_parameters_are_options_with_the_defaults_of_the_code(path):
 
 
 OWN = {
-    ("05", "teacher_views"): 4,
-    ("06", "teacher_views"): 4,
     ("07", "formats"): "native, onnx, executorch, coreml, page",
     ("07", "engines"): "torch, onnx, native",
     ("07", "repeats"): 3,

@@ -1065,8 +1065,7 @@ def latency(cost: pd.DataFrame) -> Figure:
 def pareto(points: pd.DataFrame, x: str = "macs") -> Figure:
     """Dice with 95 % interval against cost, a chart for each data set.
 
-    A line joins the networks that no other network beats in both. Networks of equal cost are drawn
-    side by side.
+    A line joins the networks that no other network beats in both.
 
     Parameters
     ----------
@@ -1079,13 +1078,11 @@ def pareto(points: pd.DataFrame, x: str = "macs") -> Figure:
     fig, axes = _charts(len(sets), 2, handles, columns=3)
     for axis, name in zip(axes, sets):
         part = points[points["dataset"] == name].sort_values([x, "dice"], ascending=[True, False])
-        apart = part.groupby(x).cumcount() - (part.groupby(x)[x].transform("size") - 1) / 2
-        part = part.assign(at=part[x] * 1.2**apart)  # networks of equal cost, side by side
         front = part[part["dice"].cummax().diff().fillna(1) > 0]
-        axis.plot(front["at"], front["dice"], color="#999999", linewidth=0.8, zorder=0)
+        axis.plot(front[x], front["dice"], color="#999999", linewidth=0.8, zorder=0)
         for row in part.to_dict("records"):
             limits, pen = (row["low"], row["high"]), style_of(row["model"])
-            _interval(axis, row["at"], row["dice"], limits, pen, "y", label=row["model"])
+            _interval(axis, row[x], row["dice"], limits, pen, "y", label=row["model"])
         axis.set(xscale="log", xlabel=f"{what}\n{name}".strip())
         axis.margins(x=0.15)
     axes[0].set_ylabel("Dice on test cases")

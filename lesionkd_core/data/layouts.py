@@ -11,6 +11,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ def own_pairs(folder: Path) -> tuple[list[Case], str]:
     Raises
     ------
     DatasetNotFound
-        There are images and masks, and none belong together.
+        There are images without any mask, or masks and none belongs to an image.
     """
     parts = [part for part in _folders(folder) if _plain(part) in PARTS]
     images, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
@@ -238,6 +239,12 @@ def own_pairs(folder: Path) -> tuple[list[Case], str]:
             here = [replace(c, id=f"{name}-{c.id}" if name else c.id, group=group) for c in here]
         cases += [replace(case, split=split) for case in here] + unread({images, masks})
         said |= {how, "sub-folders as official split"} if split else {how}
+    images_read = [case for case in cases if not case.problem]
+    if images_read and not any(case.masks for case in images_read):
+        raise DatasetNotFound(
+            f"{folder} has images and no masks: put the mask of images/a.jpg into a folder 'masks' "
+            "beside 'images' as masks/a.png, or mark it in its name, a_mask.png (data/own.md)"
+        )
     return cases, ", ".join(sorted(filter(None, said)))
 
 
@@ -524,6 +531,10 @@ def _own(dataset: str) -> tuple[Release, Path]:
                 f"{path} has no folders 'images' and 'masks', and no images with masks; it holds "
                 f"{held}. Put your own data there as images/a.jpg with masks/a.png (data/own.md)."
             )
+    if len(places[0].parts) > 1:
+        near = get_close_matches(places[0].name, [p.name for p in places[0].parent.glob("*")], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DatasetNotFound(f"there is no folder and no CSV manifest {places[0]}{hint}")
     hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
     raise DatasetNotFound(
         f"dataset {dataset!r} is neither in the catalogue nor a folder nor a CSV manifest; {hint}\n"

@@ -245,8 +245,8 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
         f"{r.file}: {r.problem.removeprefix(f'{r.file}: ')}" for r in rows[~kept].itertuples()
     )
     reasons = "\n".join(f"  {reason}" for reason in islice(listed, 5))
-    dropped = f"\n{(~kept).sum()} were dropped (report.csv in {results.short(path)}):"
-    dropped = f"{dropped}\n{reasons}" * bool(reasons)
+    where = f"report.csv in {results.short(path)}"
+    dropped = f"\ndropped: {(~kept).sum()} (all in {where}):\n{reasons}" * bool(reasons)
     needed, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
     if kept.sum() < needed:
         raise LesionKDError(
@@ -265,6 +265,8 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
     rows.loc[rows.index[kept][~chosen], "problem"] = "not in the split file"
     cases = cases[chosen].reset_index(drop=True)
     across = crossing(cases)
+    if dropped:
+        log.info(dropped.strip())
     warnings = _warnings(cases, known[chosen].to_numpy() == "", across)
     for warning in warnings:
         log.warning(f"warning: {warning}")
