@@ -27,6 +27,7 @@ notebooks: $(SETUP)  ## execute and save all notebooks, then what is generated i
 	$(BIN)/python -m tests.readme_index
 
 paper: $(SETUP)  ## notebook 06, then notebooks/paper/paper.tex with its figures and numbers; needs pdflatex
+	@command -v pdflatex > /dev/null || { echo "make paper needs pdflatex (Debian: texlive-latex-recommended, texlive-fonts-recommended)"; exit 1; }
 	@results=$$($(BIN)/lesionkd run 06_paper_figures | sed -n 's/^results: //p') && \
 	cd "$${results:?notebook 06 failed}" && for pass in 1 2; do \
 	TEXINPUTS="$(CURDIR)/notebooks/paper:" pdflatex -interaction=batchmode -halt-on-error -output-directory=.. paper || exit 1; \

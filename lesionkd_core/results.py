@@ -570,6 +570,7 @@ def leads() -> bool:
 if not log.handlers and leads():
     log.addHandler(_PlainLines())
     log.setLevel(logging.INFO)
+    log.propagate = False  # some library may give the root logger a handler, too
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):

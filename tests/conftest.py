@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -97,8 +98,9 @@ def student(data, teacher, graph):
 
 
 @pytest.fixture
-def messages(caplog):
+def messages(caplog, monkeypatch):
     """What the package said so far: a function that returns the lines."""
+    monkeypatch.setattr(logging.getLogger("lesionkd"), "propagate", True)
     caplog.set_level("INFO", logger="lesionkd")
     return lambda: [record.getMessage() for record in caplog.records]
 

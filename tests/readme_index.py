@@ -40,7 +40,8 @@ def results_table() -> pd.DataFrame:
         dice = {a: statistics.case_mean(statistics.by_seed(part, a)) for a in set(part["arm"])}
         network = family["teacher"]
         times = [fastest[name] for name in (network, "student")]
-        row = {"data set": f"{family['dataset']}, {part['id'].nunique()} test images"}
+        size = f"{part['pixels'].iloc[0]} px, {part['id'].nunique()} test images"
+        row = {"data set": f"{family['dataset']}, {size}"}
         row["teacher"] = f"{tables.label(network)} {dice['teacher'][0]:.3f}"
         row |= {name: shown(dice[arm]) for name, arm in ARMS.items()}
         row["distilled / teacher"] = f"{100 * dice['method'][0] / dice['teacher'][0]:.0f} %"

@@ -136,7 +136,7 @@ def test_16_bit_pictures_are_scaled_by_percentiles_or_the_window(mine):
     grey[0, 0] = 65535
     image(mine, 0, grey)
     data = prepared(mine)
-    assert 80 < data.images[0].mean() < 170 and "shown as black to white" in reason(
+    assert 80 < data.images[0].mean() < 170 and "stretched to black and white" in reason(
         data, "case_000"
     )
     low = prepared(mine, window="1600, 2").images[0]

@@ -195,12 +195,12 @@ REPAIRED = {  # image, mask, what the report says
     "16 bits of grey": (
         two_tone(1000, 3000).astype(np.uint16),
         MASK,
-        ("16-bit values 1000 to 3000 shown as black to white",),
+        ("16-bit values 1000 to 3000 stretched to black and white",),
     ),
     "floats": (
         two_tone(-0.5, 1.5).astype(np.float32),
         MASK,
-        ("float values -0.5 to 1.5 shown as black to white",),
+        ("float values -0.5 to 1.5 stretched to black and white",),
     ),
     "half transparent": (
         two_tone(u8(10, 60, 30, 128), u8(200, 90, 250, 0)),
@@ -228,7 +228,7 @@ def test_16_bit_colour_is_scaled_as_16_bit_grey_is(tmp_path):
     assert np.array_equal(
         reading.image, np.repeat(two_tone(0, 255).astype(np.uint8)[..., None], 3, 2)
     )
-    assert reading.notes == ("16-bit colour values 1000 to 65535 shown as black to white",)
+    assert reading.notes == ("16-bit colour values 1000 to 65535 stretched to black and white",)
 
 
 @pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])

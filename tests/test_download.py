@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import io
 import json
-import logging
 import os
 import signal
 import stat
@@ -122,13 +121,6 @@ def kvasir(server, root, monkeypatch):
     return root / "downloads" / "kvasir-seg" / "kvasir-seg.zip"
 
 
-@pytest.fixture
-def said(caplog):
-    """The lines that a download has logged."""
-    caplog.set_level(logging.INFO, "lesionkd")
-    return lambda: [record.getMessage() for record in caplog.records]
-
-
 @contextmanager
 def full_disk(free):
     """No file grows beyond `free` bytes."""
@@ -170,7 +162,7 @@ def refused(*words, name="kvasir-seg", **options):
     return str(caught.value)
 
 
-def test_a_release_is_fetched_unpacked_and_found(server, kvasir, root, said):
+def test_a_release_is_fetched_unpacked_and_found(server, kvasir, root, messages):
     folder = download("kvasir-seg")
     assert folder == root / "Kvasir-SEG" == find("kvasir-seg")[1]
     assert {name: (root / name).read_bytes() for name in FILES} == FILES
@@ -179,14 +171,14 @@ def test_a_release_is_fetched_unpacked_and_found(server, kvasir, root, said):
     assert entries == {"kvasir-seg/kvasir-seg.zip": {"sha256": digest}}
     assert not list(root.glob(".*unpacking*"))
     assert [path.name for path in kvasir.parent.iterdir()] == ["kvasir-seg.zip"]
-    assert "1 of 1000 images" in said()[-1]
+    assert "1 of 1000 images" in messages()[-1]
     assert download("kvasir-seg") == folder
-    assert "there already" in said()[-1] and len(server.ranges) == 1
+    assert "there already" in messages()[-1] and len(server.ranges) == 1
 
 
-def test_terms_are_shown_before_anything_is_fetched(server, kvasir, root, said):
+def test_terms_are_shown_before_anything_is_fetched(server, kvasir, root, messages):
     def agree():
-        release, text = CATALOGUE["kvasir-seg"], "\n".join(said())
+        release, text = CATALOGUE["kvasir-seg"], "\n".join(messages())
         assert all(term in text for term in (release.licence, release.citation, release.page))
         assert not server.ranges and not root.exists()
         return False
@@ -636,10 +628,10 @@ def test_two_at_once_fetch_once(server, kvasir):
 # What is shown and asked --------------------------------------------------------------------------
 
 
-def test_without_a_terminal_progress_is_a_few_lines(kvasir, capsys, said):
+def test_without_a_terminal_progress_is_a_few_lines(kvasir, capsys, messages):
     download("kvasir-seg")
     assert capsys.readouterr().err == ""
-    assert 2 <= sum("kvasir-seg.zip:" in line for line in said()) <= 4
+    assert 2 <= sum("kvasir-seg.zip:" in line for line in messages()) <= 4
 
 
 @pytest.mark.fault

@@ -156,7 +156,7 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
     ),
     "16 bits": (
         lambda d, n: save(image_of(d, n), noise(255).astype(np.uint16) * 200),
-        ["16-bit values", "shown as black to white"],
+        ["16-bit values", "stretched to black and white"],
     ),
     "transparency": (
         lambda d, n: save(image_of(d, n), np.dstack([picture(31), noise(255)])),

@@ -308,7 +308,7 @@ def noted_image(
         values = _finite(picture, path)
         low, high = window_limits(window) if window else contrast_limits(values)
         kind = ("float" if image.mode == "F" else "16-bit") + (" colour" if values.ndim > 2 else "")
-        notes += (f"{kind} values {low:g} to {high:g} shown as black to white",)
+        notes += (f"{kind} values {low:g} to {high:g} stretched to black and white",)
         grey = ((values - low) / max(high - low, 1e-12)).clip(0, 1)
         image = Image.fromarray((255 * grey).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

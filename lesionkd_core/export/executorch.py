@@ -24,10 +24,10 @@ def write_executorch(
 
     With calibration images {S: (N, S, S, 3) uint8} it is quantized to int8, weights by channel.
     """
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
     with quiet(), torch.no_grad():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
         programs = {
             f"forward_{s}": _quantized(network, images[s]) if images else _exported(network, s)
             for s in sizes
