@@ -46,6 +46,7 @@ class _Scheduling(LoadFileScheduling):
         return "notebooks" if file.endswith(".ipynb") else file
 
 
+@pytest.hookimpl(optionalhook=True)  # xdist may be switched off
 def pytest_xdist_make_scheduler(config, log):
     return _Scheduling(config, log)
 

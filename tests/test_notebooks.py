@@ -151,7 +151,7 @@ CHANGED = {
     "04_distill": SHORT
     | {"epochs": 2, "graph_epochs": 1, "width": 2, "seed": 5, "label_fraction": 0.5},
     "05_ablations": ARMS,
-    "07_mobile": {"formats": "onnx", "sizes": 64, "engines": "onnx", "cost_pixels": 64}
+    "07_mobile": {"formats": "onnx", "sizes": 64, "engines": "torch", "cost_pixels": 64}
     | {"repeats": 1, "calibration": 8, "threshold": 0.4},
 }
 
