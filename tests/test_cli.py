@@ -218,7 +218,7 @@ def test_predict_writes_masks_and_lists_what_could_not_be_read(tmp_path, runs):
     [
         (["images", "--out", "images"], "choose another folder"),
         (["images", "--out", "images/../images"], "choose another folder"),
-        (["absent", "--out", "out"], "not a folder"),
+        (["absent", "--out", "out"], "give a folder of images"),
         (["images", "--out", "a_file"], "a_file"),
         (["images", "--out", "out", "--threshold", "128"], "128"),
         (["images", "--out", "out", "--threshold", "nan"], "nan"),

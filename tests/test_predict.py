@@ -295,7 +295,11 @@ def test_every_slice_is_segmented_in_the_window_of_the_run(tmp_path, runs, monke
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("folder", "words"),
-    [("empty", "has no images"), ("absent", "not a folder"), ("images/a.png", "not a folder")],
+    [
+        ("empty", "has no images"),
+        ("absent", "give a folder of images"),
+        ("images/a.png", "is a file; give a folder"),
+    ],
 )
 def test_a_folder_without_images_is_refused(tmp_path, images, folder, words):
     (tmp_path / "empty").mkdir()
