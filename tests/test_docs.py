@@ -295,6 +295,8 @@ def test_the_readme_goes_from_pairs_to_masks(tmp_path):
     said = run([*filled(distills), *tiny], empty, runs)
     [student] = runs.glob("distill/my-lesions-cpu-s0-*/notebook.ipynb")
     assert f"results: {student.parent}" in said
+    shown = [line.split()[0] for line in said[said.index("executed notebook") :].splitlines()]
+    assert {"teacher", "student", "Otsu"} < set(shown), "no scores at the end"
     run(filled(predicts, student.parent.name), empty, runs)
     assert "busi" in published and "--overlays" in published
     name = "busi" if PUBLISHED.exists() else student.parent.name
