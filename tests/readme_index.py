@@ -44,7 +44,7 @@ def results_table() -> pd.DataFrame:
         row = {"data set": f"{family['dataset']}, {size}"}
         row["teacher"] = f"{tables.label(network)} {dice['teacher'][0]:.3f}"
         row |= {name: shown(dice[arm]) for name, arm in ARMS.items()}
-        row["distilled / teacher"] = f"{100 * dice['method'][0] / dice['teacher'][0]:.0f} %"
+        row["distilled / teacher"] = f"{100 * dice['method'][0] / dice['teacher'][0]:.1f} %"
         row["fewer parameters"] = f"{parameters[network] / parameters['student']:.0f} times"
         row["ms at 128 px, teacher and student"] = f"{times[0]:.0f} and {times[1]:.1f}"
         rows.append(row)
