@@ -754,11 +754,10 @@ def forest(comparison: pd.DataFrame) -> Figure:
         varying, pair = "arm", ("arm", _label(other))
     arms = list(dict.fromkeys(comparison[varying]))
     places = {arm: -i for i, arm in enumerate(arms)}
-    fig, axes = _charts(len(found), 0.6 + 0.2 * len(arms), KEYS, sharey=True, sharex=True)
+    fig, axes = _charts(len(found), 0.6 + 0.2 * len(arms), KEYS, sharey=True)
     for axis, (name, part) in zip(axes, found):
         _differences(axis, part, places, varying)
         axis.set_xlabel(name)
-        axis.tick_params(labelbottom=True)
         axis.xaxis.set_major_locator(MaxNLocator(4))
     _arm_ticks(axes[0], places)
     fig.supxlabel(_direction(metric, *pair), fontsize=7.5)
