@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binomtest, spearmanr, wilcoxon
+from scipy.stats import binomtest, wilcoxon
 
 from lesionkd_core import results
 from lesionkd_core.analysis import statistics as st
@@ -110,7 +110,6 @@ def every_table(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
         "with": st.compare_with(table),
         "means": st.means(table),
         "missed": st.compare_missed(table),
-        "agreement": st.agreement(table),
         "ratio": st.accuracy_ratio(table),
     }
 
@@ -350,31 +349,6 @@ def test_a_lesion_counts_for_the_arm_that_misses_it_with_fewer_seeds():
     assert row["p"] == pytest.approx(binomtest(2, 3).pvalue)
 
 
-def test_agreement_with_the_teacher_by_hand():
-    table = arms_of(
-        teacher=[0.1, 0.4, 0.6, 0.8, 0.9],
-        alone=[0.2, 0.4, 0.3, 0.7, 0.95],
-        kd=[0.5, 0.4, 0.3, 0.2, 0.1],
-    )
-    found = st.agreement(table).set_index("arm")
-    assert found.loc["alone", "spearman"] == pytest.approx(1 - 6 * 2 / (5 * 24)) and found.loc[
-        "kd", "spearman"
-    ] == pytest.approx(-1)
-    assert found.loc["alone", ["better", "equal", "cases"]].tolist() == [0.4, 0.2, 5] and list(
-        found.index
-    ) == ["alone", "kd"]
-
-
-def test_agreement_is_the_mean_over_single_students():
-    table = study().query("dataset == 'isic2018'")
-    wide = table.pivot_table(index="id", columns=["arm", "seed"], values="dice")
-    ranks = [spearmanr(wide["alone", seed], wide["teacher", 0]).statistic for seed in range(3)]
-    row = st.agreement(table).set_index("arm").loc["alone"]
-    assert row[["spearman", "spearman_low", "spearman_high"]].tolist() == pytest.approx(
-        [np.mean(ranks), min(ranks), max(ranks)]
-    )
-
-
 def test_the_gradient_of_a_term_is_compared_with_that_of_l_seg_in_the_same_arm():
     one = {
         "epoch": [1, 2, 3],
@@ -496,7 +470,6 @@ def test_undefined_precision_is_left_out_and_counted():
 @pytest.mark.filterwarnings("error")
 def test_tables_of_constants_and_of_cases_without_a_lesion_give_no_warning():
     flat = arms_of(teacher=[0.5] * 3, method=[0.5] * 3, alone=[0.0] * 3)
-    assert st.agreement(flat)["spearman"].isna().all()
     zero = flat.assign(teacher="unet64", dice=0.0)
     assert st.accuracy_ratio(zero)["ratio"].isna().all()
     normals = flat.assign(lesion_pixels=0, contrast=np.nan)
@@ -673,19 +646,6 @@ def test_arms_scored_on_other_cases_or_seeds_are_not_compared():
         st.differences(table.drop(index=table.index[0]), "method", "alone")
     with pytest.raises(LesionKDError, match="same cases and seeds"):
         st.compare_arms(table[(table["arm"] != "alone") | (table["seed"] == 0)])
-    with pytest.raises(LesionKDError, match="same cases"):
-        st.agreement(
-            pd.concat(
-                [
-                    table,
-                    table[table["arm"] == "alone"]
-                    .iloc[1:]
-                    .assign(arm="teacher", seed=0)
-                    .drop_duplicates("id")
-                    .iloc[1:],
-                ]
-            )
-        )
 
 
 @pytest.mark.fault

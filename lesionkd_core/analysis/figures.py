@@ -34,14 +34,12 @@ from ..evaluate import HIGHER_IS_BETTER, bootstrap_mean
 from .statistics import (
     FAMILY,
     SIGNIFICANT,
-    TEACHER,
     TERTILES,
     by_seed,
     case_mean,
     families,
     in_order,
 )
-from .statistics import agreement as agreement_of
 from .tables import METRIC_LABELS, label
 
 if TYPE_CHECKING:
@@ -639,12 +637,6 @@ MEASURES = {
     "lesion_pixels": ("Lesion size (px)", "{:.0f}–{:.0f}"),
     "contrast": ("Contrast of the lesion", "{:.2f}–{:.2f}"),
 }
-MISSED: dict[str, dict[str, Any]] = {
-    "missed by neither": {"marker": ".", "color": "#4477AA", "markersize": 3, "alpha": 0.6},
-    "missed by the student": {"marker": "x", "color": "#CC3311"},
-    "missed by the teacher": {"marker": "^", "color": "#EE7733"},
-    "missed by both": {"marker": "s", "color": "#000000", "markerfacecolor": "none"},
-}
 BLACK: dict[str, Any] = {"color": "black", "linestyle": ""}
 KEYS = {
     "better or worse": Line2D([], [], marker="o", **BLACK),
@@ -805,51 +797,6 @@ def tertiles(table: pd.DataFrame) -> Figure:
     by = " and ".join(MEASURES[measure][0].lower() for measure in measures)
     compared = "; ".join(f"{label(arm)} minus {label(other)}" for arm, other in pairs)
     return _described(fig, f"Dice, {compared}, in thirds by {by}{_on(n for n, _ in found)}.")
-
-
-@styled("arm", "seed", "id", "group", "dice", "missed")
-def agreement(per_case: pd.DataFrame, arms: tuple[str, ...] = ()) -> Figure:
-    """Dice of teacher and student, a point for each case and seed; missed lesions are marked.
-
-    Parameters
-    ----------
-    per_case : DataFrame
-        Scores of one split with rows of arm `teacher`: arm, seed, id, group, dice, missed and
-        columns of `statistics.FAMILY`.
-    arms : tuple of str
-        The arms to show; empty shows all.
-    """
-    ranks = agreement_of(per_case)
-    shown = [
-        (name, part, row)
-        for name, part in _parts(per_case)
-        for row in _same_part(ranks, part).itertuples()
-        if not arms or row.arm in arms
-    ]
-    if not shown:
-        return _nothing()
-    handles = {text: Line2D([], [], linestyle="", **mark) for text, mark in MISSED.items()}
-    across = min(4, len({row.arm for *_, row in shown}))
-    how: dict[str, Any] = {"columns": across, "narrow": 2, "sharex": True, "sharey": True}
-    fig, axes = _charts(len(shown), 2.2, handles, **how)
-    for axis, (name, part, row) in zip(axes, shown):
-        teacher = by_seed(part, TEACHER).mean(axis=1)
-        teacher_missed = by_seed(part, TEACHER, "missed").max(axis=1)
-        students, missed = by_seed(part, row.arm), by_seed(part, row.arm, "missed")
-        kind = missed.add(2 * teacher_missed, axis=0).to_numpy()
-        axis.plot([0, 1], [0, 1], color="black", linewidth=0.6, zorder=1)
-        for i, (text, mark) in enumerate(MISSED.items()):
-            place = np.nonzero(kind == i)
-            xy = teacher.to_numpy()[place[0]], students.to_numpy()[place]
-            axis.plot(*xy, linestyle="", label=text, **mark)
-        axis.set(aspect="equal", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
-        axis.set_ylabel(f"Dice, {_label(row.arm)}")
-        rank = f"rank correlation {row.spearman:.2f}" if row.spearman == row.spearman else ""
-        axis.set_xlabel("\n".join(filter(None, ("Dice, teacher", name, rank))))
-        axis.tick_params(labelbottom=True)
-    what = "Dice of teacher against student, a point for each case and seed, missed lesions marked"
-    students = _names(row.arm for *_, row in shown)
-    return _described(fig, f"{what}{_on(name for name, *_ in shown)}: {students}.")
 
 
 # Training -----------------------------------------------------------------------------------------

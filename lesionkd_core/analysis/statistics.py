@@ -387,45 +387,6 @@ def by_tertile(
 # Comparisons with larger networks -----------------------------------------------------------------
 
 
-def agreement(per_case: pd.DataFrame) -> pd.DataFrame:
-    """How closely the students of each arm follow their teacher, case by case, in Dice.
-
-    Requires rows with arm `teacher`.
-
-    Returns
-    -------
-    DataFrame
-        Columns of FAMILY; arm, spearman (rank correlation with the teacher, mean over seeds; NaN if
-        all cases have the same score), spearman_low and spearman_high (over seeds), better and
-        equal (fraction of cases and seeds in which the student's Dice is higher than its teacher's,
-        or equal), cases, seeds.
-    """
-    rows = []
-    for family, table in families(per_case):
-        if TEACHER not in set(table["arm"]):
-            continue
-        teacher = by_seed(table, TEACHER)
-        scores = teacher.mean(axis=1)
-        for arm in in_order(table, without=TEACHER):
-            students = by_seed(table, arm)
-            _require_same_cases(students, teacher, f"arm {arm!r} and its teacher")
-            rank = pd.Series([_spearman(students[seed], scores) for seed in students])
-            gain = students.sub(scores, axis=0).to_numpy()
-            limits = {"spearman_low": rank.min(), "spearman_high": rank.max()}
-            row = {"arm": arm, "spearman": rank.mean()} | limits
-            row |= {"better": (gain > 0).mean(), "equal": (gain == 0).mean()}
-            rows.append(family | row | {"cases": len(students), "seeds": students.shape[1]})
-    return as_table(rows, per_case)
-
-
-def _spearman(first: pd.Series, second: pd.Series) -> float:
-    from scipy.stats import spearmanr
-
-    if min(first.nunique(), second.nunique()) < 2:
-        return np.nan
-    return float(spearmanr(first, second).statistic)
-
-
 def accuracy_ratio(
     per_case: pd.DataFrame, reference: str = "unet64", method: str = "method", draws: int = 5000
 ) -> pd.DataFrame:
