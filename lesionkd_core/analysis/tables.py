@@ -196,8 +196,9 @@ def numbers(means: pd.DataFrame, comparison: pd.DataFrame) -> dict[str, Any]:
 
 
 def committed(name: str) -> pd.DataFrame:
-    """A table of measured results: data/results/NAME.csv, with the columns that are in the file."""
-    return results.read_table(results.CHECKOUT / "data" / "results" / f"{name}.csv")
+    """A table of measured results, data/results/NAME.csv or NAME.csv.gz, with its own columns."""
+    [path] = (results.CHECKOUT / "data" / "results").glob(f"{name}.csv*")
+    return results.read_table(path)
 
 
 def study(name: str = "per_case") -> pd.DataFrame:
