@@ -210,6 +210,10 @@ def test_predict_writes_masks_and_lists_what_could_not_be_read(tmp_path, runs):
     code, _, errors = command("predict", run, folder, "--out", tmp_path / "three")
     assert code == 2 and "shows little: dark.png: nearly flat" in errors
     assert (tmp_path / "three" / "dark.png").exists()
+    (folder / "dark.png").unlink()
+    save(folder / "deep.png", picture(0)[..., 0].astype(np.uint16) * 200)
+    code, out, _ = command("predict", run, folder, "--out", tmp_path / "four")
+    assert code == 0 and f"notes on reading: 1, in {tmp_path / 'four' / 'report.csv'}" in out
 
 
 @pytest.mark.fault

@@ -197,8 +197,8 @@ def numbers(means: pd.DataFrame, comparison: pd.DataFrame) -> dict[str, Any]:
 
 def committed(name: str) -> pd.DataFrame:
     """A table of measured results, data/results/NAME.csv or NAME.csv.gz, with its own columns."""
-    [path] = (results.CHECKOUT / "data" / "results").glob(f"{name}.csv*")
-    return results.read_table(path)
+    path = results.CHECKOUT / "data" / "results" / f"{name}.csv"
+    return results.read_table(path if path.exists() else path.with_suffix(".csv.gz"))
 
 
 def study(name: str = "per_case") -> pd.DataFrame:
