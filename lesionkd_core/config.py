@@ -425,6 +425,12 @@ class ExternalConfig(PrepareConfig):
     stage = "external"
 
 
+class UnlabelledConfig(PrepareConfig):
+    """Images without masks -> prepared arrays (stage `unlabelled`)."""
+
+    stage = "unlabelled"
+
+
 class EdgeConfig(PrepareConfig):
     """Options of the edge label and of the grid of cells; not a stage of its own."""
 
@@ -579,6 +585,11 @@ class DistillConfig(GraphConfig):
         description="fraction of the training images whose masks the student uses; the others are "
         "for the terms that need none (smoke profile on the phantom: 0.1)",
     )
+    unlabelled: Annotated[str, BeforeValidator(_text)] = Field(
+        "",
+        description="folder of images without masks, which the student sees in training through "
+        "the terms that need none",
+    )
     teacher_views: int = Field(
         0,
         ge=0,
@@ -636,10 +647,13 @@ class DistillConfig(GraphConfig):
         return tuple(name for name in self.losses if name != "seg")
 
     def hashed(self) -> dict[str, Any]:
-        """Options of absent terms do not count, so that all arms share the student alone."""
+        """Options of absent terms do not count, so that all arms share the student alone.
+
+        Images without masks count with their content, by another way.
+        """
         own = {name for term in loss_terms().values() for name in term.options}
         used = {name for term in self.losses for name in loss_terms()[term].options}
-        idle = own - used
+        idle = own - used | {"unlabelled"}
         if not self.terms:
             idle |= {n for n in TeacherConfig.model_fields if n.startswith("teacher")}
             idle |= {"teacher_bn", "encoder_weights"}

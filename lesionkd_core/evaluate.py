@@ -17,7 +17,7 @@ from .config import LesionKDError
 from .data.images import Case, Reading
 from .data.layouts import fingerprint, read
 from .data.prepare import Prepared, prepare
-from .data.splits import compare_pairs
+from .data.splits import copies
 from .predict import TrainedNetwork, load_network, predict, probabilities, read_config
 from .results import Result, log
 
@@ -338,10 +338,7 @@ def _score_external(path: Path, run: Result, own: Prepared, data: Prepared, bits
 
 def near_training(own: Prepared, other: Prepared, bits: int) -> int:
     """Number of images of another data set that are near-duplicates of a training image."""
-    train = own.thumbnails[own.index("train")]
-    pairs = compare_pairs(np.concatenate([train, other.thumbnails]), bits)
-    across = (pairs["first"] < len(train)) & (pairs["second"] >= len(train)) & pairs["same"]
-    return int(pairs.loc[across, "second"].nunique())
+    return len(copies(own.thumbnails[own.index("train")], other.thumbnails, bits))
 
 
 def held_out_scores(run: Result, name: str, elsewhere: dict[str, External]) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from .config import (
     nearest,
 )
 from .data.batches import epoch_batches, labelled_rows, normalize
-from .data.prepare import Prepared
+from .data.prepare import Prepared, with_unlabelled
 from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, held_out_scores, score_external
 from .losses import (
@@ -313,6 +313,7 @@ def distill_arms(
         "edge_width",
         "teacher_views",
         "label_fraction",
+        "unlabelled",
     ):
         values = list(dict.fromkeys(getattr(cfg, name) for cfg in cfgs))
         if len(values) > 1:
@@ -322,7 +323,8 @@ def distill_arms(
             )
     for cfg in cfgs:
         check_levels(cfg)
-    upstreams = [_upstream(cfg, teacher, graph, data) for cfg in cfgs]
+    data = with_unlabelled(data, cfgs[0])
+    upstreams = [_upstream(cfg, teacher, graph, data) + data.unlabelled for cfg in cfgs]
 
     def make(missing: dict[Path, DistillConfig]) -> None:
         network = None
@@ -334,8 +336,7 @@ def distill_arms(
         measured = _measure(list(missing.values()), graph, data, network)
         labelled = labelled_rows(data, cfgs[0].label_fraction)
         prior = float(data.cases["lesion_share"].iloc[labelled].mean())
-        if cfgs[0].label_fraction < 1:
-            total = len(data.index("train"))
+        if (total := len(data.training)) > len(labelled):
             log.info(f"students use the masks of {len(labelled)} of {total} training images")
         for path, cfg in missing.items():
             student = build(cfg, prior)
@@ -381,7 +382,7 @@ def _teacher_pass(
     terms = [term for learner in learners for term in learner.objective.terms.values()]
     names = {name for term in terms for name in getattr(term, "teacher_maps", ())}
     weights = results.read_json(teacher.path / "DONE")["checkpoint_best"]
-    made_from = "|".join([weights, data.digest, cfg.augment, cfg.precision])
+    made_from = "|".join([weights, data.digest, cfg.augment, cfg.precision]) + data.unlabelled
     mark = hashlib.sha256(made_from.encode()).hexdigest()[:16]
     folder = teacher.path.with_name(f"{teacher.path.name}.views-{mark}")
     return stored_views(network, folder, data, tuple(sorted(names)), cfg.teacher_views, cfg, fabric)

@@ -37,7 +37,7 @@ C = TypeVar("C", bound=StageConfig)
 R = TypeVar("R", bound="Result")
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-STAGES = ("prepare", "teacher", "graph", "distill", "ablation", "external", "export")
+STAGES = ("prepare", "unlabelled", "teacher", "graph", "distill", "ablation", "external", "export")
 CHANGING = ("DONE", "notebook.ipynb", "figures", "parts")
 """Files and folders of a finished result that may change."""
 TEXT = (

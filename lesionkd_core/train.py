@@ -165,7 +165,7 @@ class Learner:
         optimizer = torch.optim.AdamW(
             groups, weight_decay=cfg.weight_decay, fused=fabric.device.type in ("cpu", "cuda")
         )
-        steps = len(epoch_order(len(data.index("train")), cfg.batch_size, self.seed, 0))
+        steps = len(epoch_order(len(data.training), cfg.batch_size, self.seed, 0))
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, [group["lr"] for group in groups], total_steps=epochs * steps
         )
@@ -362,7 +362,7 @@ def _range(rows: list[dict[str, float]], key: str) -> str:
 def _stop(learners: list[Learner], data: Prepared, epoch: int, step: int) -> None:
     """Write `diverged.json` and raise; nothing of this epoch is kept."""
     learner = next(one for one in learners if not one.latest["total"].isfinite())
-    rows = data.index("train")
+    rows = data.training
     batch = rows[epoch_order(len(rows), learner.cfg.batch_size, learner.seed, epoch)[step]]
     losses = {name: float(value) for name, value in learner.latest.items()}
     about = {
@@ -427,7 +427,7 @@ def stored_views(
                 partial.unlink()
             _store_views(teacher, folder, data, names, views, cfg, fabric)
     fabric.barrier()
-    position = {int(row): i for i, row in enumerate(data.index("train"))}
+    position = {int(row): i for i, row in enumerate(data.training)}
     files = {(v, n): _view(folder, v, n) for v in range(views) for n in names}
     arrays = {key: np.load(file, mmap_mode="r") for key, file in files.items()}
 
@@ -456,7 +456,7 @@ def _store_views(
     """Write what is missing, (N, H, W, C) float16 for each view and name."""
     missing = {v: [n for n in names if not _view(folder, v, n).exists()] for v in range(views)}
     missing = {view: absent for view, absent in missing.items() if absent}
-    rows, see = data.index("train"), teacher_pass(teacher, fabric)
+    rows, see = data.training, teacher_pass(teacher, fabric)
     blocks = [rows[i : i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]
 
     def outputs(view: int, block: np.ndarray) -> dict[str, np.ndarray]:

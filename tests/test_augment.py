@@ -48,6 +48,9 @@ class Arrays:
         assert split == "train"
         return np.arange(1, len(self.images))  # the first case is not in the training split
 
+    unlabelled = ""
+    training = property(lambda self: self.index("train"))
+
 
 def ellipses(count: int, size: int, seed: int = 0, smallest: float = 0.15) -> np.ndarray:
     """(N, S, S) uint8: one rotated ellipse in the middle of each mask."""

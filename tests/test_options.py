@@ -69,6 +69,7 @@ CHANGED = {  # every hashed option, with a value that is not the smoke profile's
     "epochs": 3,
     "lr": 0.001,
     "label_fraction": 0.5,
+    "unlabelled": "images",
     "teacher_views": 3,
     "connector_lr": 0.1,
     "connector_warmup": 1,
@@ -140,7 +141,12 @@ def test_device_place_and_name_of_the_data_do_not_count():
     ],
 )
 def test_options_of_absent_terms_do_not_count(losses, idle):
-    expected = set(DistillConfig.model_fields) - set(UNHASHED) - {"fold", "test_dataset"} - idle
+    expected = (
+        set(DistillConfig.model_fields)
+        - set(UNHASHED)
+        - {"fold", "test_dataset", "unlabelled"}
+        - idle
+    )
     assert counted(DistillConfig(losses=losses)) == expected
 
 

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from lesionkd_core import results
+from lesionkd_core import pipeline, results
 from lesionkd_core import train as module
 from lesionkd_core.config import ARMS, AblationConfig, ConfigError, LesionKDError, TeacherConfig
+from lesionkd_core.data import phantom
 from lesionkd_core.data.batches import epoch_batches, epoch_order, labelled_rows
-from lesionkd_core.data.prepare import Prepared, prepare
+from lesionkd_core.data.prepare import Prepared, prepare, with_unlabelled
 from lesionkd_core.evaluate import fixed_mask_dice
 from lesionkd_core.losses import TERMS, FeatureRefinement, Measured, build_terms
 from lesionkd_core.models import ResNet34UNet, freeze
@@ -382,6 +384,92 @@ def test_masks_of_unlabelled_cases_are_not_used(data, teacher, graph, runs, monk
         after = weights(run)
         assert all(torch.equal(after[name], before[name]) for name in before)
     assert len(labelled) < len(hidden)
+
+
+@pytest.fixture
+def unmasked(tmp_path):
+    """Function: a folder of phantom images without masks, and copies of some of the data's own."""
+
+    def write(count=12, copies=(), name="unmasked"):
+        folder = tmp_path / name
+        folder.mkdir()
+        images = [phantom.draw(3, index, CFG.pixels)[0] for index in range(count)]
+        for number, image in enumerate([*images, *copies]):
+            Image.fromarray(image).save(folder / f"{number}.png")
+        return folder
+
+    return write
+
+
+def test_images_without_masks_train_the_student_through_its_teacher(
+    data, teacher, graph, runs, unmasked, monkeypatch
+):
+    own = data.images[data.index("test")][:3]
+    folder = unmasked(11, own)
+    cfg = CFG.with_values(unlabelled=str(folder), label_fraction=1.0)
+    run = distill(teacher, graph, data, cfg)
+    seen = with_unlabelled(data, cfg)
+    assert len(seen.index("unlabelled")) == 11  # the copies of test images are left out
+    assert not np.isin(seen.training, np.flatnonzero(seen.cases["split"] == "test")).any()
+    assert run.history["lr"].size == CFG.epochs and run.summary["data"] == data.digest
+    assert len(run.per_case) == len(data.index("val")) + len(data.index("test"))
+    steps = results.read_checkpoint(run.path / "checkpoint_last")["schedule"]["total_steps"]
+    assert steps == CFG.epochs * -(-(len(data.index("train")) + 11) // CFG.batch_size)
+    again = distill(
+        teacher,
+        graph,
+        data,
+        cfg.with_values(unlabelled=str(shutil.copytree(folder, runs / "moved"))),
+    )
+    assert again.path == run.path  # the content counts, not the place
+    (folder / "0.png").unlink()
+    assert distill(teacher, graph, data, cfg).path != run.path
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_an_image_without_mask_has_no_part_in_the_loss_of_masks(
+    data, teacher, graph, runs, unmasked, monkeypatch, tmp_path, views
+):
+    """Whatever stands in the place of its mask, the students are the same, to the bit."""
+    options = {"unlabelled": str(unmasked()), "teacher_views": views, "label_fraction": 1.0}
+    cfgs = [CFG.with_values(losses=losses, **options) for losses in ("", "feat, edge")]
+    expected = [weights(run) for run in distill_arms(teacher, graph, data, cfgs)]
+    plain = distill_arms(teacher, graph, data, [cfg.with_values(unlabelled="") for cfg in cfgs])
+
+    def other_masks(data, cfg):
+        seen = with_unlabelled(data, cfg)
+        seen.masks[seen.index("unlabelled")] = 1
+        return seen
+
+    monkeypatch.setattr(pipeline, "with_unlabelled", other_masks)
+    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "again"))
+    for run, before in zip(distill_arms(teacher, graph, data, cfgs), expected):
+        after = weights(run)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    for run, before in zip(plain, expected):
+        assert not torch.equal(weights(run)["network.head.weight"], before["network.head.weight"])
+
+
+@pytest.mark.fault
+def test_a_wrong_folder_of_images_without_masks_is_named_before_anything_is_made(runs, tmp_path):
+    empty, mixed = tmp_path / "empty", tmp_path / "mixed"
+    empty.mkdir()
+    image, mask = phantom.draw(3, 0, 32)
+    for name, pixels in (("lesion_1", image), ("lesion_1_mask", mask * np.uint8(255))):
+        mixed.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(mixed / f"{name}.png")
+    for folder, words in (
+        (tmp_path / "absent", "unlabelled = .*absent.*there is no such folder; give a folder"),
+        (empty, "no images in .*empty"),
+        (mixed, "mixed holds masks, such as lesion_1_mask.png; give a folder of images alone"),
+    ):
+        with pytest.raises(LesionKDError, match=words):
+            prepare(CFG.with_values(unlabelled=str(folder)))
+    assert not runs.exists()
+    (mixed / "lesion_1_mask.png").write_bytes(b"no picture")
+    (mixed / "lesion_1_mask.png").rename(mixed / "lesion_2.png")
+    seen = with_unlabelled(prepare(CFG), CFG.with_values(unlabelled=str(mixed)))
+    assert len(seen.index("unlabelled")) == 1
 
 
 def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss(runs, data):

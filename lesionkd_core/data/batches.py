@@ -84,19 +84,19 @@ def epoch_batches(
     """One epoch of training batches, each loaded while the network trains on the one before.
 
     With `views` each image is augmented in that many ways, one for each epoch in turn, the same for
-    all seeds. With a `label_fraction` below 1 every batch is preceded by an equal number of
-    labelled images, and its own images come without masks. With several processes, each gets its
-    part.
+    all seeds. If some images have no masks, or `label_fraction` is below 1, every batch is preceded
+    by an equal number of labelled images, and its own images come without masks. With several
+    processes, each gets its part.
     """
     drawn = (VIEW_SEED, epoch % views) if views else (seed, epoch)
-    rows = data.index("train")
+    rows = data.training
     order = epoch_order(len(rows), batch_size, seed, epoch)
     batches = [rows[batch] for batch in order if len(batch) >= ranks]
     labelled, rng = labelled_rows(data, label_fraction), np.random.default_rng([seed, epoch, 0, 1])
 
     def load(whole: np.ndarray) -> Batch:
         own = whole[rank::ranks]
-        if label_fraction == 1:
+        if label_fraction == 1 and not data.unlabelled:
             return load_batch(data, own, *drawn, augmentation, device)
         filled = np.where(np.isin(whole, labelled), whole, rng.choice(labelled, len(whole)))
         both = np.concatenate([filled[rank::ranks], own])

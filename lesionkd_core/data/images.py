@@ -71,6 +71,8 @@ class Case:
         The options `window`, `lesion_values` and `invert_masks`.
     one_mask : bool
         Two masks of one name are a mistake in this layout, not two lesions.
+    unlabelled : bool
+        There is no mask, and none is needed.
     by_index : bool
         The position in the header of the mask is not reliable; voxels correspond by index.
     problem : str
@@ -88,6 +90,7 @@ class Case:
     lesion_values: tuple[int, ...] = ()
     inverted: bool = False
     one_mask: bool = False
+    unlabelled: bool = False
     by_index: bool = False
     problem: str = ""
 
@@ -95,7 +98,7 @@ class Case:
         """Raise UnreadableFile if the case has a problem, no mask, or too many masks."""
         if self.problem:
             raise UnreadableFile(self.problem)
-        if not self.masks:
+        if not self.masks and not self.unlabelled:
             raise UnreadableFile(f"{self.image.name}: no mask belongs to this image")
         if self.one_mask and len(self.masks) > 1:
             names = ", ".join(path.name for path in self.masks)

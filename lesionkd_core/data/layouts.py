@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..config import ConfigError, LesionKDError, PrepareConfig, nearest
+from ..config import ConfigError, LesionKDError, PrepareConfig, UnlabelledConfig, nearest
 from ..results import CHECKOUT
 from . import phantom
 from .images import (
@@ -248,6 +248,18 @@ def own_pairs(folder: Path) -> tuple[list[Case], str]:
     return cases, ", ".join(sorted(filter(None, said)))
 
 
+def images_alone(folder: Path) -> list[Case]:
+    """Images, volumes and DICOM series of a folder, which have no masks."""
+    sources = sources_in(folder)
+    if masks := _named_after_others(sources):
+        raise DatasetNotFound(
+            f"unlabelled: {folder} holds masks, such as {min(masks).name}; give a folder of images "
+            "alone"
+        )
+    cases = [Case(stem_of(file), file, (), unlabelled=True) for file in sources]
+    return cases + unread({folder})
+
+
 def _folders(folder: Path) -> list[Path]:
     return [p for p in _content(folder) if p.is_dir() and not p.name.startswith(".")]
 
@@ -265,13 +277,19 @@ def _inside(folder: Path, names: Sequence[str]) -> Path | None:
 
 def _told_apart(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """Images and masks of one folder."""
-    stems, masks = {stem_of(file) for file in files}, []
+    masks = _named_after_others(files)
+    masks |= {file for file in files if re.fullmatch(rf"{MARK}[ _-]?\d*", stem_of(file), re.I)}
+    return [file for file in files if file not in masks], [file for file in files if file in masks]
+
+
+def _named_after_others(files: list[Path]) -> set[Path]:
+    """Files whose names say that they are masks of others."""
+    stems, masks = {stem_of(file) for file in files}, set()
     for file in files:
         found = (re.fullmatch(pattern, stem_of(file), re.I) for pattern in NAMINGS.values())
-        others = {match["stem"] for match in found if match} - {stem_of(file)}
-        if others & stems or re.fullmatch(rf"{MARK}[ _-]?\d*", stem_of(file), re.I):
-            masks.append(file)
-    return [file for file in files if file not in masks], masks
+        if ({match["stem"] for match in found if match} - {stem_of(file)}) & stems:
+            masks.add(file)
+    return masks
 
 
 def _matched(images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
@@ -408,7 +426,8 @@ def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]
 
 
 READERS = (busi, covid_ct, cvc_clinicdb, em_stacks, isic, nih_pancreas, paired, ph2, polyps, wounds)
-LAYOUTS: dict[str, Callable[..., list[Case]]] = {f.__name__: f for f in (*READERS, manifest)}
+OTHERS = (manifest, images_alone)
+LAYOUTS: dict[str, Callable[..., list[Case]]] = {f.__name__: f for f in (*READERS, *OTHERS)}
 
 
 # The catalogue ------------------------------------------------------------------------------------
@@ -542,6 +561,18 @@ def _own(dataset: str) -> tuple[Release, Path]:
     )
 
 
+def _without_masks(dataset: str) -> tuple[Release, Path]:
+    for path in (Path(dataset).expanduser(), data_root() / dataset):
+        if path.is_dir():
+            return Release(
+                dataset, "own data", dataset, (path.name,), "images_alone"
+            ), path.resolve()
+    raise DatasetNotFound(
+        f"unlabelled = {dataset!r}: there is no such folder; give a folder of images, absolute or "
+        f"relative to the working folder or {data_root()}"
+    )
+
+
 def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
     """A digest of the content of a data set, and its cases (none for the phantom).
 
@@ -550,7 +581,8 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
     """
     if cfg.dataset == phantom.NAME:
         return f"{cfg.dataset} version {phantom.VERSION}", []
-    release, folder = find(cfg.dataset)
+    unlabelled = isinstance(cfg, UnlabelledConfig)
+    release, folder = _without_masks(cfg.dataset) if unlabelled else find(cfg.dataset)
     column = cfg.group_by.partition("column:")[2]
     if column and release.layout != "manifest":
         raise ConfigError(f"group_by = {cfg.group_by!r}: {cfg.dataset} is no CSV manifest")
@@ -629,7 +661,7 @@ def _hash_file(path: Path, size: int, changed: int) -> bytes:
 
 def how_paired(cfg: PrepareConfig) -> str:
     """How the masks of your own folder were found, if not by equal stems."""
-    if cfg.dataset == phantom.NAME:
+    if cfg.dataset == phantom.NAME or isinstance(cfg, UnlabelledConfig):
         return ""
     release, folder = find(cfg.dataset)
     return own_pairs(folder)[1] if release.layout == "paired" else ""

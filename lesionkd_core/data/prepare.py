@@ -19,12 +19,12 @@ import numpy as np
 import pandas as pd
 
 from .. import results
-from ..config import LesionKDError, PrepareConfig
+from ..config import DistillConfig, LesionKDError, PrepareConfig, UnlabelledConfig
 from ..edges import edge_label
 from ..results import Progress, log
 from . import phantom
 from .images import Case, Reading, UnreadableFile, is_volume
-from .layouts import CATALOGUE, fingerprint, how_paired, read, sequence_of
+from .layouts import CATALOGUE, fingerprint, how_paired, read, sequence_of, window_of
 from .pixels import (
     THUMBNAIL,
     lesion_contrast,
@@ -34,7 +34,7 @@ from .pixels import (
     thumbnail,
     unseen,
 )
-from .splits import SPLITS, SplitError, crossing, group_cases, series_across, split_cases
+from .splits import SPLITS, SplitError, copies, crossing, group_cases, series_across, split_cases
 
 SMALL = (THUMBNAIL, THUMBNAIL)
 PART, VOLUMES = 64, 2  # images or volumes between two saves; they are in memory together
@@ -48,6 +48,9 @@ Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
 
 class Prepared(results.Result):
     """Prepared arrays of one data set, memory-mapped, in the order of `cases`."""
+
+    unlabelled = ""
+    """Digest of the images without masks that `with_unlabelled` added."""
 
     @cached_property
     def cases(self) -> pd.DataFrame:
@@ -99,6 +102,11 @@ class Prepared(results.Result):
         """Rows of a split, ascending."""
         return np.flatnonzero(self.cases["split"] == split)
 
+    @property
+    def training(self) -> np.ndarray:
+        """Rows that are trained on: the training split, and images without masks."""
+        return np.concatenate([self.index("train"), self.index("unlabelled")])
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {len(self.index(name))}" for name in SPLITS)
         return f"Prepared({results.short(self.path)}: {counts}, split {self.split_hash})"
@@ -114,7 +122,10 @@ def prepare(cfg: PrepareConfig) -> Prepared:
     """
     for name in getattr(cfg, "test_dataset", ()):
         fingerprint(cfg.for_testing(name))  # an error now, not after hours of training
-    cfg = cfg.upstream(PrepareConfig)
+    if isinstance(cfg, DistillConfig) and cfg.unlabelled:
+        fingerprint(_unlabelled(cfg))
+    if not isinstance(cfg, UnlabelledConfig):
+        cfg = cfg.upstream(PrepareConfig)
     upstream, raw = fingerprint(cfg)
 
     def make(missing: dict[Path, PrepareConfig]) -> None:
@@ -131,6 +142,38 @@ def prepare(cfg: PrepareConfig) -> Prepared:
             shutil.rmtree(path / "parts")
 
     return results.find_or_make([cfg], [upstream], make, Prepared, resume=True)[0]
+
+
+def with_unlabelled(data: Prepared, cfg: DistillConfig) -> Prepared:
+    """The prepared arrays and, for the students alone, the images without masks.
+
+    Copies of the data set's own images are left out, so that test images stay unseen. Slices of
+    volumes are not compared. Images and masks are then in memory.
+    """
+    if not cfg.unlabelled:
+        return data
+    others = prepare(_unlabelled(cfg))
+    own = np.delete(
+        np.arange(len(others.cases)), copies(data.thumbnails, others.thumbnails, cfg.duplicate_bits)
+    )
+    left = len(others.cases) - len(own)
+    log.info(
+        f"{len(own)} images without masks; {left} copies of images of {cfg.dataset_name} left out"
+    )
+    both = Prepared(data.path)
+    both.cases = pd.concat(
+        [data.cases, others.cases.iloc[own].assign(split="unlabelled")], ignore_index=True
+    )
+    both.images = np.concatenate([data.images, others.images[own]])
+    both.masks = np.concatenate([data.masks, others.masks[own]])
+    both.unlabelled = others.digest
+    return both
+
+
+def _unlabelled(cfg: DistillConfig) -> UnlabelledConfig:
+    names = ("profile", "pixels", "fit", "duplicate_bits")
+    given = {name: getattr(cfg, name) for name in names} | {"window": window_of(cfg)}
+    return UnlabelledConfig(**given, dataset=cfg.unlabelled, normals="keep", split="test")
 
 
 def _check_space(path: Path, needed: int) -> None:

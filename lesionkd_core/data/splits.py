@@ -131,6 +131,14 @@ def compare_pairs(thumbnails: np.ndarray, bits: int) -> pd.DataFrame:
     return table.assign(same=table["correlation"] >= SAME)
 
 
+def copies(first: np.ndarray, second: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of the thumbnails `second` that are near-duplicates of one of `first`."""
+    pairs = compare_pairs(np.concatenate([first, second]), bits)
+    across = (pairs["first"] < len(first)) & (pairs["second"] >= len(first)) & pairs["same"]
+    rows: np.ndarray = np.unique(pairs.loc[across, "second"]) - len(first)
+    return rows
+
+
 def group_cases(
     groups: pd.Series, thumbnails: np.ndarray | None, bits: int, sequence: bool = False
 ) -> list[str]:
