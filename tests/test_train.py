@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from PIL import Image
 
@@ -465,11 +466,25 @@ def test_a_wrong_folder_of_images_without_masks_is_named_before_anything_is_made
     ):
         with pytest.raises(LesionKDError, match=words):
             prepare(CFG.with_values(unlabelled=str(folder)))
-    assert not runs.exists()
+    assert not (runs / "prepare").exists()
     (mixed / "lesion_1_mask.png").write_bytes(b"no picture")
     (mixed / "lesion_1_mask.png").rename(mixed / "lesion_2.png")
     seen = with_unlabelled(prepare(CFG), CFG.with_values(unlabelled=str(mixed)))
     assert len(seen.index("unlabelled")) == 1
+
+
+def test_images_without_masks_may_be_in_sub_folders_and_volumes(runs, tmp_path):
+    folder = tmp_path / "clinic"
+    for patient in (1, 2):
+        (folder / f"patient {patient}").mkdir(parents=True)
+        image = phantom.draw(4, patient, 32)[0]
+        Image.fromarray(image).save(folder / f"patient {patient}" / "a.png")
+    voxels = np.stack([phantom.draw(5, z, 32)[0][..., 0] for z in range(3)]).astype(np.float32)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), folder / "scan.nii.gz")
+    seen = with_unlabelled(prepare(CFG), CFG.with_values(unlabelled=str(folder)))
+    found = seen.cases["id"].iloc[seen.index("unlabelled")].tolist()
+    slices = [f"scan_z{z:03d}" for z in range(3)]
+    assert found == ["patient 1-a", "patient 2-a", *slices]
 
 
 def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss(runs, data):

@@ -249,15 +249,20 @@ def own_pairs(folder: Path) -> tuple[list[Case], str]:
 
 
 def images_alone(folder: Path) -> list[Case]:
-    """Images, volumes and DICOM series of a folder, which have no masks."""
-    sources = sources_in(folder)
+    """Images, volumes and DICOM series of a folder and its sub-folders, which have no masks."""
+    from .volumes import is_dicom
+
+    inner = {path: images_in(path) for path in _folders(folder) if not is_dicom(path)}
+    sources = [file for path in sources_in(folder) for file in inner.get(path) or [path]]
     if masks := _named_after_others(sources):
         raise DatasetNotFound(
             f"unlabelled: {folder} holds masks, such as {min(masks).name}; give a folder of images "
             "alone"
         )
-    cases = [Case(stem_of(file), file, (), unlabelled=True) for file in sources]
-    return cases + unread({folder})
+    paths = [file.relative_to(folder) for file in sources]
+    names = ["-".join([*path.parts[:-1], stem_of(path)]) for path in paths]
+    cases = [Case(name, file, (), unlabelled=True) for name, file in zip(names, sources)]
+    return cases + unread({folder, *inner})
 
 
 def _folders(folder: Path) -> list[Path]:

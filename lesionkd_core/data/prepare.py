@@ -123,7 +123,7 @@ def prepare(cfg: PrepareConfig) -> Prepared:
     for name in getattr(cfg, "test_dataset", ()):
         fingerprint(cfg.for_testing(name))  # an error now, not after hours of training
     if isinstance(cfg, DistillConfig) and cfg.unlabelled:
-        fingerprint(_unlabelled(cfg))
+        prepare(_unlabelled(cfg))
     if not isinstance(cfg, UnlabelledConfig):
         cfg = cfg.upstream(PrepareConfig)
     upstream, raw = fingerprint(cfg)
