@@ -326,7 +326,7 @@ NODE_COLOURS = (  # Tol's rainbow and a grey, in an order in which neighbours di
     "#CAE0AB", "#72190E", "#5289C7", "#F6C141", "#AE76A3", "#E8601C", "#90C987", "#D1BBD7",
 )
 # fmt: on
-TRUTH = "#FFFFFF"
+TRUTH, ALONE = "#FFFFFF", "#33BBEE"
 
 
 def panels(rows: int, columns: int, ratio: float = 1.0) -> tuple[Figure, np.ndarray]:
@@ -357,7 +357,10 @@ def draw_image(axis: Axes, image: np.ndarray, caption: str = "", /, **masks: np.
 
 
 def _network_colour(name: str) -> str:
-    return STYLES["teacher" if name == "teacher" else "student"].colour
+    """Brighter than in charts for the student alone, whose grey would be lost in an image."""
+    return (
+        ALONE if name == "alone" else STYLES["teacher" if name == "teacher" else "student"].colour
+    )
 
 
 def _caption(axis: Axes, text: str) -> None:
