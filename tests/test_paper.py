@@ -107,7 +107,7 @@ def test_the_paper_names_only_files_and_macros_that_the_notebook_writes(twice):
     used = set(re.findall(r"\\(lkd[A-Za-z]+)", TEXT))
     for name, begin in SHORT.items():
         used |= {f"lkd{begin}{end}" for end in re.findall(rf"\\{name}\{{(\w+)\}}", TEXT)}
-    assert len(SHORT) == 2 and len(used) >= 40 and sorted(used - set(macros)) == []
+    assert len(SHORT) == 4 and len(used) >= 40 and sorted(used - set(macros)) == []
 
 
 def test_the_paper_types_no_result_by_hand():
