@@ -22,7 +22,7 @@ NOTEBOOK = ROOT / "notebooks" / "06_paper_figures.ipynb"
 SOURCE = ROOT / "notebooks" / "paper" / "paper.tex"
 FIGURES = {"feature_maps", "segmentations", "ablation"}
 FIGURES |= {"study", "study_alone", "when_teacher_helps", "pareto"}
-TABLES = {"arms", "comparison", "study_scores", "study_comparison", "study_ratios"}
+TABLES = {"arms", "comparison", "study_scores", "study_comparison", "study_ratios", "study_bce"}
 
 
 def fill(place):
