@@ -153,19 +153,19 @@ def with_unlabelled(data: Prepared, cfg: DistillConfig) -> Prepared:
     if not cfg.unlabelled:
         return data
     others = prepare(_unlabelled(cfg))
-    own = np.delete(
+    kept = np.delete(
         np.arange(len(others.cases)), copies(data.thumbnails, others.thumbnails, cfg.duplicate_bits)
     )
-    left = len(others.cases) - len(own)
+    left = len(others.cases) - len(kept)
     log.info(
-        f"{len(own)} images without masks; {left} copies of images of {cfg.dataset_name} left out"
+        f"{len(kept)} images without masks; {left} copies of images of {cfg.dataset_name} left out"
     )
     both = Prepared(data.path)
     both.cases = pd.concat(
-        [data.cases, others.cases.iloc[own].assign(split="unlabelled")], ignore_index=True
+        [data.cases, others.cases.iloc[kept].assign(split="unlabelled")], ignore_index=True
     )
-    both.images = np.concatenate([data.images, others.images[own]])
-    both.masks = np.concatenate([data.masks, others.masks[own]])
+    both.images = np.concatenate([data.images, others.images[kept]])
+    both.masks = np.concatenate([data.masks, others.masks[kept]])
     both.unlabelled = others.digest
     return both
 
