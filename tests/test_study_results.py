@@ -9,8 +9,8 @@ from lesionkd_core.analysis import figures, statistics, tables
 from lesionkd_core.losses import TERMS
 
 ARMS = {"alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist", "sobel", "alone_long"}
-FIVE = {"alone", "feat", "method", "shuffled", "cwd"}
-STUDY = {"em-isbi2012": ARMS, "busi": ARMS, "cvc-clinicdb": FIVE, "isic2018": FIVE | {"alone_long"}}
+SIX = {"alone", "feat", "method", "shuffled", "cwd", "alone_long"}
+STUDY = {"em-isbi2012": ARMS, "busi": ARMS, "cvc-clinicdb": SIX, "isic2018": SIX}
 """Arms of each data set."""
 
 
