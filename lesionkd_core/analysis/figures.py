@@ -449,7 +449,7 @@ def segmentations(
 def viewer(prepared: Prepared, rows: Sequence[int], probabilities: dict[str, np.ndarray]) -> None:
     """Explore cases in JupyterLab: sliders for case and threshold, overlays to switch on and off.
 
-    Outside JupyterLab (papermill, nbval) it shows the masks of six cases at threshold 0.5.
+    Outside JupyterLab (papermill, nbval) it shows the masks of eight cases at threshold 0.5.
 
     Parameters
     ----------
@@ -458,7 +458,7 @@ def viewer(prepared: Prepared, rows: Sequence[int], probabilities: dict[str, np.
     probabilities : {network: (len(rows), S, S)}
     """
     if not results.live_bar() or "ipykernel" not in sys.modules:
-        chosen = np.linspace(0, len(rows) - 1, min(6, len(rows))).round().astype(int)
+        chosen = np.linspace(0, len(rows) - 1, min(8, len(rows))).round().astype(int)
         shown = {name: stack[chosen] > 0.5 for name, stack in probabilities.items()}
         display(segmentations(prepared, [rows[i] for i in chosen], shown))
         return
