@@ -403,7 +403,7 @@ def unmasked(tmp_path):
 
 
 def test_images_without_masks_train_the_student_through_its_teacher(
-    data, teacher, graph, runs, unmasked, monkeypatch
+    data, teacher, graph, runs, unmasked
 ):
     own = data.images[data.index("test")][:3]
     folder = unmasked(11, own)
