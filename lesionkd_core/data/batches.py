@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import MEAN, STD
 from .augment import augment, draw
 from .prepare import Prepared
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's channel statistics, for encoders trained there."""
 VIEW_SEED = 2**31
 """Seed of the augmentation with a fixed number of views; no option can have it."""
 
