@@ -351,6 +351,38 @@ def test_levels_that_do_not_fit_are_refused_with_both_shapes(level, words):
     assert all(word in str(error.value) for word in words)
 
 
+# Published tiny networks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "rounding"),
+    [
+        ("ege_unet", 53_374, 0),
+        ("mk_unet_t", 27_000, 500),  # 0.027 M
+        ("simple_unet16", 16_000, 500),  # 16 K
+    ],
+)
+def test_a_published_tiny_network_has_its_size_and_meets_the_teachers_levels(
+    name, published, rounding
+):
+    network = build_network(f"examples.networks:{name}", width=4)
+    assert abs(parameter_count(network) - published) <= rounding
+    logits, maps = network.train().forward_features(drawn(2, 3, 64, 96))
+    assert logits.shape == (2, 1, 64, 96)
+    found = {level: (x.shape[1], 64 // x.shape[2], 96 // x.shape[3]) for level, x in maps.items()}
+    channels = network.feature_channels()
+    assert found == {n: (c, stride_of(n), stride_of(n)) for n, c in channels.items()}
+    levels = tuple(f"decoder.stride{stride}" for stride in (8, 4, 2)) + ("encoder.stride16",)
+    assert (
+        FeatureRefinement(network, ResNet34UNet(), levels).teacher_maps
+        == levels[2::-1] + levels[3:]
+    )
+    assert all(x.min() < 0 for x in maps.values())
+    logits.mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert network.eval()(torch.zeros(1, 3, 101, 65)).shape == (1, 1, 101, 65)
+
+
 # Your own networks --------------------------------------------------------------------------------
 
 
