@@ -133,7 +133,7 @@ def build(cfg: TeacherConfig, lesion_fraction: float | None = None) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(getattr(cfg, cfg.seed_field))
         if isinstance(cfg, DistillConfig):
-            network = build_network(cfg.student, width=cfg.width, stem=cfg.stem)
+            network = build_network(cfg.student, width=cfg.width)
         else:
             network = build_network(cfg.teacher)
     if lesion_fraction:
