@@ -58,6 +58,8 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 """Values that a profile sets; an option that is given by name overrides them."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's channel statistics, by which images are standardized; pixels in 0..1."""
 
 DEMONSTRATION = {"label_fraction": 0.1}
 """Set by the smoke profile for the phantom: with few labels a teacher helps visibly."""
@@ -294,7 +296,7 @@ class StageConfig(BaseModel):
         left_out = self.options(Role.RUN) | set(unused)
         values = self.model_dump(exclude=set(left_out), mode="json")
         for name in self.options(Role.FILE) & values.keys():
-            if values[name]:
+            if values[name] not in ("", "random"):
                 values[name] = content_of(values[name])
         return values
 
@@ -466,7 +468,8 @@ class TeacherConfig(PrepareConfig):
     seed_field = "teacher_seed"
     teacher: Annotated[str, Role.TEACHER] = Field(
         "resnet34_unet",
-        description="resnet34_unet (patent), unet64 (paper), or your own as 'module:function'",
+        description="resnet34_unet (patent), unet64 (paper), efficientnet_lite2_unet (ImageNet; "
+        "extra imagenet), timm:NAME (package timm), or your own as 'module:function'",
     )
     teacher_seed: Annotated[Seed, Role.TEACHER] = Field(
         0, description="seed of the teacher's weights and batches, and of the graph"
@@ -489,7 +492,9 @@ class TeacherConfig(PrepareConfig):
         "32-true", description="arithmetic, in Lightning Fabric's names"
     )
     encoder_weights: Annotated[str, Role.TEACHER, Role.FILE] = Field(
-        "", description="file of torchvision's resnet34 for the teacher's encoder; empty: random"
+        "",
+        description="file of weights of the teacher's encoder (torchvision's resnet34, or timm's), "
+        "or random; empty: its ImageNet weights if it has any",
     )
     teacher_checkpoint: Annotated[str, Role.TEACHER, Role.FILE] = Field(
         "", description="state dict of a teacher trained elsewhere; used without training"
@@ -500,9 +505,12 @@ class TeacherConfig(PrepareConfig):
 
     @model_validator(mode="after")
     def _weights_of_the_teacher(self) -> Self:
-        if self.encoder_weights and self.teacher != "resnet34_unet":
+        with_encoder = ("resnet34_unet", "efficientnet_lite2_unet")
+        takes_weights = self.teacher in with_encoder or self.teacher.startswith("timm:")
+        if self.encoder_weights and not takes_weights:
             raise ValueError(
-                f"encoder_weights need teacher = 'resnet34_unet'; got {self.teacher!r}"
+                "encoder_weights need teacher = 'resnet34_unet' or 'timm:NAME'; got "
+                f"{self.teacher!r}"
             )
         if self.encoder_weights and self.teacher_checkpoint:
             raise ValueError("encoder_weights and teacher_checkpoint: give one of the two")

@@ -45,7 +45,15 @@ from .losses import (
     resolve,
     unused_options,
 )
-from .models import Network, build_network, channels_of, freeze, match_levels, stride_of
+from .models import (
+    EncoderUNet,
+    Network,
+    build_network,
+    channels_of,
+    freeze,
+    match_levels,
+    stride_of,
+)
 from .predict import build, config_of, load_network
 from .results import C, OtherOptions, Progress, R, Result, Wanted, log, require_options, short
 from .train import Learner, start_fabric, teacher_pass, train
@@ -142,10 +150,12 @@ def _find_or_train(
 
 def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
     """The teacher before training: random, with an ImageNet encoder, or trained elsewhere."""
-    teacher = build(cfg, data.lesion_fraction)
-    if cfg.encoder_weights:
-        encoder = teacher.get_submodule("encoder")
-        _load(encoder, "encoder_weights", cfg.encoder_weights, "torchvision's resnet34", "fc.")
+    teacher, file = build(cfg, data.lesion_fraction), cfg.encoder_weights
+    if isinstance(teacher, EncoderUNet) and file != "random" and not cfg.teacher_checkpoint:
+        if file and cfg.teacher == "resnet34_unet":
+            _load(teacher.encoder, "encoder_weights", file, "torchvision's resnet34", "fc.")
+        else:
+            teacher.encoder.load_pretrained(file)
     if cfg.teacher_checkpoint:
         kind = f"lesionkd_core.models.{type(teacher).__name__}"
         _load(teacher, "teacher_checkpoint", cfg.teacher_checkpoint, kind)

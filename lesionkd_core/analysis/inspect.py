@@ -23,7 +23,7 @@ from ..data.splits import compare_pairs
 from ..edges import edge_at_stride, edge_label_batch
 from ..losses import EdgeGraph, EdgeReasoning, FittedGraph, Measured, build_terms, margin_relu
 from ..losses.edge_reasoning import live_in
-from ..models import Network, channels_of, stride_of
+from ..models import Network, stride_of
 from ..predict import TrainedNetwork, load_network
 
 BATCH = 16
@@ -211,14 +211,14 @@ def restored(run: results.Result, teacher: TrainedNetwork) -> tuple[TrainedNetwo
     `checkpoint_best` has the student alone.
     """
     student = load_network(run)
-    cfg, names = student.cfg, teacher.network.feature_norms()
+    cfg, channels = student.cfg, teacher.network.feature_channels()
     if not isinstance(cfg, DistillConfig):
         raise LesionKDError(f"{results.short(run.path)} is a teacher; give the run of a student")
     level = cfg.edge_level.rpartition(":")[2]
-    graph = EdgeGraph.build(channels_of(teacher.network, level), cfg)
+    graph = EdgeGraph.build(channels[level], cfg)
     measured = Measured(
         FittedGraph(graph, torch.ones(cfg.states)),
-        {name: torch.zeros(channels_of(teacher.network, name)) for name in names},
+        {name: torch.zeros(count) for name, count in channels.items()},
     )  # the right shapes; the checkpoint has the values
     terms = build_terms(cfg, student.network, teacher.network, measured)
     whole = nn.ModuleDict({"network": student.network, "terms": terms})

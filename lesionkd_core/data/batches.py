@@ -13,12 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..config import DistillConfig, TeacherConfig
+from ..config import MEAN, STD, DistillConfig, TeacherConfig
 from .augment import augment, draw
 from .prepare import Prepared, Unlabelled
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's channel statistics, for encoders trained there."""
 
 Device = torch.device | str
 

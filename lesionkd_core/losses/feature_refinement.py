@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from ..config import DistillConfig, TeacherConfig
+from ..config import DistillConfig, LesionKDError, TeacherConfig
 from ..models import Network, channels_of, match_levels, stride_of
 from .terms import LossTerm, Step, register, require_same_size
 
@@ -45,6 +45,16 @@ def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
     margin = mu - sigma * density / negative.clamp_min(1e-300)
     margin = torch.where(negative > 0.001, margin, -3 * sigma)
     return torch.where(sigma == 0, mu.clamp_max(0), margin).float().to(bn.weight.device)
+
+
+def _margin_of(teacher: Network, name: str) -> Tensor:
+    norms = teacher.feature_norms()
+    if name not in norms:
+        raise LesionKDError(
+            f"the teacher's map {name!r} does not come from a BatchNorm, so L_feat cannot compute "
+            "its margin from one; set margin = 'empirical'"
+        )
+    return bn_margin(norms[name])
 
 
 def margin_relu(x: Tensor, margin: Tensor) -> Tensor:
@@ -167,7 +177,7 @@ class FeatureRefinement(LossTerm):
             Connector(channels_of(student, s), channels_of(teacher, t)) for s, t in self.pairs
         )
         for i, (_, name) in enumerate(self.pairs):
-            margin = margins[name] if margins else bn_margin(teacher.feature_norms()[name])
+            margin = margins[name] if margins else _margin_of(teacher, name)
             self.register_buffer(f"margin{i}", margin)
 
     @classmethod
