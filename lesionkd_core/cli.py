@@ -177,11 +177,12 @@ def _train_teacher(cfg: Any) -> Any:
 
 
 def _distill(cfg: Any) -> Any:
-    from .pipeline import distill, fit_edge_graph, needs_graph
+    from .losses import needs_graph, needs_teacher
+    from .pipeline import distill, fit_edge_graph, train_teacher
 
     data = _prepare(cfg)
-    teacher = _train_teacher(cfg) if cfg.terms else None
-    graph = fit_edge_graph(teacher, data, cfg) if teacher and needs_graph(cfg) else None
+    teacher = train_teacher(data, cfg) if needs_teacher(cfg.losses) else None
+    graph = fit_edge_graph(teacher, data, cfg) if teacher and needs_graph(cfg.losses) else None
     return distill(teacher, graph, data, cfg)
 
 

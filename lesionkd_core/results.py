@@ -23,11 +23,13 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .config import ConfigError, LesionKDError, StageConfig, nearest
+from .config import ConfigError, LesionKDError, Role, StageConfig, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +57,10 @@ class UnfinishedRun(LesionKDError):
 
 class DamagedResult(LesionKDError):
     """A file of a finished result has changed since it was written."""
+
+
+class OtherOptions(LesionKDError):
+    """A result was made with other options than the configuration that comes with it."""
 
 
 # Folders ------------------------------------------------------------------------------------------
@@ -99,10 +105,35 @@ def is_done(path: Path) -> bool:
     return (path / "DONE").is_file()
 
 
-def folder(cfg: StageConfig, upstream: str) -> Path:
-    """The folder of the result of `cfg`; the full digest is compared, not the name's letters."""
+@dataclass(frozen=True)
+class Wanted(Generic[C]):
+    """A result to find or make.
+
+    Attributes
+    ----------
+    cfg
+        Its options.
+    upstream : str
+        Digest of what it is made from.
+    unused : set of str
+        Options that this result does not depend on.
+    """
+
+    cfg: C
+    upstream: str
+    unused: frozenset[str] = frozenset()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 that identifies the result."""
+        return self.cfg.digest(self.upstream, self.unused)
+
+
+def folder(wanted: Wanted[C]) -> Path:
+    """The folder of a result; the full digest is compared, not the name's letters."""
+    cfg, digest = wanted.cfg, wanted.digest
     dataset = re.sub(r"[^A-Za-z0-9._-]+", "_", getattr(cfg, "dataset_name", "")) or "data"
-    digest, stage = cfg.digest(upstream), runs_root() / cfg.stage
+    stage = runs_root() / cfg.stage
     for length in (8, 16, 64):
         same_hash = sorted(stage.glob(f"*-{digest[:length]}"))  # perhaps of another profile
         for path in same_hash:
@@ -115,9 +146,16 @@ def folder(cfg: StageConfig, upstream: str) -> Path:
     raise AssertionError("two results have one SHA-256")
 
 
+def with_digest(stage: str, digest: str) -> Path | None:
+    """The folder of a finished result by its full digest; None if there is none."""
+    for path in sorted((runs_root() / stage).glob(f"*-{digest[:8]}*")):
+        if is_done(path) and read_json(path / "config.json").get("digest") == digest:
+            return path
+    return None
+
+
 def find_or_make(
-    cfgs: Sequence[C],
-    upstreams: Sequence[str],
+    wanted: Sequence[Wanted[C]],
     make: Callable[[dict[Path, C]], None],
     kind: Callable[[Path], R],
     *,
@@ -131,8 +169,8 @@ def find_or_make(
 
     Parameters
     ----------
-    cfgs, upstreams
-        Configurations, and for each the digest of what the result is made from.
+    wanted
+        Configurations, each with the digest of what its result is made from.
     make : function of {folder: configuration}
         Fills the folders of the missing results.
     kind : function of a folder
@@ -142,19 +180,19 @@ def find_or_make(
     leader, wait
         With several processes on one training: whether this one writes, and a barrier.
     """
-    paths = [folder(cfg, upstream) for cfg, upstream in zip(cfgs, upstreams)]
+    paths = [folder(one) for one in wanted]
     with ExitStack() as locks:
         if leader and not all(map(is_done, paths)):
             for path in sorted(set(paths)):  # one order, so no deadlock
                 locks.enter_context(lock(path))
         wait()  # from here on no other job can finish one of them
-        missing = {path: i for i, path in enumerate(paths) if not is_done(path)}
+        missing = {path: one for path, one in zip(paths, wanted) if not is_done(path)}
         if missing:
             if leader:
-                for path, i in missing.items():
-                    _begin(path, cfgs[i], upstreams[i], resume)
+                for path, one in missing.items():
+                    _begin(path, one, resume)
             wait()
-            make({path: cfgs[i] for path, i in missing.items()})
+            make({path: one.cfg for path, one in missing.items()})
             wait()
             if leader:
                 for path in missing:
@@ -183,12 +221,13 @@ def lock(path: Path) -> Iterator[None]:
         guard.release()
 
 
-def _begin(path: Path, cfg: StageConfig, upstream: str, resume: bool) -> None:
+def _begin(path: Path, wanted: Wanted[C], resume: bool) -> None:
     if path.exists() and not resume:
         shutil.rmtree(path)
     make_folder(path)
-    identity = {"stage": cfg.stage, "version": cfg.version, "upstream": upstream}
-    identity["digest"] = cfg.digest(upstream)
+    cfg = wanted.cfg
+    identity = {"stage": cfg.stage, "version": cfg.version, "upstream": wanted.upstream}
+    identity["digest"] = wanted.digest
     env = path / "env.json"
     before = [read_json(env)] if env.exists() else []
     write_json(path / "config.json", identity | cfg.model_dump(mode="json"))
@@ -452,6 +491,31 @@ class Result:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({short(self.path)})"
+
+
+def require_options(result: Result, cfg: StageConfig) -> None:
+    """Refuse a result that was made with other options than `cfg`, which comes with it.
+
+    Raises
+    ------
+    OtherOptions
+        Names each option that differs, with both values.
+    """
+    made = result.config
+    if made.get("digest") == Wanted(cfg, made.get("upstream", "")).digest:
+        return
+    given = cfg.model_dump(mode="json", exclude=set(cfg.options(Role.RUN)))
+    apart = {n: (made[n], value) for n, value in given.items() if made.get(n, value) != value}
+    lines = [f"{name} = {ours!r}, not {theirs!r}" for name, (ours, theirs) in apart.items()]
+    if made.get("version") != cfg.version:
+        lines.append(f"version {made.get('version')} of this suite's results, not {cfg.version}")
+    if not lines:
+        files = [f"{n} = {given[n]!r}" for n in sorted(cfg.options(Role.FILE)) if given[n]]
+        lines = [f"another content of {', '.join(files) or 'its files'}"]
+    raise OtherOptions(
+        f"{short(result.path)} was made with {'; '.join(lines)} as the configuration says. Give "
+        "the configuration of this result, or make the result with this configuration."
+    )
 
 
 def finished(stage: str = "") -> list[Path]:

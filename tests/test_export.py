@@ -236,7 +236,9 @@ def test_an_export_of_another_network_is_refused_and_left_unfinished(student, mo
     cfg = ExportConfig(formats="onnx", calibration=3)
     with pytest.raises(ParityError, match="student.onnx"):
         export_student(cfg, student)
-    path = results.folder(cfg, results.read_json(student.path / "config.json")["digest"])
+    path = results.folder(
+        results.Wanted(cfg, results.read_json(student.path / "config.json")["digest"])
+    )
     assert (path / "parity.csv").exists()
     assert not results.is_done(path)
 
@@ -427,4 +429,6 @@ def test_a_copy_of_the_run_with_other_weights_is_another_export(student, tmp_pat
     copy = shutil.copytree(student.path, tmp_path / "run")
     content = results.read_json(copy / "config.json")
     cfg = ExportConfig(formats="native")
-    assert results.folder(cfg, content["digest"]) != results.folder(cfg, "another")
+    assert results.folder(results.Wanted(cfg, content["digest"])) != results.folder(
+        results.Wanted(cfg, "another")
+    )

@@ -54,7 +54,7 @@ def finished(root, cfg=CFG, constant=None, **files):
             for name, write in files.items():
                 write(path / name)
 
-    [run] = results.find_or_make([cfg], ["upstream"], make, results.Result)
+    [run] = results.find_or_make([results.Wanted(cfg, "upstream")], make, results.Result)
     return run.path
 
 

@@ -124,9 +124,9 @@ def edge_survival(
 def live_nodes(cfg: Any, masks: np.ndarray) -> np.ndarray:
     """Cells of the grid with an edge pixel, for each mask: (N, S, S) 0/1 -> (N,).
 
-    `cfg` has edge_level, edge_width, grid and grid_frame.
+    `cfg` has edge_level, edge_width and grid.
     """
-    graph = EdgeGraph(1, 1, cfg.grid, frame=cfg.grid_frame)
+    graph = EdgeGraph(1, 1, cfg.grid)
     stride = stride_of(cfg.edge_level.partition(":")[0])
     edge = graph.edge_at(_edges(masks, cfg.edge_width), stride)
     count: np.ndarray = graph.live_nodes(edge).sum(1).numpy()

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -48,9 +49,6 @@ Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
 
 class Prepared(results.Result):
     """Prepared arrays of one data set, memory-mapped, in the order of `cases`."""
-
-    unlabelled = ""
-    """Digest of the images without masks that `with_unlabelled` added."""
 
     @cached_property
     def cases(self) -> pd.DataFrame:
@@ -102,11 +100,6 @@ class Prepared(results.Result):
         """Rows of a split, ascending."""
         return np.flatnonzero(self.cases["split"] == split)
 
-    @property
-    def training(self) -> np.ndarray:
-        """Rows that are trained on: the training split, and images without masks."""
-        return np.concatenate([self.index("train"), self.index("unlabelled")])
-
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {len(self.index(name))}" for name in SPLITS)
         return f"Prepared({results.short(self.path)}: {counts}, split {self.split_hash})"
@@ -141,33 +134,36 @@ def prepare(cfg: PrepareConfig) -> Prepared:
             _assemble(path, cfg, parts, grouped=bool(raw))
             shutil.rmtree(path / "parts")
 
-    return results.find_or_make([cfg], [upstream], make, Prepared, resume=True)[0]
+    wanted = results.Wanted(cfg, upstream)
+    return results.find_or_make([wanted], make, Prepared, resume=True)[0]
 
 
-def with_unlabelled(data: Prepared, cfg: DistillConfig) -> Prepared:
-    """The prepared arrays and, for the students alone, the images without masks.
+@dataclass(frozen=True)
+class Unlabelled:
+    """Images without masks: (N, S, S, 3) uint8 in memory, their ids, and the digest of all."""
+
+    images: np.ndarray
+    ids: pd.Series
+    digest: str
+
+
+def unlabelled_images(data: Prepared, cfg: DistillConfig) -> Unlabelled | None:
+    """The images without masks that the option `unlabelled` names; None if it is empty.
 
     Copies of the data set's own images are left out, so that test images stay unseen. Slices of
-    volumes are not compared. Images and masks are then in memory.
+    volumes are not compared.
     """
     if not cfg.unlabelled:
-        return data
+        return None
     others = prepare(_unlabelled(cfg))
-    kept = np.delete(
-        np.arange(len(others.cases)), copies(data.thumbnails, others.thumbnails, cfg.duplicate_bits)
-    )
-    left = len(others.cases) - len(kept)
+    left_out = copies(data.thumbnails, others.thumbnails, cfg.duplicate_bits)
+    kept = np.delete(np.arange(len(others.cases)), left_out)
     log.info(
-        f"{len(kept)} images without masks; {left} copies of images of {cfg.dataset_name} left out"
+        f"{len(kept)} images without masks; {len(left_out)} copies of images of "
+        f"{cfg.dataset_name} left out"
     )
-    both = Prepared(data.path)
-    both.cases = pd.concat(
-        [data.cases, others.cases.iloc[kept].assign(split="unlabelled")], ignore_index=True
-    )
-    both.images = np.concatenate([data.images, others.images[kept]])
-    both.masks = np.concatenate([data.masks, others.masks[kept]])
-    both.unlabelled = others.digest
-    return both
+    ids = others.cases["id"].iloc[kept].reset_index(drop=True)
+    return Unlabelled(np.asarray(others.images[kept]), ids, others.digest)
 
 
 def _unlabelled(cfg: DistillConfig) -> UnlabelledConfig:
