@@ -6,7 +6,7 @@ no gradient. Functions of feature maps take activations after the ReLU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..models import Network, channels_of, match_levels
 from .feature_refinement import Connector
+from .segmentation import SEG_LOSSES
 from .terms import LossTerm, Step, register, require_same_size
 
 if TYPE_CHECKING:
@@ -198,6 +199,24 @@ def sobel_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(ours, theirs)
 
 
+def sobel_mask_loss(student: Tensor, masks: Tensor) -> Tensor:
+    """Match the gradient magnitudes of the probabilities and of the mask, by Sobel's filters.
+
+    L = mean (|grad p_S| - |grad y|)^2: `sobel_loss` without a teacher.
+
+    Parameters
+    ----------
+    student, masks : (N, 1, H, W)
+        Logits, and masks, 0 or 1.
+
+    Returns
+    -------
+    ()
+    """
+    ours, truth = _pair(student, masks)
+    return F.mse_loss(_gradient(ours.sigmoid()), _gradient(truth))
+
+
 def _gradient(x: Tensor) -> Tensor:
     """Magnitude of the Sobel gradient, (N, 1, H, W) -> the same; borders replicated."""
     kernel = (
@@ -252,6 +271,44 @@ class SobelDistillation(LossTerm):
 
     def forward(self, step: Step) -> Tensor:
         return sobel_loss(step.logits, step.teacher_logits)
+
+
+@register("sobel_mask", label="Sobel of mask", weight=30.0, sweep=(3.0, 10.0, 30.0, 100.0))
+class SobelOfMask(LossTerm):
+    """`sobel_mask_loss` on the images that have masks: what `sobel` gains without a teacher."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def forward(self, step: Step) -> Tensor:
+        return sobel_mask_loss(step.logits[: len(step.masks)], step.masks)
+
+
+@register("pseudo", label="pseudo-labels", weight=1.0, sweep=(0.3, 1.0, 3.0, 10.0))
+class PseudoLabels(LossTerm):
+    """L_seg with the teacher's hard masks (probability above 0.5), on the images without masks.
+
+    0 for a batch in which all images have masks.
+
+    Source: Lee 2013, "Pseudo-Label"; there the network labels images for itself, here the teacher
+    does.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.loss = SEG_LOSSES[name]
+
+    @classmethod
+    def build(
+        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
+    ) -> Self:
+        return cls(cfg.seg_loss)
+
+    def forward(self, step: Step) -> Tensor:
+        first = len(step.masks)
+        logits, labels = step.logits[first:], step.teacher_logits[first:] > 0
+        if not len(logits):
+            return step.logits.new_zeros(())
+        return self.loss(logits, labels.to(logits.dtype))
 
 
 @register(
