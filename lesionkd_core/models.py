@@ -302,7 +302,7 @@ class EfficientNetLite2Encoder(Encoder):
     def forward(self, x: Tensor) -> dict[int, Tensor]:
         """(N, 3, H, W) -> {stride: (N, C, H/stride, W/stride)}."""
         x = self.conv_stem(_pad_same(self.standardize(x), 3))
-        x = F.relu6(self.bn0(x))
+        x = F.relu6(self.bn0(x), inplace=True)
         maps = {}
         for stride, block in zip(self.strides, self.blocks):
             maps[stride] = x = block(x)
@@ -362,10 +362,10 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, outputs, H/stride, W/stride)."""
-        y = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        y = F.relu6(self.bn0(self.expand_conv(x)), inplace=True) if self.expands else x
         if self.stride == 2:
             y = _pad_same(y, self.kernel)
-        y = F.relu6(self.bn1(self.depthwise_conv(y)))
+        y = F.relu6(self.bn1(self.depthwise_conv(y)), inplace=True)
         y = self.bn2(self.project_conv(y))
         out: Tensor = x + y if self.adds else y
         return out

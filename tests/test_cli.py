@@ -40,7 +40,7 @@ def as_words(options):
     ("kind", "words", "expected"),
     [
         (DistillConfig, ["-p", "seed", "3", "-p", "lr", "1e-3"], {"seed": 3, "lr": 0.001}),
-        (DistillConfig, ["-p", "stem", "2", "-p", "margin", "bn"], {"stem": 2, "margin": "bn"}),
+        (DistillConfig, ["-p", "width", "8", "-p", "margin", "bn"], {"width": 8, "margin": "bn"}),
         (TeacherConfig, ["-p", "deterministic", "True"], {"deterministic": True}),
         (AblationConfig, ["-p", "seeds", "2"], {"seeds": (0, 1)}),
         (AblationConfig, ["-r", "seeds", "2"], {"seeds": (2,)}),
