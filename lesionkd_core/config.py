@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="StageConfig")
 
-PROFILES: dict[str, dict[str, Any]] = {
+PROFILES: dict[str, dict[str, object]] = {
     "smoke": {  # a demonstration in minutes on two cores
         "pixels": 64,
         "cases": 200,
@@ -108,26 +108,32 @@ def content_of(file: str) -> str:
         ) from None
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> object:
     """2024 -> '2024': papermill takes the name of a folder for a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _names(value: Any) -> Any:
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _names(value: object) -> object:
     """'a, b' -> ('a', 'b')."""
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        return _parts(value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _numbers(value: Any) -> Any:
+def _numbers(value: object) -> object:
     """'128, 256' -> (128, 256); 128 -> (128,)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
-    return tuple(int(part) for part in _names(value)) if isinstance(value, str) else _names(value)
+    if isinstance(value, str):
+        return tuple(int(part) for part in _parts(value))
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _seeds(value: Any) -> Any:
+def _seeds(value: object) -> object:
     """3 -> (0, 1, 2); '7' -> (7,); '0, 7' -> (0, 7)."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value > 1000:
@@ -140,12 +146,12 @@ def _seeds(value: Any) -> Any:
     return _numbers(value)
 
 
-def _levels(value: Any) -> Any:
+def _levels(value: object) -> object:
     """'patent' -> the maps of that name; 'a, b' -> ('a', 'b')."""
     return LEVELS[value] if isinstance(value, str) and value in LEVELS else _names(value)
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _distinct(values: tuple[object, ...]) -> tuple[object, ...]:
     if len(set(values)) != len(values):
         raise ValueError("one value is given twice")
     return values
@@ -167,27 +173,28 @@ def _rule(value: str) -> str:
     return value
 
 
-def _losses(value: Any) -> Any:
+def _losses(value: object) -> object:
     """'feat=1, edge' -> {'feat': 1.0, 'edge': None}; None is the term's default weight."""
+    given: dict[str, float | None] = {}
     if isinstance(value, dict):
-        given = dict(value)
+        given |= value
     else:
-        given = {}
-        for part in _names(value):
-            name, equals, weight = (text.strip() for text in str(part).partition("="))
+        listed = value if isinstance(value, list | tuple) else _parts(str(value))
+        for part in listed:
+            name, equals, number = (text.strip() for text in str(part).partition("="))
             if name in given:
                 raise ValueError(f"names {name!r} twice")
             try:
-                given[name] = float(weight) if equals else None
+                given[name] = float(number) if equals else None
             except ValueError:
-                raise ValueError(f"the weight of {name!r} is {weight!r}; give a number") from None
+                raise ValueError(f"the weight of {name!r} is {number!r}; give a number") from None
     for name, weight in given.items():
         if weight is not None and not 0 <= weight < float("inf"):
             raise ValueError(f"the weight of {name!r} is {weight}; it must be 0 or more")
     return {name: None if weight is None else float(weight) for name, weight in given.items()}
 
 
-def _edge_level(value: Any) -> Any:
+def _edge_level(value: object) -> object:
     return {"low": "encoder.stride4", "deep": "encoder.stride16"}.get(str(value), value)
 
 
@@ -231,7 +238,7 @@ class StageConfig(BaseModel):
         0, ge=0, description="CPU threads; 0 leaves torch's choice"
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: object) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -239,13 +246,13 @@ class StageConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_profile(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_from_profile(cls, values: dict[str, object]) -> dict[str, object]:
         given = {name: value for name, value in values.items() if value is not None}
         filled = PROFILES.get(str(given.get("profile", "smoke")), {})
         return {name: value for name, value in filled.items() if name in cls.model_fields} | given
 
     @classmethod
-    def from_notebook(cls, namespace: dict[str, Any]) -> Self:
+    def from_notebook(cls, namespace: dict[str, object]) -> Self:
         """Read the options from a notebook's globals and refuse other names.
 
         Modules, functions and classes are skipped, and so are names that were first assigned after
@@ -260,7 +267,8 @@ class StageConfig(BaseModel):
             and not (inspect.ismodule(value) or inspect.isclass(value) or callable(value))
             and type(value).__module__ != "__future__"
         }
-        names = names & first if first is not None else names
+        if isinstance(first, frozenset):
+            names &= first
         cfg = cls(**{name: namespace[name] for name in names})
         namespace["_lesionkd_parameters"] = frozenset(names)
         return cfg
@@ -286,12 +294,12 @@ class StageConfig(BaseModel):
         """The configuration of an earlier stage."""
         return stage(**{name: getattr(self, name) for name in stage.model_fields})
 
-    def with_values(self, **values: Any) -> Self:
+    def with_values(self, **values: object) -> Self:
         """The same configuration with other values."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**given | values)
 
-    def hashed(self, unused: Collection[str] = ()) -> dict[str, Any]:
+    def hashed(self, unused: Collection[str] = ()) -> dict[str, object]:
         """The options that the result is computed from; files by their content."""
         left_out = self.options(Role.RUN) | set(unused)
         values = self.model_dump(exclude=set(left_out), mode="json")
@@ -405,7 +413,7 @@ class PrepareConfig(StageConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _none_ignored(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _none_ignored(cls, values: dict[str, object]) -> dict[str, object]:
         if values.get("ignore_values") is not None:
             raise ValueError(
                 "ignore_values: pixels cannot be left out of loss and scores. With lesion_values, "
@@ -609,7 +617,7 @@ class DistillConfig(GraphConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_for_demonstration(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_for_demonstration(cls, values: dict[str, object]) -> dict[str, object]:
         smoke = (values.get("profile") or "smoke") == "smoke"
         phantom = (values.get("dataset") or "phantom") == "phantom"
         given = {name: value for name, value in values.items() if value is not None}
@@ -639,7 +647,7 @@ class AblationConfig(DistillConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _arms_decide(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _arms_decide(cls, values: dict[str, object]) -> dict[str, object]:
         if values.get("seed") is not None:
             raise ValueError("seed: an ablation has the option seeds instead")
         return values
@@ -680,7 +688,7 @@ class ExportConfig(StageConfig):
                     raise ValueError(f"{field} names {name!r}: {nearest(name, known)}")
         return self
 
-    def hashed(self, unused: Collection[str] = ()) -> dict[str, Any]:
+    def hashed(self, unused: Collection[str] = ()) -> dict[str, object]:
         """What the files are made with; the student counts by its own digest."""
         names = ("formats", "sizes", "threshold", "logits", "calibration")
         return {name: getattr(self, name) for name in names}
