@@ -16,6 +16,7 @@ from . import results
 from .config import LesionKDError
 from .data.images import Case, Reading
 from .data.layouts import fingerprint, read
+from .data.masks import decided
 from .data.prepare import Prepared, prepare
 from .data.splits import copies
 from .predict import TrainedNetwork, load_network, predict, probabilities, read_config
@@ -392,7 +393,7 @@ def _source_of(student: TrainedNetwork) -> tuple[Prepared, list[Case]]:
             f"{where} was made from another state of {student.cfg.dataset}: files, masks or groups "
             "have changed since.\nRestore the data, or run the notebook again."
         )
-    return data, raw
+    return data, decided(raw, student.cfg)
 
 
 def _score_original(student: TrainedNetwork, data: Prepared, raw: list[Case]) -> pd.DataFrame:
