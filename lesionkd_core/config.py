@@ -165,6 +165,22 @@ def _window(value: str) -> str:
     return value
 
 
+def _given_values(value: Any) -> Any:
+    """1 or [1, 3] -> '1' or '1, 3'."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    plain = all(isinstance(v, (int, float, str)) and not isinstance(v, bool) for v in values)
+    return ", ".join(map(str, values)) if plain else value
+
+
+def _values(value: str) -> str:
+    value = re.sub(r"\s*,\s*", ", ", " ".join(value.lower().split()))
+    number = r"-?\d+(?:\.\d+)?"
+    one = rf"(?:{number}|#(?:[0-9a-f]{{6}}){{1,2}})"
+    if value and not re.fullmatch(rf"(?:all but )?{one}(?:, {one})*|over {number}", value):
+        raise ValueError("must be such as '1, 3', '#ff0000', 'all but 0' or 'over 127'")
+    return value
+
+
 def _rule(value: str) -> str:
     try:
         re.compile(value)
@@ -208,7 +224,7 @@ Size = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 Sizes = Annotated[
     tuple[Size, ...], BeforeValidator(_numbers), AfterValidator(_distinct), Field(min_length=1)
 ]
-Values = Annotated[tuple[int, ...], BeforeValidator(_numbers), AfterValidator(_distinct)]
+Values = Annotated[str, BeforeValidator(_given_values), AfterValidator(_values)]
 Level = Annotated[str, Field(pattern=rf"^{_MAP}(:{_MAP})?$")]
 Levels = Annotated[
     tuple[Level, ...], BeforeValidator(_levels), AfterValidator(_distinct), Field(min_length=1)
@@ -368,9 +384,9 @@ class PrepareConfig(StageConfig):
         "file's own, else the 0.5 to 99.5 percentiles",
     )
     lesion_values: Values = Field(
-        (),
-        description="values of a mask that are lesion, such as '1, 3'; empty: all but 0 in classes "
-        "and instances, over half elsewhere",
+        "",
+        description="values of the masks that are lesion, such as '1, 3', '#ff0000', 'all but 0' "
+        "or 'over 127'; empty: decided from all masks of the data set",
     )
     invert_masks: bool = Field(False, description="masks show the lesion black on white")
     split_seed: Seed = Field(0, description="seed of the split and of the phantom's cases")

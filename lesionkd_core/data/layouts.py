@@ -31,11 +31,11 @@ from .images import (
     is_volume,
     natural,
     pair,
-    read_case,
     sources_in,
     stem_of,
     unpacked,
 )
+from .masks import read_case
 
 
 class DatasetNotFound(LesionKDError):
@@ -602,8 +602,7 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
             f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
             f"file that can be read ({kinds})."
         )
-    said: dict[str, Any] = {"lesion_values": cfg.lesion_values, "inverted": cfg.invert_masks}
-    cases = [replace(case, window=release.window, **said) for case in cases]
+    cases = [replace(case, window=release.window) for case in cases]
     if cfg.group_by not in ("", "sequence") and not column:
         cases = _regrouped(cases, folder, cfg.group_by)
     official = release.name in CATALOGUE

@@ -26,6 +26,7 @@ from ..results import Progress, log
 from . import phantom
 from .images import Case, Reading, UnreadableFile, is_volume
 from .layouts import CATALOGUE, fingerprint, how_paired, read, sequence_of, window_of
+from .masks import decided
 from .pixels import (
     THUMBNAIL,
     lesion_contrast,
@@ -43,6 +44,10 @@ BYTES = 9
 """Written for each prepared pixel: image and mask in a part, then image, mask and edge."""
 FEW_PIXELS = 10
 """A mask of fewer pixels is reported if the median lesion has a hundred times as many."""
+OUTLINE = 32
+"""Side of the coarse copy of a mask that is compared with the others."""
+ALIKE, AROUND = 0.9, 0.9
+"""Masks hardly differ, or are lesion along the border, above these fractions."""
 Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
 """Facts of a case; its image (1, S, S, 3), mask (1, S, S) and thumbnail; empty if it is dropped."""
 
@@ -130,8 +135,12 @@ def prepare(cfg: PrepareConfig) -> Prepared:
                 log.info(f"note: {len(raw)} of the release's {official} images are here")
             if how := how_paired(cfg):
                 log.info(f"note: {how}")
-            parts = _read_all(path / "parts", cfg, raw)
-            _assemble(path, cfg, parts, grouped=bool(raw))
+            cases = decided(raw, cfg)
+            line = cases[0].decision.line if cases and cases[0].decision else ""
+            if line:
+                log.info(line)
+            parts = _read_all(path / "parts", cfg, cases)
+            _assemble(path, cfg, parts, grouped=bool(raw), masks=line)
             shutil.rmtree(path / "parts")
 
     wanted = results.Wanted(cfg, upstream)
@@ -243,13 +252,17 @@ def _row(
     reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig
 ) -> Row:
     """Size and likeness come from the original, so that every prepared size has the same split."""
-    empty = not mask.any()
+    empty, drawn = not mask.any(), reading.mask
+    border = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
+    coarse = mask.reshape(OUTLINE, cfg.pixels // OUTLINE, OUTLINE, -1).mean((1, 3)) > 0.5
+    notes = [*reading.notes, *(() if reading.volume else unseen(reading.image, image))]
+    problem = "no lesion (normals = drop)" if empty and cfg.normals == "drop" else ""
     # slices of two patients look alike
     small = np.zeros(SMALL, np.uint8) if reading.volume else thumbnail(reading.image)
     row = {
         "id": reading.id,
         "file": case.image.name,
-        "notes": [*reading.notes, *(() if reading.volume else unseen(reading.image, image))],
+        "notes": notes,
         "group": case.group or reading.group or reading.volume,
         "label": case.label,
         "official": case.split,
@@ -257,10 +270,12 @@ def _row(
         "height": reading.image.shape[0],
         "width": reading.image.shape[1],
         "empty": bool(empty),
-        "lesion_share": np.count_nonzero(reading.mask) / reading.mask.size,
+        "lesion_share": np.count_nonzero(drawn) / drawn.size,
+        "border": float(border.mean()),
+        "outline": np.packbits(coarse).tobytes().hex(),
         "contrast": lesion_contrast(image, mask),
         "moments": moments(image),
-        "problem": "no lesion (normals = drop)" if empty and cfg.normals == "drop" else "",
+        "problem": "; ".join([problem, *notes]) if problem else "",
     }
     kept = slice(0, 0) if row["problem"] else slice(None)
     return row, image[None][kept], mask[None][kept].astype(np.uint8), small[None][kept]
@@ -275,7 +290,9 @@ def _write_part(path: Path, done: list[Row]) -> None:
         np.savez(file, rows=np.array(json.dumps([row for row, *_ in done])), **arrays)
 
 
-def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) -> None:
+def _assemble(
+    path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool, masks: str = ""
+) -> None:
     """Form groups and splits from the rows of all parts, then write the arrays part by part."""
     rows = pd.DataFrame([r for part in parts for r in json.loads(str(np.load(part)["rows"]))])
     kept = rows["problem"] == ""
@@ -306,7 +323,7 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
     across = crossing(cases)
     if dropped:
         log.info(dropped.strip())
-    warnings = _warnings(cases, known[chosen].to_numpy() == "", across)
+    warnings = _warnings(cases, known[chosen].to_numpy() == "", across) + _mask_warnings(cases)
     for warning in warnings:
         log.warning(f"warning: {warning}")
     _write_arrays(path, parts, chosen, cfg.pixels)
@@ -321,7 +338,7 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) 
         for action in ("repaired", "dropped")
     }
     about = {"kept": len(cases), "groups": int(cases["group"].nunique()), "crossing": across}
-    about |= {"warnings": warnings, "paired": how_paired(cfg)}
+    about |= {"warnings": warnings, "paired": how_paired(cfg), "masks": masks}
     results.write_json(path / "summary.json", about | counts | _statistics(cases))
 
 
@@ -338,12 +355,32 @@ def _warnings(cases: pd.DataFrame, ungrouped: np.ndarray, across: dict[str, int]
             f"{len(series)} numbered series of images, such as that of {series[0]}, have members "
             "in more than one split. If a series is a patient or a video, give group_by = 'number'"
         )
+    return found
+
+
+def _mask_warnings(cases: pd.DataFrame) -> list[str]:
+    """What may be wrong with the masks, and what cures it."""
+    found = []
     lesions = cases[~cases["empty"] & (cases["volume"] == "")]
     share = lesions["lesion_share"]
-    if (median := share.median()) > 0.5:
+    alike = _likeness(lesions["outline"].tolist())
+    around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
+    if alike > ALIKE:
+        found.append(
+            f"the masks hardly differ between pictures (median IoU with their most common outline "
+            f"{alike:.2f}), and cover {share.median():.0%} of the image. If this is the field of "
+            "view, give the folder with the masks of the lesion"
+        )
+    elif (median := share.median()) > 0.5:
         found.append(
             f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
             "black on white, give invert_masks = True"
+        )
+    elif around:
+        found.append(
+            f"{len(around)} masks are lesion along the border and nearly everywhere, those of "
+            f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
+            "invert these files (invert_masks = True would invert all)"
         )
     area = share * lesions["height"] * lesions["width"]
     stray = lesions.loc[(area < FEW_PIXELS) & (area < area.median() / 100), "file"].tolist()
@@ -354,6 +391,19 @@ def _warnings(cases: pd.DataFrame, ungrouped: np.ndarray, across: dict[str, int]
             "lesion too, name them in lesion_values"
         )
     return found
+
+
+def _likeness(outlines: list[str]) -> float:
+    """Median over masks of the IoU with the outline of most, of lesion or background if smaller."""
+    if len(outlines) < 2:
+        return 0.0
+    bits = np.unpackbits([np.frombuffer(bytes.fromhex(o), np.uint8) for o in outlines], axis=1) > 0
+    common = bits.mean(0) > 0.5
+    ious = [
+        (side & most).sum(1) / np.maximum((side | most).sum(1), 1)
+        for side, most in ((bits, common), (~bits, ~common))
+    ]
+    return float(np.median(np.minimum(*ious)))
 
 
 def _statistics(cases: pd.DataFrame) -> dict[str, list[float]]:
