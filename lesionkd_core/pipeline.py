@@ -23,6 +23,7 @@ from .config import (
     LesionKDError,
     PrepareConfig,
     Role,
+    StageConfig,
     TeacherConfig,
     name_of_dataset,
     nearest,
@@ -268,7 +269,7 @@ def _fit_graph(
         fitted = nn.ModuleDict({"graph": graph, "head": EdgeHead(cfg.states)}).to(device)
     optimizer = torch.optim.Adam(fitted.parameters(), GRAPH_LR)
     training, history = TrainingSet.of(data, cfg), []
-    with Progress("graph", cfg.graph_epochs) as progress:
+    with Progress("graph", "epoch", cfg.graph_epochs) as progress:
         for epoch in range(cfg.graph_epochs):
             losses, rarity = [], []
             for batch in training.epoch(epoch, device):
@@ -515,6 +516,15 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
     own["losses"] = resolve({name: cfg.losses.get(name) for name in names})
     own["epochs"] = cfg.epochs * (int(factor) if times else 1)
     return DistillConfig(**own | {"seed": seed})
+
+
+def require_terms(cfg: StageConfig) -> None:
+    """Refuse loss terms and arms that do not exist, before anything is prepared or trained."""
+    if isinstance(cfg, AblationConfig):
+        for arm in cfg.arms:
+            arm_config(cfg, arm, cfg.seeds[0])
+    if isinstance(cfg, DistillConfig):
+        resolve(cfg.losses)
 
 
 def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:

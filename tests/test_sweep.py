@@ -1,6 +1,7 @@
 """Many runs: what a sweep file asks for; made, found and failed runs on local Dask workers."""
 
 import re
+import sys
 
 import nbformat
 import pandas as pd
@@ -10,7 +11,7 @@ import yaml
 
 from lesionkd_core import results
 from lesionkd_core import sweep as module
-from lesionkd_core.config import ConfigError, LesionKDError
+from lesionkd_core.config import ConfigError, LesionKDError, MissingExtra
 from lesionkd_core.sweep import MEMORY, executed, find_notebook, named_results, read_sweep, sweep
 from tests.conftest import ROOT
 from tests.test_cli import PREPARES, command, notebook
@@ -37,7 +38,7 @@ def test_every_combination_and_every_included_run_is_there_once(sweep_of):
         "product": {"teacher": ["resnet34_unet", "unet64"], "seeds": ["0", "1", "2"]},
         "include": [{"arms": "alone, method", "epochs": 7}, {"teacher": "unet64", "seeds": "1"}],
     }
-    runs = read_sweep(sweep_of(content))
+    runs = read_sweep(sweep_of(content)).runs
     assert len(runs) == 2 * 3 + 1  # the second included run is one of the product
     common = {"profile": "cpu", "epochs": 3}
     teachers = ("resnet34_unet", "unet64")
@@ -48,17 +49,17 @@ def test_every_combination_and_every_included_run_is_there_once(sweep_of):
 def test_one_configuration_written_in_several_ways_is_one_run(sweep_of):
     same = [{}, {"seeds": 1}, {"seeds": "0"}, {"pixels": 64, "profile": "smoke"}]
     other = [{"test_dataset": "busi"}, {"seeds": 2}, {"losses": "feat=0.001"}]
-    assert len(read_sweep(sweep_of({"include": same + other}))) == 4
+    assert len(read_sweep(sweep_of({"include": same + other})).runs) == 4
 
 
 def test_numbers_with_an_exponent_are_numbers(sweep_of):
-    [run] = read_sweep(sweep_of("include:\n  - {lr: 1e-3, teacher_lr: 2E-2, seeds: '0'}"))
+    [run] = read_sweep(sweep_of("include:\n  - {lr: 1e-3, teacher_lr: 2E-2, seeds: '0'}")).runs
     assert run == {"lr": 0.001, "teacher_lr": 0.02, "seeds": "0"}
 
 
 def test_the_example_of_the_documentation_is_a_sweep(sweep_of):
     [example] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.S)
-    assert len(read_sweep(sweep_of(example))) == 13
+    assert len(read_sweep(sweep_of(example)).runs) == 13
 
 
 @pytest.mark.fault
@@ -71,6 +72,8 @@ def test_the_example_of_the_documentation_is_a_sweep(sweep_of):
         ),
         ({"product": {"epochs": [1, "many"]}}, ["epochs = 'many'", "'epochs': 'many'"]),
         ({"product": {"epochs": [0], "seeds": [-1]}}, ["epochs = 0", "seeds = "]),
+        ({"product": {"losses": ["kd", "kdd"]}}, ["'losses': 'kdd'", "did you mean 'kd'"]),
+        ({"include": [{"arms": "alone, methd"}]}, ["did you mean 'method'"]),
         ({"prodct": {}}, ["unknown key 'prodct'", "did you mean 'product'"]),
         ({"product": {"epochs": []}}, ["no runs"]),
         ({"parameters": {"epochs": 1}}, ["no runs"]),
@@ -105,6 +108,9 @@ def test_an_absent_file_and_an_absent_scheduler_are_named(sweep_of, tmp_path, mo
     monkeypatch.setattr("distributed.Client", absent)
     with pytest.raises(LesionKDError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         sweep(sweep_of({"include": [{}]}), scheduler="tcp://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(MissingExtra, match=r"a sweep needs the extra 'cluster'.*pip install"):
+        sweep(sweep_of({"include": [{}]}))
 
 
 # Executed notebooks -------------------------------------------------------------------------------
@@ -112,7 +118,8 @@ def test_an_absent_file_and_an_absent_scheduler_are_named(sweep_of, tmp_path, mo
 
 def test_notebooks_are_found_by_name_and_by_path(tmp_path):
     assert find_notebook("05_ablations") == ROOT / "notebooks" / "05_ablations.ipynb"
-    assert find_notebook("05_ablations.ipynb") == find_notebook("05_ablations")
+    for name in ("05_ablations.ipynb", "05", "5"):
+        assert find_notebook(name) == find_notebook("05_ablations")
     own = notebook(tmp_path / "mine.ipynb")
     assert find_notebook(str(own)) == own
 
