@@ -9,71 +9,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import results
 from .config import ConfigError, LesionKDError
-from .results import (
-    STAGES,
-    changed_files,
-    is_done,
-    locate,
-    runs_root,
-    short,
-    size_of,
-    version_of,
-)
 from .sweep import named_results
 
 RECENT = 3600
-"""Files outside of a locked folder that were written in the last hour may be in use, seconds."""
+"""A file that was written in the last hour may be in use, seconds."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A folder, or files of one kind, and why nobody needs them."""
+    """A folder or a file, and why nobody needs it."""
 
-    what: str
+    path: Path
     why: str
-    paths: Sequence[Path]
-
-    @property
-    def size(self) -> int:
-        """Bytes on the disk."""
-        return sum(map(size_of, self.paths))
 
 
 def leftovers() -> list[Leftover]:
     """Everything that can be removed without losing a finished result of this version.
 
-    Folders on which a process works are left out.
+    What a process works on is left out.
     """
-    root = runs_root()
-    folders = [
-        path
-        for stage in STAGES
-        for path in sorted((root / stage).glob("*"))
-        if path.is_dir() and not _in_use(path)
+    root = results.runs_root()
+    folders, files = [], [*root.rglob(".*.partial"), *root.glob("notebooks/*.ipynb")]
+    for stage in results.STAGES:
+        folders += [path for path in root.glob(f"{stage}/*") if path.is_dir() and _is_free(path)]
+        files += root.glob(f"{stage}/*.lock")
+    found = [Leftover(path, why) for path in folders if (why := _why_folder(path))]
+    gone = {one.path for one in found}
+    found += [
+        Leftover(path, why)
+        for path in files
+        if gone.isdisjoint(path.parents) and (why := _why_file(path))
     ]
-    found = [Leftover(short(path), why, [path]) for path in folders if (why := _why(path))]
-    listed = {one.paths[0] for one in found}
-    notebooks = [path for path in (root / "notebooks").glob("*.ipynb") if _is_old(path)]
-    partial = [path for path in root.rglob(".*.partial") if _is_old(path)]
-    kinds = {
-        "executed notebooks": (
-            "failed, or their results are gone",
-            [path for path in notebooks if named_results(path) is None],
-        ),
-        "partial files": (
-            "of a process that was killed",
-            [path for path in partial if listed.isdisjoint(path.parents)],
-        ),
-        "lock files": (
-            "no process holds them",
-            [path for path in root.glob("*/*.lock") if not _in_use(path.with_suffix(""))],
-        ),
-    }
-    for name, (why, paths) in kinds.items():
-        if paths:
-            found.append(Leftover(f"{len(paths)} {name}", why, paths))
-    return found
+    return sorted(found, key=lambda one: one.path)
 
 
 def named(runs: Sequence[str]) -> list[Leftover]:
@@ -84,71 +53,71 @@ def named(runs: Sequence[str]) -> list[Leftover]:
     LesionKDError
         A path is not a result in the folder of results, or a process works on it.
     """
-    found = []
+    root, found = results.runs_root(), []
     for run in runs:
-        path = locate(run)
-        if path.parent.parent != runs_root() or path.parent.name not in STAGES:
-            raise ConfigError(
-                f"{path} is not a result in {runs_root()}/<stage>/; remove it by hand"
-            )
-        if _in_use(path):
-            raise LesionKDError(f"a process works on {short(path)}; stop it first")
-        found.append(Leftover(short(path), _why(path) or "named", [path]))
+        path = results.locate(run)
+        if path.parent.parent != root or path.parent.name not in results.STAGES:
+            raise ConfigError(f"{path} is not a result in {root}/<stage>/; remove it by hand")
+        if not _is_free(path):
+            raise LesionKDError(f"a process works on {results.short(path)}; stop it first")
+        found.append(Leftover(path, "named"))
     return found
 
 
 def remove(one: Leftover) -> bool:
-    """Remove it, unless it is needed by now; whether it is gone."""
+    """Remove it, unless a process needs it by now; whether it is gone."""
     try:
-        for path in one.paths:
-            if path.is_dir():
-                if not _remove_folder(path, one.why):
-                    return False
-            elif path.suffix != ".lock" or not _in_use(path.with_suffix("")):
-                path.unlink(missing_ok=True)
+        if not one.path.is_dir():
+            one.path.unlink(missing_ok=True)
+            return True
+        with _claimed(one.path) as free:
+            if not free or one.why not in ("named", _why_folder(one.path)):
+                return False
+            (one.path / "DONE").unlink(missing_ok=True)  # first: the rest is then unfinished
+            shutil.rmtree(one.path)
+            _lock_of(one.path).unlink(missing_ok=True)
+            return True
     except OSError as error:
         raise LesionKDError(
-            f"cannot remove {error.filename or one.what}: {error.strerror}; check the permissions"
+            f"cannot remove {error.filename or one.path}: {error.strerror}; check the permissions"
         ) from None
-    return True
 
 
-def _remove_folder(path: Path, why: str) -> bool:
-    with _claimed(path) as free:
-        if not free or why not in ("named", _why(path)):
-            return False
-        (path / "DONE").unlink(missing_ok=True)  # first: what an interruption leaves is unfinished
-        shutil.rmtree(path)
-        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-    return True
-
-
-def _why(path: Path) -> str:
-    """Why a result is not needed; '' for a finished, intact one of this version."""
-    if not is_done(path):
+def _why_folder(path: Path) -> str:
+    """Why a result is not needed; '' of a finished, intact one of this version."""
+    if not results.is_done(path):
         return "unfinished; the same options resume it"
     try:
-        version, current = version_of(path)
-        damaged = changed_files(path)
+        version, current = results.version_of(path)
+        changed = results.changed_files(path)
     except (LesionKDError, ValueError, OSError):
         return "damaged"
-    if damaged:
-        return f"damaged: {', '.join(damaged)}"
-    if version != current:
-        return f"of version {version} of results; only its name finds it"
-    return ""
+    if changed:
+        return f"damaged: {', '.join(changed)}"
+    return "" if version == current else f"of version {version} of results; only its name finds it"
 
 
-def _is_old(path: Path) -> bool:
-    return time.time() - path.stat().st_mtime > RECENT
+def _why_file(path: Path) -> str:
+    """Why a lock, a partial file or an executed notebook is not needed; '' if it is."""
+    if path.suffix == ".lock":
+        return "" if path.with_suffix("").exists() else "lock of a result that is gone"
+    if time.time() - path.stat().st_mtime < RECENT:
+        return ""
+    if path.suffix == ".partial":
+        return "of a process that was killed"
+    return "" if named_results(path) else "failed, or its results are gone"
 
 
-def _in_use(path: Path) -> bool:
-    """Whether a process holds the lock of a folder."""
-    if not path.with_name(f"{path.name}.lock").exists():
-        return False
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def _is_free(path: Path) -> bool:
+    """Whether no process holds the lock of a folder."""
+    if not _lock_of(path).exists():
+        return True
     with _claimed(path) as free:
-        return not free
+        return free
 
 
 @contextmanager
@@ -156,7 +125,7 @@ def _claimed(path: Path) -> Iterator[bool]:
     """Take the lock of a folder if it is free, and say whether it was."""
     from filelock import FileLock, Timeout
 
-    guard = FileLock(path.with_name(f"{path.name}.lock"), timeout=0)
+    guard = FileLock(_lock_of(path), timeout=0)
     try:
         guard.acquire()
     except Timeout:

@@ -1,6 +1,6 @@
 """The command `lesionkd`: run notebooks and stages, use students, look after results.
 
-Modules that take long to import are imported by the command that needs them.
+`lkd` and the commands import what takes long when they need it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,19 @@ from typing import TypeVar, get_args
 
 import click
 
-from . import __version__, config, results
-from .config import LesionKDError, StageConfig
+import lesionkd_core as lkd
+
+from . import results
+from .config import (
+    AblationConfig,
+    ConfigError,
+    DistillConfig,
+    LesionKDError,
+    PrepareConfig,
+    StageConfig,
+    TeacherConfig,
+)
+from .results import Result
 
 C = TypeVar("C", bound=StageConfig)
 SCORES = ("test_dataset", "network", "arm", "dice", "missed")
@@ -38,7 +49,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="lesionkd")
+@click.version_option(lkd.__version__, prog_name="lesionkd")
 def main() -> None:
     """Distil a lesion segmentation teacher into a student small enough for a phone."""
 
@@ -131,7 +142,7 @@ def _from_yaml(files: Sequence[str], texts: Sequence[str]) -> dict[str, object]:
             given |= yaml.safe_load(text)
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise config.ConfigError(f"the parameters cannot be read as YAML: {why}") from None
+        raise ConfigError(f"the parameters cannot be read as YAML: {why}") from None
     return given
 
 
@@ -174,12 +185,8 @@ def run(notebook: str | None, show_help: bool, link: Path | None, given: Paramet
 
 
 def _options_text(kind: type[StageConfig]) -> str:
-    usual = kind()
-    lines = [
-        f"  {name} = {getattr(usual, name)!r}  {field.description}"
-        for name, field in kind.model_fields.items()
-    ]
-    return "\n".join(["\nParameters:", *lines])
+    rows = kind.parameters().itertuples()
+    return "\nParameters:\n" + "\n".join(f"  {r.parameter} = {r.default!r}  {r.help}" for r in rows)
 
 
 def _scores(file: Path) -> str:
@@ -205,64 +212,52 @@ def _table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
 @parameters
 def prepare(given: Parameters) -> None:
     """Read, check, split and resize a data set."""
-    from .data.prepare import prepare
-
-    _say(prepare(given.read(config.PrepareConfig)))
+    _say(lkd.prepare(given.read(PrepareConfig)))
 
 
 @main.command()
 @parameters
 def train_teacher(given: Parameters) -> None:
     """Find or train the teacher."""
-    from .data.prepare import prepare
-    from .pipeline import train_teacher
-
-    cfg = given.read(config.TeacherConfig)
-    _say(train_teacher(prepare(cfg), cfg))
+    cfg = given.read(TeacherConfig)
+    _say(lkd.train_teacher(lkd.prepare(cfg), cfg))
 
 
 @main.command()
 @parameters
 def distill(given: Parameters) -> None:
     """Find or train a student and what it needs."""
-    _say(_student(given.read(config.DistillConfig)))
+    _say(_student(given.read(DistillConfig)))
 
 
-def _student(cfg: config.DistillConfig) -> results.Result:
-    from .data.prepare import prepare
-    from .losses import needs_graph, needs_teacher
-    from .pipeline import distill, fit_edge_graph, train_teacher
-
-    data = prepare(cfg)
-    teacher = train_teacher(data, cfg) if needs_teacher(cfg.losses) else None
-    graph = fit_edge_graph(teacher, data, cfg) if teacher and needs_graph(cfg.losses) else None
-    return distill(teacher, graph, data, cfg)
+def _student(cfg: DistillConfig) -> Result:
+    data, teacher, graph = lkd.prepare(cfg), None, None
+    if lkd.losses.needs_teacher(cfg.losses):
+        teacher = lkd.train_teacher(data, cfg)
+    if lkd.losses.needs_graph(cfg.losses):
+        graph = lkd.fit_edge_graph(teacher, data, cfg)
+    student: Result = lkd.distill(teacher, graph, data, cfg)
+    return student
 
 
 @main.command()
 @parameters
 def ablate(given: Parameters) -> None:
     """Find or train every arm and seed."""
-    from .data.prepare import prepare
-    from .pipeline import ablate
-
-    cfg = given.read(config.AblationConfig)
-    _say(ablate(prepare(cfg), cfg))
+    cfg = given.read(AblationConfig)
+    _say(lkd.ablate(lkd.prepare(cfg), cfg))
 
 
 @main.command()
 @parameters
 def export(given: Parameters) -> None:
     """Write a student's files for phones."""
-    from . import ExportConfig, export_student
-    from .predict import load_student
-
-    cfg = given.read(ExportConfig)
-    student = load_student(cfg.run or _student(config.DistillConfig(profile=cfg.profile)))
-    _say(export_student(cfg, student))
+    cfg = given.read(lkd.ExportConfig)
+    student = lkd.load_student(cfg.run or _student(DistillConfig(profile=cfg.profile)))
+    _say(lkd.export_student(cfg, student))
 
 
-def _say(result: results.Result) -> None:
+def _say(result: Result) -> None:
     if results.leads():
         click.echo(f"{result}\nresults: {result.path}")
 
@@ -272,11 +267,9 @@ def _say(result: results.Result) -> None:
 @click.argument("datasets", nargs=-1, required=True)
 def score(run: str, datasets: tuple[str, ...]) -> None:
     """Score a finished RUN on all cases of other DATASETS."""
-    from .evaluate import score_external
-
-    for name, scored in score_external(results.Result(results.locate(run)), datasets).items():
-        dice = scored.summary["test"]["dice"]
-        click.echo(f"{name}: Dice {results.with_interval(dice)}; results: {scored.path}")
+    for name, scored in lkd.score_external(Result(results.locate(run)), datasets).items():
+        dice = results.with_interval(scored.summary["test"]["dice"])
+        click.echo(f"{name}: Dice {dice}; results: {scored.path}")
 
 
 @main.command()
@@ -331,11 +324,11 @@ def predict(
     read, and notes). Exit code 1: a file was not read; 2: all were read, but a picture is nearly
     flat, nearly black or very small.
     """
-    from .predict import load_student, predict_folder
+    from .predict import predict_folder
 
     if out.resolve() == images.resolve():
-        raise config.ConfigError("--out is the folder of the images; choose another folder")
-    student = load_student(run)
+        raise ConfigError("--out is the folder of the images; choose another folder")
+    student = lkd.load_student(run)
     student.to(device)
     with results.Progress("masks", "image", 0, lines=10) as progress:
         unreadable = predict_folder(
@@ -380,7 +373,7 @@ def download(
 
 def _agreed(yes: bool) -> bool:
     if not yes and not sys.stdin.isatty():
-        raise config.ConfigError("no terminal to ask in: read the text above and add --yes")
+        raise ConfigError("no terminal to ask in: read the text above and add --yes")
     return yes or click.confirm("Go on?")
 
 
@@ -426,13 +419,17 @@ def clean(runs: tuple[str, ...], yes: bool) -> None:
     if not found:
         click.echo(f"nothing to remove in {results.runs_root()}")
         return
-    rows = [{"what": one.what, "size": results.in_words(one.size), "why": one.why} for one in found]
+    sizes = {one: results.size_of(one.path) for one in found}
+    rows = [
+        {"what": results.short(one.path), "size": results.in_words(size), "why": one.why}
+        for one, size in sizes.items()
+    ]
     click.echo(_table(rows, list(rows[0])))
-    click.echo(f"in all {results.in_words(sum(one.size for one in found))}")
+    click.echo(f"in all {results.in_words(sum(sizes.values()))}")
     if not _agreed(yes):
         sys.exit(1)
-    removed = [one for one in found if remove(one)]
-    click.echo(f"removed {results.in_words(sum(one.size for one in removed))}")
+    removed = sum(size for one, size in sizes.items() if remove(one))
+    click.echo(f"removed {results.in_words(removed)}")
 
 
 if __name__ == "__main__":

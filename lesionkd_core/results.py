@@ -704,7 +704,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self.first, self.started = done, time.monotonic()
         self.bar: Bar | None = None
         if kind := live_bar():
-            how = {"desc": name, "unit": unit, "file": sys.stdout, "dynamic_ncols": True}
+            how = {"desc": name, "unit": f" {unit}", "file": sys.stdout, "dynamic_ncols": True}
             self.bar = kind(total=total or None, initial=done, **how)
         elif done:
             log.info(f"{name}: resumes after {unit} {done} of {total}")
@@ -733,10 +733,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         seconds = round(pace * (self.total - self.done))
         if seconds < 1:
             return ""
-        if seconds < 100:
-            return f"{seconds} s left"
-        minutes = round(seconds / 60)
-        return f"{minutes} min left" if minutes < 100 else f"{minutes / 60:.1f} h left"
+        return f"{seconds} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

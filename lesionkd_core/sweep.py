@@ -11,7 +11,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,18 +125,10 @@ def named_results(notebook: Path) -> Path | None:
     return None
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep file: a notebook, and the parameters of every run; equal runs are there once."""
+def read_sweep(file: Path) -> tuple[str, list[Values]]:
+    """The notebook of a sweep file, and the parameters of every run; equal runs once.
 
-    notebook: str
-    runs: list[Values]
-
-
-def read_sweep(file: Path) -> Sweep:
-    """Read and check a sweep file.
-
-    It has the keys notebook, parameters (of every run), product (lists of values, every
+    The file has the keys notebook, parameters (of every run), product (lists of values, every
     combination is a run) and include (further runs).
 
     Raises
@@ -171,7 +162,7 @@ def read_sweep(file: Path) -> Sweep:
         runs[cfg.model_dump_json()] = values
     if not runs:
         raise ConfigError(f"{file}: no runs; give lists of values under product, or include")
-    return Sweep(notebook, list(runs.values()))
+    return notebook, list(runs.values())
 
 
 def _wanted(file: Path, content: dict[str, Any]) -> Iterator[Values]:
@@ -223,23 +214,27 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
         from distributed import as_completed
     except ImportError:
         raise MissingExtra("a sweep", "cluster") from None
-    wanted = read_sweep(file)
+    notebook, runs = read_sweep(file)
     settings = {"LESIONKD_RUNS": str(runs_root()), "LESIONKD_DATA": str(data_root())}
     rows = []
-    client = _client(scheduler, len(wanted.runs), workers)
-    with client, Progress(file.stem, "run", len(wanted.runs)) as progress:
+    client = _client(scheduler, len(runs), workers)
+    with client, Progress(file.stem, "run", len(runs)) as progress:
         futures = {
-            client.submit(_task, wanted.notebook, run, os.getcwd(), settings, pure=False): run
-            for run in wanted.runs
+            client.submit(_task, notebook, run, os.getcwd(), settings, pure=False): run
+            for run in runs
         }
         for future in as_completed(futures):  # type: ignore[no-untyped-call]
             label = ", ".join(f"{name} {value}" for name, value in futures[future].items())
             try:
-                done = future.result()
+                row = future.result()
             except Exception as error:  # a lost worker, or one without this package
-                done = Done("failed", error=f"{type(error).__name__}: {error}")
-            rows.append({"run": label} | asdict(done))
-            progress.step(f"{label} {done.status} {done.error}".rstrip())
+                row = {
+                    "status": "failed",
+                    "notebook": "",
+                    "error": f"{type(error).__name__}: {error}",
+                }
+            rows.append({"run": label} | row)
+            progress.step(f"{label} {row['status']} {row['error']}".rstrip())
     table = pd.DataFrame(rows)
     write_table(runs_root() / "sweeps" / f"{file.stem}.csv", table)
     return table
@@ -280,18 +275,7 @@ def _local(runs: int, workers: int) -> dict[str, object]:
     }
 
 
-@dataclass(frozen=True)
-class Done:
-    """What became of a run: made, found or failed."""
-
-    status: str
-    seconds: float | None = None
-    results: str = ""
-    notebook: str = ""
-    error: str = ""
-
-
-def _task(notebook: str, run: Values, folder: str, settings: dict[str, str]) -> Done:
+def _task(notebook: str, run: Values, folder: str, settings: dict[str, str]) -> dict[str, object]:
     """On a worker: find or execute one notebook; an error is a result."""
     os.environ.update(settings)
     started, source = time.perf_counter(), find_notebook(notebook)
@@ -300,6 +284,10 @@ def _task(notebook: str, run: Values, folder: str, settings: dict[str, str]) -> 
     if place is None:
         _, place, error = execute(source, run, folder)
         status = "failed" if error else "made"
-    seconds = round(time.perf_counter() - started, 1)
-    first_line = error.partition("\n")[0]
-    return Done(status, seconds, short(place) if place else "", short(target), first_line)
+    return {
+        "status": status,
+        "seconds": round(time.perf_counter() - started, 1),
+        "results": short(place) if place else "",
+        "notebook": short(target),
+        "error": error.partition("\n")[0],
+    }

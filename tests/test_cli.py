@@ -14,7 +14,13 @@ from PIL import Image
 
 from lesionkd_core import __version__, cli, results
 from lesionkd_core.cli import main
-from lesionkd_core.config import AblationConfig, DistillConfig, ExportConfig, TeacherConfig
+from lesionkd_core.config import (
+    AblationConfig,
+    DistillConfig,
+    ExportConfig,
+    PrepareConfig,
+    TeacherConfig,
+)
 from lesionkd_core.data.prepare import prepare
 from tests.conftest import ROOT, copy_of
 from tests.fixed import fixed_run
@@ -192,7 +198,7 @@ def options_of(kind):
 
 def test_stages_find_the_results_of_the_same_options(data, teacher, student):
     for stage, kind, result in (
-        ("prepare", cli.config.PrepareConfig, data),
+        ("prepare", PrepareConfig, data),
         ("train-teacher", TeacherConfig, teacher),
         ("distill", DistillConfig, student),
     ):

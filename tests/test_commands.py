@@ -140,7 +140,6 @@ def test_in_a_log_file_the_number_of_lines_is_bounded(capsys, total, lines, expe
         (1, 10, "30 s left"),  # 10 s for a step, three steps left
         (2, 90, "90 s left"),
         (2, 600, "10 min left"),
-        (1, 3600, "3.0 h left"),
         (4, 60, ""),
     ],
 )
@@ -209,9 +208,9 @@ def test_clean_lists_what_is_not_needed_and_removes_it_if_told_to(folder, studen
         "runs/distill/damaged .*damaged: history.csv",
         "runs/distill/old .*of version 1 of results",
         "runs/distill/unfinished .*the same options resume it",
-        "1 executed notebooks .*results are gone",
-        "1 partial files",
-        "1 lock files",
+        "runs/notebooks/a.ipynb .*its results are gone",
+        rf"runs/distill/{student.path.name}/.x.1.partial .*killed",
+        "runs/distill/gone.lock .*lock of a result that is gone",
     ):
         assert re.search(words, listed), words
     assert code == 0 and out.startswith(listed) and "removed " in out
@@ -219,7 +218,7 @@ def test_clean_lists_what_is_not_needed_and_removes_it_if_told_to(folder, studen
     stays = {f"distill/{student.path.name}", "distill/working", "notebooks/running.ipynb"}
     assert left == stays | {"distill/working.lock"}
     assert "all intact" in results.report(folder / "distill" / student.path.name)
-    command("clean", "--yes")
+    assert command("clean", "--yes")[0] == 0  # what was in use is not any more
     assert command("clean") == (0, f"nothing to remove in {folder}\n", "")
 
 
