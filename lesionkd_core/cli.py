@@ -78,13 +78,14 @@ class Parameters:
         Raises
         ------
         ConfigError
-            A name or a value is wrong, or there is no such loss term or arm.
+            A name or a value is wrong, or there is no such arm, loss term, network or map.
         """
-        cfg = kind(**self.values(kind))
-        if {"losses", "arms"} & {*self.given, *self.raw}:
-            from .pipeline import require_terms
+        values = self.values(kind)
+        cfg = kind(**values)
+        if values and isinstance(cfg, TeacherConfig):
+            from .pipeline import require_known
 
-            require_terms(cfg)
+            require_known(cfg)
         return cfg
 
 

@@ -518,13 +518,18 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
     return DistillConfig(**own | {"seed": seed})
 
 
-def require_terms(cfg: StageConfig) -> None:
-    """Refuse loss terms and arms that do not exist, before anything is prepared or trained."""
-    if isinstance(cfg, AblationConfig):
-        for arm in cfg.arms:
-            arm_config(cfg, arm, cfg.seeds[0])
+def require_known(cfg: StageConfig) -> None:
+    """Refuse arms, loss terms, networks and maps that do not exist, before anything starts."""
     if isinstance(cfg, DistillConfig):
         resolve(cfg.losses)
+    if isinstance(cfg, AblationConfig):
+        for arm in cfg.arms:
+            check_levels(arm_config(cfg, arm, cfg.seeds[0]))
+    elif isinstance(cfg, GraphConfig):
+        check_levels(cfg)
+    elif isinstance(cfg, TeacherConfig):
+        with torch.device("meta"):
+            build_network(cfg.teacher)
 
 
 def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:

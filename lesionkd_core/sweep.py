@@ -138,6 +138,8 @@ def read_sweep(file: Path) -> tuple[str, list[Values]]:
     """
     import yaml
 
+    from .pipeline import require_known
+
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -153,10 +155,7 @@ def read_sweep(file: Path) -> tuple[str, list[Values]]:
     for values in _wanted(file, content):
         try:
             cfg = kind(**values)
-            if {"losses", "arms"} & values.keys():
-                from .pipeline import require_terms
-
-                require_terms(cfg)
+            require_known(cfg)
         except ConfigError as error:
             raise ConfigError(f"{file}, run {values}: {error}") from None
         runs[cfg.model_dump_json()] = values

@@ -12,12 +12,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from lesionkd_core import __version__, cli, results
+from lesionkd_core import ExportConfig, __version__, cli, results
 from lesionkd_core.cli import main
 from lesionkd_core.config import (
     AblationConfig,
     DistillConfig,
-    ExportConfig,
     PrepareConfig,
     TeacherConfig,
 )
@@ -60,8 +59,8 @@ def as_words(options):
         (DistillConfig, ["-f", "FILE", "-p", "pixels", "None"], {"epochs": 7, "pixels": 64}),
         (
             ExportConfig,
-            ["-p", "sizes", "64", "-p", "logits", "true"],
-            {"sizes": (64,), "logits": True},
+            ["-p", "sizes", "64", "-p", "threshold", "0.4"],
+            {"sizes": (64,), "threshold": 0.4},
         ),
     ],
     ids=str,
@@ -95,6 +94,8 @@ def test_parameters_become_values_of_the_options_types(tmp_path, kind, words, ex
         ("prepare -f /no/such.yaml", "cannot be read as YAML: .*No such file"),
         ("prepare -p dataset bussi", "DatasetNotFound: .*did you mean 'busi'"),
         ("train-teacher -p epochs 3", "did you mean 'teacher_epochs'"),
+        ("train-teacher -p teacher unet46", "no network 'unet46': did you mean 'unet64'"),
+        ("distill -p levels decoder.stride1", "decoder.stride1"),
         ("ablate -p arms alone,methd", "arms names 'methd': did you mean 'method'"),
         ("ablate -p arms alone*x", r"arms names 'alone\*x'; after \* give"),
         ("export -p formats onx", "did you mean 'onnx'"),
@@ -275,7 +276,7 @@ def test_wrong_folders_and_thresholds_are_refused(tmp_path, runs, monkeypatch, w
 
 
 def test_export_prints_the_folder_of_the_files():
-    options = {"run": fixed_run().path, "formats": "onnx", "sizes": 64, "calibration": 8}
+    options = {"run": fixed_run().path, "formats": "onnx", "sizes": 64}
     code, out, _ = command("export", *as_words(options))
     place = results.Path(out.splitlines()[-1].removeprefix("results: "))
     assert code == 0 and (place / "student.onnx").is_file() and results.is_done(place)
