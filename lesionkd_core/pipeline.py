@@ -523,8 +523,9 @@ def require_known(cfg: StageConfig) -> None:
     if isinstance(cfg, DistillConfig):
         resolve(cfg.losses)
     if isinstance(cfg, AblationConfig):
-        for arm in cfg.arms:
-            check_levels(arm_config(cfg, arm, cfg.seeds[0]))
+        arms = [arm_config(cfg, arm, cfg.seeds[0]) for arm in cfg.arms]
+        terms = {name: None for arm in arms for name in arm.losses}
+        check_levels(arms[0].with_values(losses=terms))
     elif isinstance(cfg, GraphConfig):
         check_levels(cfg)
     elif isinstance(cfg, TeacherConfig):
