@@ -92,6 +92,16 @@ class ConfigError(LesionKDError):
     """An option is unknown, of the wrong type or out of range."""
 
 
+class MissingExtra(LesionKDError):
+    """A package of an extra of pyproject.toml is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the extra {extra!r}, which is not installed: "
+            f"pip install -e '.[{extra}]' in the folder of this repository."
+        )
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """The hint after a mistyped name: the nearest known one, or all of them."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -352,9 +362,15 @@ def _plain(error: ValidationError, cls: type[BaseModel]) -> str:
 
 
 def name_of_dataset(dataset: str) -> str:
-    """The name of a data set in tables; of your own the name of the folder."""
+    """The name of a data set in tables: of the folder, of a list its folder's and its own name.
+
+    >>> name_of_dataset("data/my-lesions/clinic-a.csv")
+    'my-lesions-clinic-a'
+    """
     path = Path(dataset)
-    return path.resolve().parent.name if path.suffix.lower() in (".csv", ".tsv") else path.name
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        return path.name
+    return f"{path.resolve().parent.name}-{path.stem}"
 
 
 class PrepareConfig(StageConfig):
@@ -419,7 +435,7 @@ class PrepareConfig(StageConfig):
 
     @property
     def dataset_name(self) -> str:
-        """The name of the data set in tables; of your own the name of the folder."""
+        """The name of the data set in tables, from `name_of_dataset`."""
         return name_of_dataset(self.dataset)
 
     def for_testing(self, dataset: str) -> ExternalConfig:
@@ -551,7 +567,7 @@ class TeacherConfig(PrepareConfig):
                 f"test_dataset names {self.dataset!r}, the training data; "
                 "its own test cases are scored anyway"
             )
-        names = [Path(name).name for name in (self.dataset, *self.test_dataset)]
+        names = [name_of_dataset(name) for name in (self.dataset, *self.test_dataset)]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)
             raise ValueError(f"test_dataset: two data sets are called {twice!r}; rename a folder")

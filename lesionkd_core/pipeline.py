@@ -23,6 +23,7 @@ from .config import (
     LesionKDError,
     PrepareConfig,
     Role,
+    StageConfig,
     TeacherConfig,
     name_of_dataset,
     nearest,
@@ -268,7 +269,7 @@ def _fit_graph(
         fitted = nn.ModuleDict({"graph": graph, "head": EdgeHead(cfg.states)}).to(device)
     optimizer = torch.optim.Adam(fitted.parameters(), GRAPH_LR)
     training, history = TrainingSet.of(data, cfg), []
-    with Progress("graph", cfg.graph_epochs) as progress:
+    with Progress("graph", "epoch", cfg.graph_epochs) as progress:
         for epoch in range(cfg.graph_epochs):
             losses, rarity = [], []
             for batch in training.epoch(epoch, device):
@@ -515,6 +516,21 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
     own["losses"] = resolve({name: cfg.losses.get(name) for name in names})
     own["epochs"] = cfg.epochs * (int(factor) if times else 1)
     return DistillConfig(**own | {"seed": seed})
+
+
+def require_known(cfg: StageConfig) -> None:
+    """Refuse arms, loss terms, networks and maps that do not exist, before anything starts."""
+    if isinstance(cfg, DistillConfig):
+        resolve(cfg.losses)
+    if isinstance(cfg, AblationConfig):
+        arms = [arm_config(cfg, arm, cfg.seeds[0]) for arm in cfg.arms]
+        terms = {name: None for arm in arms for name in arm.losses}
+        check_levels(arms[0].with_values(losses=terms))
+    elif isinstance(cfg, GraphConfig):
+        check_levels(cfg)
+    elif isinstance(cfg, TeacherConfig):
+        with torch.device("meta"):
+            build_network(cfg.teacher)
 
 
 def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:

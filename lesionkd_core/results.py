@@ -20,6 +20,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from .config import ConfigError, LesionKDError, Role, StageConfig, nearest
 
@@ -47,6 +48,9 @@ TEXT = (
     "profile run hash commit seg_loss"
 ).split()
 """Columns of tables that are text, whatever their values look like."""
+
+LARGE = 100_000_000
+"""A result of so many bytes says how much of the disk it takes."""
 
 log = logging.getLogger("lesionkd")
 
@@ -197,6 +201,8 @@ def find_or_make(
             if leader:
                 for path in missing:
                     write_json(path / "DONE", checksums(path))
+                    if (size := size_of(path)) > LARGE:
+                        log.info(f"{short(path)} takes {in_words(size)} on the disk")
             wait()
     return [kind(path) for path in paths]
 
@@ -310,6 +316,13 @@ def checked(path: Path) -> Path:
         ) from None
     _checked[path] = state
     return path
+
+
+def changed_files(path: Path) -> list[str]:
+    """Files of a finished result that were changed or removed since."""
+    now = checksums(path)
+    wanted = json.loads((path / "DONE").read_text(encoding="utf-8"))
+    return [name for name, checksum in wanted.items() if now.get(name) != checksum]
 
 
 def make_folder(path: Path) -> None:
@@ -533,20 +546,21 @@ def collect(stage: str = "", split: str = "test") -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = []
-    for path in finished(stage):
-        summary = _summary(path)
-        means = {
-            name: cell["mean"]
-            for name, cell in (summary.get(split) or {}).items()
-            if isinstance(cell, dict)
-        }
-        counts = {n: v for n, v in (summary.get(split) or {}).items() if isinstance(v, int)}
-        facts = {n: summary[n] for n in ("parameters", "seconds") if n in summary}
-        when = datetime.fromtimestamp((path / "DONE").stat().st_mtime)
-        about = {"run": short(path), "finished": f"{when:%Y-%m-%d %H:%M}"}
-        rows.append(about | _options(read_json(path / "config.json")) | means | counts | facts)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([row_of(path, split) for path in finished(stage)])
+
+
+def row_of(path: Path, split: str = "test") -> dict[str, Any]:
+    """A finished run as one row of a table: where it is, its options and its mean scores."""
+    summary = _summary(path)
+    made = datetime.fromtimestamp((path / "DONE").stat().st_mtime)
+    row: dict[str, Any] = {"run": short(path), "finished": f"{made:%Y-%m-%d %H:%M}"}
+    row |= _options(read_json(path / "config.json"))
+    for name, score in (summary.get(split) or {}).items():
+        if isinstance(score, dict):
+            row[name] = score["mean"]
+        elif isinstance(score, int):
+            row[name] = score
+    return row | {name: summary[name] for name in ("parameters", "seconds") if name in summary}
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -564,6 +578,19 @@ def _options(made: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def in_words(size: int) -> str:
+    """374012345 -> '374 MB'."""
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+
+
 def with_interval(score: Mapping[str, Any], digits: int = 3) -> str:
     """'0.944 [0.931, 0.956]'; without an interval where a single group cannot give one.
 
@@ -578,21 +605,18 @@ def with_interval(score: Mapping[str, Any], digits: int = 3) -> str:
 
 def report(path: Path) -> str:
     """A run in a few lines: where it was made, options, scores, whether its files are intact."""
-    from . import config
-
     made, env = read_json(path / "config.json"), read_json(path / "env.json")
-    kinds = {c.stage: c for c in vars(config).values() if hasattr(c, "stage") and c.__doc__}
-    usual = kinds[made["stage"]](profile=made["profile"]).model_dump(mode="json")
-    changed = {n: v for n, v in made.items() if n in usual and v != usual[n]}
-    options = ", ".join(f"{n} = {v!r}" for n, v in _options(changed).items())
     lines = [
         short(path),
         f"made on {env['device']}, {env['threads']} threads, torch {env['packages']['torch']}, "
         f"commit {env['commit'] or 'unknown'}",
-        f"options that differ from the {made['profile']} profile: {options or 'none'}",
+        _options_line(made),
     ]
     if not is_done(path):
         return "\n".join([*lines, "unfinished; the same options resume it"])
+    version, current = version_of(path)
+    if version != current:
+        lines.append(f"of version {version} of results, not {current}: only its name finds it")
     for split, scores in _summary(path).items():
         if split not in ("val", "test") or not scores:
             continue
@@ -604,26 +628,48 @@ def report(path: Path) -> str:
         missed = f"{scores['missed']} of {scores['lesions']} lesions missed"
         lines.append(f"{split}, {scores['cases']} cases: {', '.join(shown)}; {missed}")
     files = [checked(f) for f in path.iterdir() if f.is_file() and f.name not in CHANGING]
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return "\n".join([*lines, f"{len(files)} files, {size / 2**20:.1f} MiB, all intact"])
+    return "\n".join([*lines, f"{len(files)} files, {in_words(size_of(path))}, all intact"])
+
+
+IDENTITY = ("stage", "version", "upstream", "digest")
+"""What config.json holds besides the options."""
+
+
+def _options_line(made: dict[str, Any]) -> str:
+    """The options that differ from the profile's; all of a stage that is defined elsewhere."""
+    options = {name: value for name, value in made.items() if name not in IDENTITY}
+    kind, label = _kinds(StageConfig).get(made["stage"]), "options"
+    if kind is not None:
+        usual = kind(profile=made["profile"]).model_dump(mode="json")
+        options = {n: v for n, v in options.items() if n in usual and v != usual[n]}
+        label = f"options that differ from the {made['profile']} profile"
+    plain = ", ".join(f"{name} = {value!r}" for name, value in _options(options).items())
+    return f"{label}: {plain or 'none'}"
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    """The version of results that a run was made by, and the current one of its stage."""
+    made = read_json(path / "config.json")
+    kind = _kinds(StageConfig).get(made["stage"], StageConfig)
+    return made.get("version", 0), kind.version
+
+
+def _kinds(kind: type[StageConfig]) -> dict[str, type[StageConfig]]:
+    """The configuration class of every stage, of those that are imported."""
+    kinds = {kind.stage: kind} if "stage" in vars(kind) else {}
+    for further in kind.__subclasses__():
+        kinds |= _kinds(further)
+    return kinds
 
 
 # Progress -----------------------------------------------------------------------------------------
 
 
-class _PlainLines(logging.StreamHandler):  # type: ignore[type-arg]
+class _PlainLines(logging.Handler):
     """Writes messages to what is standard output at that time, which notebooks replace."""
 
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
-
-    @property
-    def stream(self) -> Any:
-        return sys.stdout
-
-    @stream.setter
-    def stream(self, _: Any) -> None:
-        pass
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 def leads() -> bool:
@@ -638,40 +684,87 @@ if not log.handlers and leads():
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """A bar in JupyterLab and in a terminal; one line for each step elsewhere."""
+    """A bar in JupyterLab and in a terminal, lines of text elsewhere, with the time left.
 
-    def __init__(self, name: str, total: int, done: int = 0) -> None:
-        self.name, self.total, self.done = name, total, done
-        bar = live_bar()
-        how: dict[str, Any] = {"total": total, "initial": done, "desc": name, "file": sys.stdout}
-        self.bar = bar(**how) if bar else None
-        if done and not bar:
-            log.info(f"{name}: resumes after {done} of {total}")
+    Parameters
+    ----------
+    name, unit : str
+        What is done and what is counted: 'teacher' and 'epoch' give 'teacher, epoch 3/10'.
+    total, done : int
+        Number of steps (0: `at` says it), and how many an earlier process has done.
+    lines : int, optional
+        At most so many lines of text; by default one for each step.
+    """
 
-    def step(self, text: str) -> None:
-        """One more step is done."""
-        self.done += 1
+    def __init__(
+        self, name: str, unit: str, total: int, done: int = 0, *, lines: int | None = None
+    ) -> None:
+        self.name, self.unit, self.total, self.done = name, unit, total, done
+        self.lines = total if lines is None else lines
+        self.first, self.started = done, time.monotonic()
+        self.bar: Bar | None = None
+        if kind := live_bar():
+            how = {"desc": name, "unit": f" {unit}", "file": sys.stdout, "dynamic_ncols": True}
+            self.bar = kind(total=total or None, initial=done, **how)
+        elif done:
+            log.info(f"{name}: resumes after {unit} {done} of {total}")
+
+    def step(self, text: str = "", count: int = 1) -> None:
+        """Some more steps are done."""
+        before, self.done = self.done, self.done + count
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        else:
-            log.info(f"{self.name} {self.done}/{self.total}: {text}")
+            self.bar.update(count)
+        elif self.done * self.lines // self.total > before * self.lines // self.total:
+            said = ", ".join(part for part in (text, self.time_left()) if part)
+            place = f"{self.name}, {self.unit} {self.done}/{self.total}"
+            log.info(f"{place}: {said}" if said else place)
+
+    def at(self, done: int, total: int) -> None:
+        """So many of all steps are done, for a caller that learns their number on the way."""
+        self.total = total
+        if self.bar is not None:
+            self.bar.total = total
+        self.step(count=done - self.done)
+
+    def time_left(self) -> str:
+        """'2 min left', as if the next steps take as long as the last; '' after the last one."""
+        pace = (time.monotonic() - self.started) / max(self.done - self.first, 1)
+        seconds = round(pace * (self.total - self.done))
+        if seconds < 1:
+            return ""
+        return f"{seconds} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-def live_bar() -> Any:
+class Bar(Protocol):
+    """What is used of tqdm."""
+
+    total: int
+
+    def update(self, n: int) -> object:
+        """So many more steps are done."""
+
+    def set_postfix_str(self, s: str, refresh: bool) -> None:
+        """The text at the end."""
+
+    def close(self) -> None:
+        """Draw it a last time."""
+
+
+def live_bar() -> Callable[..., Bar] | None:
     """tqdm's bar for JupyterLab or a terminal; None under papermill, nbval and in a log file."""
+    kind: Callable[..., Bar] | None = None
     if "ipykernel" in sys.modules:
         if "JPY_SESSION_NAME" in os.environ:
-            from tqdm.notebook import tqdm
+            from tqdm.notebook import tqdm_notebook
 
-            return tqdm
-        return None
-    if sys.stdout.isatty() and leads():
+            kind = tqdm_notebook
+    elif sys.stdout.isatty() and leads():
         from tqdm import tqdm
 
-        return tqdm
-    return None
+        kind = tqdm
+    return kind

@@ -114,8 +114,8 @@ def test_one_process_finds_what_two_have_made(two, monkeypatch, messages):
 
 
 def test_one_process_prints_for_all(two):
-    lines = "training the teacher", "teacher 1/2:", "fitting the graph", "training 2 students"
-    for line in (*lines, "2 students 3/3:", "results: "):
+    started = "training the teacher", "fitting the graph", "training 2 students"
+    for line in (*started, "teacher, epoch 1/2:", "2 students, epoch 3/3:", "results: "):
         assert two.out.count(line) == 1, (line, two.out)
 
 

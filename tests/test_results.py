@@ -46,6 +46,7 @@ def test_a_folder_is_named_by_data_profile_seed_and_digest():
         (DistillConfig(seed=5, teacher_seed=9), "distill/phantom-smoke-s5-"),
         (PrepareConfig(dataset="/data/my scans (v2)/"), "prepare/my_scans_v2_-smoke-s0-"),
         (PrepareConfig(dataset="../läsionen"), "prepare/l_sionen-smoke-s0-"),
+        (PrepareConfig(dataset="lists/clinic-a.csv"), "prepare/lists-clinic-a-smoke-s0-"),
     ],
 )
 def test_each_stage_shows_its_own_seed_and_a_plain_name(cfg, start):

@@ -230,12 +230,6 @@ def test_a_student_that_learned_nothing_is_reported(data, runs, messages):
     assert any("it has learned nothing from the images" in line for line in messages())
 
 
-def test_progress_shows_the_range_over_networks_and_not_their_mean():
-    rows = [{"val_dice": dice} for dice in (0.4, 0.01, 0.2)]
-    assert module._range(rows, "val_dice") == "val_dice 0.010 to 0.400"
-    assert module._range(rows[:1], "val_dice") == "val_dice 0.400"
-
-
 # Interrupted --------------------------------------------------------------------------------------
 
 

@@ -195,21 +195,16 @@ def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
     jobs = _jobs(cfg, raw)
     size = VOLUMES if any(is_volume(case.image) for case in raw) else PART
     paths = [folder / f"{start:07d}.npz" for start in range(0, len(jobs), size)]
-    every = max(1, len(paths) // 10)  # ten lines of progress are enough
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(cores))  # decoding releases the GIL
-        progress = None
-        if len(paths) > 10:
-            progress = Progress(f"reading {cfg.dataset_name}", len(paths) // every)
-            stack.enter_context(progress)
+    lines = 10 if len(paths) > 10 else 0  # a small data set takes seconds
+    reading = Progress(cfg.dataset_name, "case", len(jobs), lines=lines)
+    with ThreadPoolExecutor(cores) as pool, reading:  # decoding releases the GIL
         for number, path in enumerate(paths):
             part = jobs[number * size : (number + 1) * size]
             if not (zipfile.is_zipfile(path) and results.is_intact(path)):
                 rows = pool.map(lambda job: _prepare_case(job, cfg), part)
                 _write_part(path, [row for found in rows for row in found])
-            if progress and (number + 1) % every == 0:
-                progress.step(f"{min((number + 1) * size, len(jobs))} of {len(jobs)} cases")
+            reading.step(count=len(part))
     return paths
 
 
