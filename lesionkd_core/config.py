@@ -175,7 +175,7 @@ def _window(value: str) -> str:
     return value
 
 
-def _given_values(value: Any) -> Any:
+def _given_values(value: object) -> object:
     """1 or [1, 3] -> '1' or '1, 3'."""
     values = value if isinstance(value, (list, tuple)) else [value]
     plain = all(isinstance(v, (int, float, str)) and not isinstance(v, bool) for v in values)
