@@ -315,7 +315,7 @@ def score_external(run: Result, datasets: tuple[str, ...]) -> dict[str, External
 
         def make(missing: dict[Path, Any], data: Prepared = data) -> None:
             for path in missing:
-                _score_external(path, run, own, data, cfg.duplicate_bits)
+                _score_external(path, run, own, data)
 
         upstream = f"{run.digest}|{data.digest}"
         [scored] = results.find_or_make([other_cfg], [upstream], make, External)
@@ -323,9 +323,9 @@ def score_external(run: Result, datasets: tuple[str, ...]) -> dict[str, External
     return found
 
 
-def _score_external(path: Path, run: Result, own: Prepared, data: Prepared, bits: int) -> None:
+def _score_external(path: Path, run: Result, own: Prepared, data: Prepared) -> None:
     per_case = score_network(load_network(run).network, data, splits=("test",))
-    near = near_training(own, data, bits)
+    near = near_training(own, data)
     if near:
         log.warning(
             f"warning: {near} of {len(per_case)} cases of {data.path.name} are near-duplicates of "
@@ -336,9 +336,9 @@ def _score_external(path: Path, run: Result, own: Prepared, data: Prepared, bits
     results.write_json(path / "summary.json", about)
 
 
-def near_training(own: Prepared, other: Prepared, bits: int) -> int:
+def near_training(own: Prepared, other: Prepared) -> int:
     """Number of images of another data set that are near-duplicates of a training image."""
-    return len(copies(own.thumbnails[own.index("train")], other.thumbnails, bits))
+    return len(copies(own.thumbnails[own.index("train")], other.thumbnails))
 
 
 def held_out_scores(run: Result, name: str, elsewhere: dict[str, External]) -> pd.DataFrame:

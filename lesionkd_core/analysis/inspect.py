@@ -55,7 +55,7 @@ def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
     return chosen
 
 
-def example_pairs(prepared: Prepared, bits: int, count: int) -> pd.DataFrame:
+def example_pairs(prepared: Prepared, count: int) -> pd.DataFrame:
     """Pairs of images on both sides of the threshold for near-duplicates.
 
     Of the pairs whose hashes are near, the `count` least alike that share a group, and the `count`
@@ -67,7 +67,7 @@ def example_pairs(prepared: Prepared, bits: int, count: int) -> pd.DataFrame:
         first, second (rows of `prepared`), bits (distance of their hashes), correlation (of their
         details), same.
     """
-    table = compare_pairs(prepared.thumbnails, bits)
+    table = compare_pairs(prepared.thumbnails)
     table = table.sort_values("correlation", ascending=False, kind="stable")
     same = table["same"]
     return pd.concat([table[same].tail(count), table[~same].head(count)], ignore_index=True)
