@@ -91,7 +91,7 @@ def bright(runs, monkeypatch):
 def run_on(folder, **options):
     """A finished run on a folder, as training leaves it, untrained."""
     own = {"dataset": str(folder), "pixels": 32, "width": 1, "losses": "", "cases": 0}
-    cfg = DistillConfig(**own | {"duplicate_bits": 0} | options)
+    cfg = DistillConfig(**own | {"join_copies": False} | options)
     data = prepare(cfg)
 
     def make(missing):
@@ -196,7 +196,7 @@ def test_scores_are_kept_in_the_run_and_nothing_else_of_it_changes(tmp_path, bri
 
 def test_trained_teachers_and_students_are_traced_to_their_data(tmp_path, runs):
     folder = str(images_folder(tmp_path / "mine"))
-    own = {"dataset": folder, "duplicate_bits": 0, "cases": 0, "epochs": 1, "teacher_epochs": 1}
+    own = {"dataset": folder, "join_copies": False, "cases": 0, "epochs": 1, "teacher_epochs": 1}
     cfg = DistillConfig(**OPTIONS | own)
     data = prepare(cfg)
     teacher = train_teacher(data, cfg)

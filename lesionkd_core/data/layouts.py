@@ -910,22 +910,23 @@ def suggested_groups(cases: Sequence[Case], folder: Path) -> tuple[str, dict[str
     (rule, {id: group}) or None
     """
     paths = {case.id: Path(os.path.relpath(case.image, folder)) for case in cases}
-    stems = {name: stem_of(path) for name, path in paths.items()}
-    hints: list[dict[str, str]] = [
-        {name: re.split(r"[\W_]+", stem)[0] for name, stem in stems.items()},
-        {name: re.sub(r"[\W_]+[^\W_]+[\W_]*$", "", stem) for name, stem in stems.items()},
-        {name: before_number(stem) for name, stem in stems.items()},
-        {name: path.parent.as_posix() for name, path in paths.items()},
-    ]
+    hints: list[dict[str, str]] = [{}, {}, {}, {}]
+    for name, path in paths.items():
+        above, stem = path.parent.as_posix(), stem_of(path)
+        first, but_last = re.split(r"[\W_]+", stem)[0], re.sub(r"[\W_]+[^\W_]+[\W_]*$", "", stem)
+        for hint, start in zip(hints, (first, but_last, before_number(stem))):
+            hint[name] = f"{above}/{start}" if start != stem and re.search(r"\d", start) else ""
+        hints[3][name] = above if re.search(r"\d", above) else ""
     for keys in hints:
-        sizes = Counter(keys.values())
-        shared = [key for key in keys.values() if sizes[key] > 1 and re.search(r"\d", key)]
-        if len(sizes) == 1 or len(shared) <= len(keys) / 2:
+        sizes = Counter(filter(None, keys.values()))
+        if len(sizes) < 2 or sum(n for n in sizes.values() if n > 1) <= len(keys) / 2:
             continue
-        letters = {re.sub(r"\d+$", "", key) for key in keys.values()}
-        rules = ["number", r"([^\W_]+)[^/]*$", r"([^/]+)[_ -][^/]*$", "folder"]
+        letters = {re.sub(r"\d+$", "", key.rpartition("/")[2]) for key in sizes}
+        rules = ["folder", "number"]
         if len(letters) == 1 and letters != {""}:
-            rules.insert(1, rf"({re.escape(letters.pop())}\d+)")
+            rules.append(rf"({re.escape(letters.pop())}\d+)")
+        rules += [r"([^\W_]+)[^/]*$", r"([^/]+)[_ -][^/]*$"]  # the first part; all but the last
+        rules += [r"(.*/[^\W_]+)[^/]*$", r"(.+)[_ -][^/]*$"]  # the same with the folder
         for rule in rules:
             if _same_partition(_groups_by(rule, paths), keys):
                 return rule, keys
