@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -437,29 +438,12 @@ def test_jpeg_noise_is_not_a_class_number(tmp_path):
     )
 
 
-NAMES = [
-    "a.png",
-    "B (2).JPG",
-    "b (10).jpeg",
-    "c.d.tif",
-    "._a.png",
-    ".hidden.png",
-    "Thumbs.db",
-    "notes.txt",
-    "desktop.ini",
-    "e.png.txt",
-]
-
-
 def test_hidden_and_other_files_are_ignored(tmp_path):
-    for name in NAMES:
+    images = ["B (2).JPG", "a.png", "b (10).jpeg", "c.d.tif"]
+    others = ["._a.png", ".hidden.png", "Thumbs.db", "notes.txt", "desktop.ini", "e.png.txt"]
+    for name in images + others:
         (tmp_path / name).touch()
-    assert [path.name for path in images_in(tmp_path)] == [
-        "B (2).JPG",
-        "a.png",
-        "b (10).jpeg",
-        "c.d.tif",
-    ]
+    assert [path.name for path in images_in(tmp_path)] == images
     assert [stem_of(path) for path in images_in(tmp_path)] == ["B (2)", "a", "b (10)", "c.d"]
 
 
@@ -499,28 +483,9 @@ def test_two_images_never_share_a_mask(tmp_path):
     assert [len(case.masks) for case in neither] == [0, 0, 1] and neither[2].problem
 
 
-def test_numbers_in_names_are_compared_as_numbers_and_with_text(tmp_path):
-    names = [
-        "scan10.png",
-        "scan2.png",
-        "scan.png",
-        "2.png",
-        "10.png",
-        "a.png",
-        "a1b3.png",
-        "a1b.png",
-    ]
-    found = [path.name for path in sorted((tmp_path / name for name in names), key=natural)]
-    assert found == [
-        "2.png",
-        "10.png",
-        "a.png",
-        "a1b.png",
-        "a1b3.png",
-        "scan.png",
-        "scan2.png",
-        "scan10.png",
-    ]
+def test_numbers_in_names_are_compared_as_numbers_and_with_text():
+    names = "2.png 10.png a.png a1b.png a1b3.png scan.png scan2.png scan10.png".split()
+    assert sorted(map(Path, sorted(names)), key=natural) == list(map(Path, names))
 
 
 def test_a_page_of_two_stacks_is_a_case(tmp_path):
@@ -538,22 +503,20 @@ def test_a_page_of_two_stacks_is_a_case(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_case_without_one_mask_of_its_size_is_refused_with_the_reason(tmp_path):
-    image, mask = save(tmp_path / "x.png", picture(1)), save(tmp_path / "m.png", lesion(9))
-    for case, words in (
-        (Case("x", image, ()), r"^x\.png: no mask belongs to this image"),
-        (
-            Case("x", image, (mask, mask), one_mask=True),
-            r"^x\.png: m\.png, m\.png have the same name; keep one mask",
-        ),
-        (
-            Case("x", image, (mask,), problem="m.png: no image belongs to this mask"),
-            "^m.png: no image",
-        ),
-        (
-            Case("x", image, (save(tmp_path / "t.png", lesion(9).T),)),
-            r"^t\.png: mask is 48 x 64 px, its image 64 x 48 px",
-        ),
-    ):
-        with pytest.raises(UnreadableFile, match=words):
-            read_case(case)
+@pytest.mark.parametrize(
+    ("masks", "options", "words"),
+    [
+        ((), {}, r"^x\.png: no mask belongs to this image"),
+        (("m", "m"), {"one_mask": True}, r"^x\.png: m\.png, m\.png have the same name; keep one"),
+        (("m",), {"problem": "m.png: no image belongs to this mask"}, "^m.png: no image"),
+        (("t",), {}, r"^t\.png: mask is 48 x 64 px, its image 64 x 48 px"),
+    ],
+)
+def test_a_case_without_one_mask_of_its_size_is_refused_with_the_reason(
+    tmp_path, masks, options, words
+):
+    image = save(tmp_path / "x.png", picture(1))
+    save(tmp_path / "m.png", lesion(9))
+    save(tmp_path / "t.png", lesion(9).T)
+    with pytest.raises(UnreadableFile, match=words):
+        read_case(Case("x", image, tuple(tmp_path / f"{mask}.png" for mask in masks), **options))

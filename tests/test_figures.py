@@ -114,7 +114,8 @@ PREPARED = SimpleNamespace(
 POINTS = pd.DataFrame(
     {"dataset": "busi", "model": ["alone", "method", "unet64"], "dice": [0.6, 0.65, 0.7]}
 ).assign(low=[0.5, 0.55, 0.6], high=[0.7, 0.75, 0.8], macs=[1e7, 1e7, 1e10])
-PAIR = pd.DataFrame({"first": [0], "second": [2], "bits": [5], "correlation": [0.9]}).assign(content=0.7)
+PAIR = pd.DataFrame({"first": [0], "second": [2], "bits": [5], "correlation": [0.9]})
+PAIR["content"] = 0.7
 EYE = np.eye(32)
 
 DRAWINGS = {

@@ -11,8 +11,9 @@ import pytest
 
 from lesionkd_core import results
 from lesionkd_core.config import LesionKDError, PrepareConfig
+from lesionkd_core.data import layouts
 from lesionkd_core.data import prepare as module
-from lesionkd_core.data.layouts import DatasetNotFound, data_root
+from lesionkd_core.data.layouts import DatasetNotFound
 from lesionkd_core.data.pixels import prepare_image, prepare_mask
 from lesionkd_core.data.prepare import prepare
 from lesionkd_core.data.splits import SPLITS, SplitError
@@ -193,17 +194,18 @@ def test_everything_can_be_kept_for_testing(tmp_path, runs):
     assert found.cases["split"].tolist() == ["test"] * 3
 
 
-@pytest.mark.skipif(
-    not (data_root() / "busi").is_dir() and not (data_root() / "Dataset_BUSI_with_GT").is_dir(),
-    reason="BUSI is not here",
-)
-def test_near_duplicates_of_busi_stay_together(runs):
-    found = prepare(PrepareConfig(dataset="busi", pixels=64, profile="cpu"))
-    assert found.summary["kept"] == 647 and found.summary["dropped"] == 133
-    assert 500 < found.summary["groups"] < 515  # matched features (SIFT) find 504
-    assert (found.cases.groupby("group")["split"].nunique() == 1).all()
-    random = prepare(PrepareConfig(dataset="busi", pixels=64, profile="cpu", split="random"))
-    assert random.summary["crossing"]["test"] > 15
+PUBLISHED = {"busi": "6ecddfa5", "cvc-clinicdb": "922de1e0", "em-isbi2012": "af277445"}
+"""Splits of docs/results.md."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_split_of_the_published_study_is_made_again(name, runs):
+    try:
+        layouts.find(name)
+    except DatasetNotFound:
+        pytest.skip(f"the release {name} is not here")
+    found = prepare(PrepareConfig(dataset=name, pixels=32, profile="cpu"))
+    assert found.split_hash == PUBLISHED[name] and not any(found.summary["crossing"].values())
 
 
 @pytest.mark.fault

@@ -257,36 +257,28 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where some of the images and their masks are; the name is that of the sub-folder."""
+    """Where some of the images and their masks are; the name is that of the sub-folder.
+
+    `flat`: sub-folders are places of their own, and not DICOM series.
+    """
 
     name: str
     images: Path
     masks: Path | None
-    leave_out: tuple[Path, ...] = ()
+    flat: bool = False
 
     @property
     def split(self) -> str:
         """The official split that the sub-folder is called after."""
         return PARTS.get(self.name.lower(), "")
 
-    def cases(self) -> tuple[list[Case], str]:
-        """Cases, and how they were paired; the name of a sub-folder that is no split is a label."""
-        files = [path for path in sources_in(self.images) if path not in self.leave_out]
-        labels = sources_in(self.masks) if self.masks else []
+    def files(self) -> tuple[list[Path], list[Path]]:
+        """Images and masks."""
         if self.images == self.masks:
-            files, labels = _told_apart(_sources(self.images))
-        if self.name and not self.split and len(files) == 1:
-            return [Case(self.name, files[0], tuple(labels))], "one folder for each case"
-        if self.name and len(labels) == 1:
-            _refuse_channels(files, labels[0])
-        found, how = _matched(files, labels)
-        if not self.name:
-            return found, how
-        label = "" if self.split else self.name
-        return [
-            replace(case, id=f"{self.name}-{case.id}", split=self.split, label=label)
-            for case in found
-        ], how
+            return _told_apart(_sources(self.images))
+        found = sources_in(self.images), sources_in(self.masks) if self.masks else []
+        images, masks = ([p for p in paths if p.is_file() or not self.flat] for paths in found)
+        return images, masks
 
 
 def own_pairs(folder: Path) -> Listing:
@@ -303,12 +295,20 @@ def own_pairs(folder: Path) -> Listing:
         There are images without any mask, or masks and none belongs to an image.
     """
     places = _places(folder)
+    found = [(place, *place.files()) for place in places]
+    one_each = all(
+        place.name and not place.split and len(images) == 1 for place, images, _ in found
+    )
     cases: list[Case] = []
-    said: set[str] = set()
-    for place in places:
-        here, how = place.cases()
-        cases += here + unread({place.images, place.masks or place.images})
-        said |= {how, "sub-folders as official split"} if place.split else {how}
+    said = {"one folder for each case"} if one_each and found else set()
+    for place, images, masks in found:
+        if one_each:
+            cases.append(Case(place.name, images[0], tuple(masks)))
+        else:
+            here, how = _paired_in(place, images, masks)
+            cases += here
+            said |= {how, "sub-folders as official split"} if place.split else {how}
+        cases += unread({place.images, place.masks or place.images})
     images_read = [case for case in cases if not case.problem]
     if images_read and not any(case.masks for case in images_read):
         raise DatasetNotFound(
@@ -317,6 +317,20 @@ def own_pairs(folder: Path) -> Listing:
         )
     how = ", ".join(sorted(filter(None, said)))
     return Listing(cases, how, _not_read_beside(folder, places, len(images_read)))
+
+
+def _paired_in(place: _Place, images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
+    """Cases of a place, and how they were paired; a sub-folder that is no split is a label."""
+    if place.name and len(masks) == 1:
+        _refuse_channels(images, masks[0])
+    found, how = _matched(images, masks)
+    if not place.name:
+        return found, how
+    label = "" if place.split else place.name
+    return [
+        replace(case, id=f"{place.name}-{case.id}", split=place.split, label=label)
+        for case in found
+    ], how
 
 
 def _places(folder: Path) -> list[_Place]:
@@ -328,7 +342,7 @@ def _places(folder: Path) -> list[_Place]:
         if not any(place.masks for place in places):
             return [_Place("", images, masks)]
         if images_in(images):
-            places.append(_Place("", images, masks, tuple(inner)))
+            places.append(_Place("", images, masks, flat=True))
         return places
     if parts or not any(path.is_file() for path in sources_in(folder)):
         inner = parts or _folders(folder)
@@ -582,7 +596,8 @@ def _names(images: list[Path]) -> dict[Path, str]:
         for image, name in names.items():
             if counts[name] > 1:
                 names[image] = "_".join([*image.parts[-1 - above : -1], stem_of(image)])
-    return names
+    counts = Counter(names.values())  # a.png and a.jpg of one folder stay equal
+    return {image: name if counts[name] == 1 else stem_of(image) for image, name in names.items()}
 
 
 def _spellings(groups: Iterable[str]) -> dict[str, list[str]]:
