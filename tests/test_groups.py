@@ -113,7 +113,7 @@ COPIES = {
     "mirrored": ImageOps.mirror,
     "upside down": ImageOps.flip,
     "turned by 90 degrees": lambda image: image.rotate(90, expand=True),
-    "mirrored, turned, half as large": lambda image: ImageOps.mirror(image.rotate(90)).reduce(2),
+    "mirrored and turned": lambda image: ImageOps.mirror(image.rotate(90, expand=True)),
 }
 
 
