@@ -196,13 +196,17 @@ def test_a_folder_with_the_number_of_cases_of_a_release_is_that_release(data):
         find("polyps")
 
 
-def test_kvasir_seg_masks_are_jpeg(data):
+def test_kvasir_seg_masks_are_jpeg_and_scenes_have_names(data):
     empty = np.zeros(SIZE, dtype=np.uint8)
     empty[::5, ::3] = 9  # what compression leaves of black
-    for name, mask in (("a", lesion(16, 8, 8)), ("b", lesion(21, 11, 13)), ("c", empty)):
+    twins = ("cju1g20bdwq6u0835e16xugcd", "cjyzurzvohqnr0794es1itzek")
+    drawn = {"a": lesion(16, 8, 8), "b": lesion(21, 11, 13), "c": empty}
+    for name, mask in (drawn | dict.fromkeys(twins, empty)).items():
         save(data / "Kvasir-SEG" / "images" / f"{name}.jpg", picture(1))
         save(data / "Kvasir-SEG" / "masks" / f"{name}.jpg", mask, "RGB", quality=75)
-    masks = {name: read_case(case).mask for name, case in cases_of("kvasir-seg").items()}
+    cases = cases_of("kvasir-seg")
+    assert [cases[name].group for name in ("a", *twins)] == ["", "scene-01", "scene-01"]
+    masks = {name: read_case(case).mask for name, case in cases.items()}
     assert (masks["a"] == lesion(16, 8, 8)).all()  # on the borders of JPEG's blocks
     assert (masks["b"] != lesion(21, 11, 13)).mean() < 0.01
     assert not masks["c"].any()
@@ -763,7 +767,7 @@ REAL = {  # cases of the release, or of a known part of it; groups; mask files
     "busi": ({780}, 1, {798}),
     "cvc-clinicdb": ({612}, 29, {612}),
     "isic2018": ({3694, 2594, 1500}, 1, {3694, 2594, 1500}),
-    "kvasir-seg": ({1000, 5}, 1, {1000, 5}),
+    "kvasir-seg": ({1000}, 22, {1000}),
     "em-isbi2012": ({30}, 4, {30}),
     "bus-bra": ({1875, 991}, 710, {1875, 991}),
     "ham10000": ({10015, 2000}, 1, {10015, 2000}),

@@ -155,6 +155,13 @@ def isic(folder: Path, images: str, masks: str, parts: dict[str, str]) -> list[C
     return found
 
 
+def kvasir_seg(folder: Path) -> list[Case]:
+    """Kvasir-SEG: images/ and masks/; a table beside its card names scenes that are there twice."""
+    with open(CHECKOUT / "data" / "kvasir-seg-scenes.csv", newline="") as file:
+        scenes = {row["image"]: row["scene"] for row in csv.DictReader(file)}
+    return [replace(case, group=scenes.get(case.id, "")) for case in paired(folder)]
+
+
 def nih_pancreas(folder: Path, labels: str, withdrawn: list[str]) -> list[Case]:
     """Pancreas-CT: `PANCREAS_0001/<study>/<series>/*.dcm` with `label0001.nii.gz`.
 
@@ -681,8 +688,8 @@ def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]
         yield line, cells
 
 
-READERS = (bus_bra, busi, covid_ct, cvc_clinicdb, em_stacks, ham10000, isic, nih_pancreas, ph2)
-OTHERS = (images_alone, paired, polyps, wounds)
+READERS = (bus_bra, busi, covid_ct, cvc_clinicdb, em_stacks, ham10000, isic, kvasir_seg)
+OTHERS = (images_alone, nih_pancreas, paired, ph2, polyps, wounds)
 LAYOUTS: dict[str, Callable[..., list[Case]]] = {f.__name__: f for f in (*READERS, *OTHERS)}
 
 
