@@ -25,6 +25,7 @@ from lesionkd_core.data.layouts import (
     read,
     window_of,
 )
+from lesionkd_core.data.prepare import prepare
 
 from .conftest import ROOT
 from .test_dicom import dicom
@@ -188,8 +189,8 @@ def test_a_folder_with_the_number_of_cases_of_a_release_is_that_release(data):
     for frame in frames:
         touch(data / "polyps" / "Original" / f"{frame}.png")
         touch(data / "polyps" / "Ground Truth" / f"{frame}.png")
-    release, _, found = listing(PrepareConfig(dataset="polyps"))
-    assert release.name == "cvc-clinicdb" and len({case.group for case in found.cases}) == 29
+    found = listing(PrepareConfig(dataset="polyps"))
+    assert found.release.name == "cvc-clinicdb" and len({case.group for case in found.cases}) == 29
     (data / "polyps" / "Original" / "612.png").unlink()
     (data / "polyps" / "Ground Truth" / "612.png").unlink()
     with pytest.raises(DatasetNotFound):
@@ -487,8 +488,6 @@ def test_several_kinds_of_volume_for_a_mask_are_refused_with_a_table_that_works(
 
 
 def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too(data, runs):
-    from lesionkd_core.data.prepare import prepare
-
     for k in range(12):
         save(data / "eyes" / "images" / f"{k:02d}_test.png", picture(k))
         save(data / "eyes" / "mask" / f"{k:02d}_test_mask.png", lesion(30 + k % 2, 5, 5))
@@ -501,23 +500,27 @@ def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too
     assert prepare(PrepareConfig(dataset="eyes/list.csv", pixels=32)).summary["warnings"] == []
 
 
-def test_a_class_that_is_missing_from_a_split_is_a_warning(data, runs):
-    from lesionkd_core.data.prepare import prepare
-
-    for number, label in enumerate(("benign", "malignant", "suspicious")):
+@pytest.mark.parametrize("way", ["folders", "list", "labels"])
+def test_a_class_or_clinic_that_is_missing_from_a_split_is_a_warning(data, runs, way):
+    rows = ["image,mask,label" if way == "labels" else "image,mask"]
+    for number, kind in enumerate("ABC"):
+        place = f"all/{kind}" if way == "labels" else kind
+        pairs(
+            data / "mine", place + "/images/{}.png", place + "/masks/{}.png", range(8), 6 + number
+        )
         for k in range(8):
-            save(data / "mine" / label / "images" / f"{k}.png", picture(8 * number + k))
-            save(data / "mine" / label / "masks" / f"{k}.png", lesion(6 + k))
-    found = prepare(PrepareConfig(dataset="mine", pixels=32))
-    absent = (
-        found.cases.groupby("label")["split"]
-        .unique()
-        .map(lambda s: {*"train val test".split()} - {*s})
-    )
-    said = [f"{name} (8 cases) from {' and '.join(s)}" for name, s in absent.items() if len(s) == 1]
+            save(data / "mine" / place / "images" / f"{k}.png", picture(8 * number + k))
+            row = [f"{place}/images/{k}.png", f"{place}/masks/{k}.png", kind]
+            rows.append(",".join(row if way == "labels" else row[:2]))
+    (data / "mine" / "list.csv").write_text("\n".join(rows))
+    dataset = "mine" if way == "folders" else "mine/list.csv"
+    found = prepare(PrepareConfig(dataset=dataset, pixels=32))
     assert found.summary["groups"] == 24
+    there = found.cases.groupby("label")["split"].agg(set)
+    absent = {kind: {"train", "val", "test"} - there[kind] for kind in "ABC"}
     [warning] = found.summary["warnings"]
-    assert said and all(words in warning for words in said)
+    said = re.findall(r"(\w) \(8 cases\) from ([a-z]+)", warning)
+    assert said == [(kind, *splits) for kind, splits in absent.items() if splits] != []
 
 
 def test_images_alone_may_lie_in_sub_folders_and_in_pages(data):
@@ -649,7 +652,7 @@ def test_accents_of_a_manifest_may_be_encoded_in_another_way(data, listed_as, on
 
 
 def doubts_of(path):
-    _, _, found = listing(PrepareConfig(dataset=str(path)))
+    found = listing(PrepareConfig(dataset=str(path)))
     return [case.group for case in found.cases], found.doubts
 
 

@@ -255,11 +255,39 @@ OWN_NAMES = "give both the same stem, or mark the masks, as in a.jpg and a_mask.
 
 @dataclass(frozen=True)
 class Listing:
-    """Cases of a data set, how their masks were found, and what may be wrong with the files."""
+    """What is known of a data set before its images are read; of the phantom, nothing.
+
+    Parameters
+    ----------
+    how : str
+        How the masks of your own folder were found, if not by equal stems.
+    doubts : tuple of str
+        What may be wrong with the files.
+    folder, release
+        Where the data set is, and what; your own is a release too.
+    """
 
     cases: list[Case]
     how: str = ""
     doubts: tuple[str, ...] = ()
+    folder: Path = Path()
+    release: Release | None = None
+
+    @property
+    def official(self) -> bool:
+        """Whether it is a release of the catalogue."""
+        return self.release is not None and self.release.name in CATALOGUE
+
+    def notes(self, dataset: str) -> list[str]:
+        """Lines for the log; `dataset` is the option."""
+        found = [self.how] if self.how else []
+        if self.release and self.official:
+            name, count = self.release.name, self.release.count
+            if dataset != name:
+                found.append(f"this folder is the release {name}; its rules are in data/{name}.md")
+            if len(self.cases) != count:
+                found.append(f"{len(self.cases)} of the release's {count} images are here")
+        return found
 
 
 @dataclass(frozen=True)
@@ -545,7 +573,7 @@ def manifest(path: Path, group_column: str = "group") -> Listing:
 
     Paths are relative to the table's folder. Several masks of an image are united: rows of the same
     image, or paths with ';' between them. A missing file only rules out its own case. Groups that
-    are equal as numbers, such as 7 and 7.0, are one.
+    are equal as numbers, such as 7 and 7.0, are one. Without labels, folders of images are labels.
 
     Raises
     ------
@@ -570,13 +598,17 @@ def manifest(path: Path, group_column: str = "group") -> Listing:
             )
         masks.setdefault(image, []).extend(map(locate, filter(str.strip, row["mask"].split(";"))))
     names, spellings = _names(list(images)), _spellings(said["group"] for said in images.values())
+    labelled = any(said["label"] for said in images.values())
+    above = os.path.commonpath([image.parent for image in images])
     cases = []
     for image, said in images.items():
+        place = image.relative_to(above).parts[:-1]  # of a clinic or a class, if there are several
+        label = said["label"] if labelled or not place else place[0]
         missing = [file for file in (image, *masks[image]) if not file.exists()]
         problem = ", ".join(f"{file.name}: file is missing in {file.parent}" for file in missing)
         group = spellings[said["group"]][0]
         case = Case(said["id"] or names[image], image, tuple(dict.fromkeys(masks[image])), group)
-        cases.append(replace(case, label=said["label"], split=said["split"], problem=problem))
+        cases.append(replace(case, label=label, split=said["split"], problem=problem))
     return Listing(cases, doubts=(*_written_differently(spellings), *_shared_masks(cases)))
 
 
@@ -864,14 +896,16 @@ def _without_masks(dataset: str) -> tuple[Release, Path]:
     )
 
 
-def listing(cfg: PrepareConfig) -> tuple[Release, Path, Listing]:
-    """The data set that the options name, where it is, and its cases (not of the phantom).
+def listing(cfg: PrepareConfig) -> Listing:
+    """The data set that the options name.
 
     Raises
     ------
     DatasetNotFound, ConfigError
         It is not there, holds no images, or the option `group_by` does not fit.
     """
+    if cfg.dataset == phantom.NAME:
+        return Listing([])
     unlabelled = isinstance(cfg, UnlabelledConfig)
     release, folder = _without_masks(cfg.dataset) if unlabelled else find(cfg.dataset)
     column = cfg.group_by.partition("column:")[2]
@@ -892,7 +926,7 @@ def listing(cfg: PrepareConfig) -> tuple[Release, Path, Listing]:
     cases = [replace(case, window=release.window, **said) for case in found.cases]
     if cfg.group_by not in ("", "sequence") and not column:
         cases = _regrouped(cases, folder, cfg.group_by)
-    return release, folder, replace(found, cases=cases)
+    return replace(found, cases=cases, folder=folder, release=release)
 
 
 def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
@@ -901,10 +935,10 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
     Masks count with their content, since annotations are corrected, and so do images of your own.
     Images of a release count with their name and size.
     """
-    if cfg.dataset == phantom.NAME:
+    found = listing(cfg)
+    if not found.release:
         return f"{cfg.dataset} version {phantom.VERSION}", []
-    release, _, found = listing(cfg)
-    official = release.name in CATALOGUE
+    release, official = found.release, found.official
     about_release = f"{release.name} {release.window} {release.group_by}"
     digest = hashlib.sha256(about_release.encode() if official else b"own")
     for case in found.cases:

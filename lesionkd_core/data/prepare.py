@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,7 @@ from ..results import Progress, log
 from . import phantom
 from .images import Case, Reading, UnreadableFile, is_volume
 from .layouts import (
-    CATALOGUE,
     Listing,
-    Release,
     fingerprint,
     listing,
     read,
@@ -146,8 +143,8 @@ def prepare(cfg: PrepareConfig) -> Prepared:
         for path in missing:
             log.info(f"preparing {cfg.dataset} at {cfg.pixels} px")
             _check_space(path, (cfg.cases or len(raw) or phantom.CASES) * cfg.pixels**2 * BYTES)
-            source = _Source.of(cfg)
-            for note in source.notes(cfg):
+            source = listing(cfg)
+            for note in source.notes(cfg.dataset):
                 log.info(f"note: {note}")
             parts = _read_all(path / "parts", cfg, raw)
             _assemble(path, cfg, parts, source)
@@ -289,42 +286,7 @@ def _write_part(path: Path, done: list[Row]) -> None:
         np.savez(file, rows=np.array(json.dumps([row for row, *_ in done])), **arrays)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What is known of a data set before its images are read; of the phantom, nothing."""
-
-    listing: Listing = Listing([])
-    folder: Path = Path()
-    release: Release | None = None
-
-    @classmethod
-    def of(cls, cfg: PrepareConfig) -> _Source:
-        """The data set that the options name."""
-        if cfg.dataset == phantom.NAME:
-            return cls()
-        release, folder, found = listing(cfg)
-        return cls(found, folder, release)
-
-    @property
-    def known(self) -> bool:
-        """Whether it is a release of the catalogue."""
-        return self.release is not None and self.release.name in CATALOGUE
-
-    def notes(self, cfg: PrepareConfig) -> list[str]:
-        """Lines for the log before the images are read."""
-        found = [self.listing.how] if self.listing.how else []
-        if not (self.known and self.release):
-            return found
-        if cfg.dataset != self.release.name:
-            card = f"data/{self.release.name}.md"
-            found.append(f"this folder is the release {self.release.name}; its rules are in {card}")
-        if len(self.listing.cases) != self.release.count:
-            here = len(self.listing.cases)
-            found.append(f"{here} of the release's {self.release.count} images are here")
-        return found
-
-
-def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: _Source) -> None:
+def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing) -> None:
     """Form groups and splits from the rows of all parts, then write the arrays part by part."""
     rows = pd.DataFrame([r for part in parts for r in json.loads(str(np.load(part)["rows"]))])
     results.write_table(path / "report.csv", _report(rows))  # also if an error follows
@@ -353,7 +315,7 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: _Source
     _write_tables(path, rows, cases)
     about: dict[str, Any] = {"kept": len(cases), "groups": int(cases["group"].nunique())}
     about |= {"crossing": crossing(cases), "warnings": warnings, "joined": joined}
-    about |= {"paired": source.listing.how} | _counted(_report(rows)) | _statistics(cases)
+    about |= {"paired": source.how} | _counted(_report(rows)) | _statistics(cases)
     results.write_json(path / "summary.json", about)
 
 
@@ -377,9 +339,9 @@ def _check_count(cfg: PrepareConfig, count: int, dropped: str) -> None:
         )
 
 
-def _grouped(cases: pd.DataFrame, cfg: PrepareConfig, small: np.ndarray, source: _Source) -> Groups:
+def _grouped(cases: pd.DataFrame, cfg: PrepareConfig, small: np.ndarray, source: Listing) -> Groups:
     """Groups by name and by what images show; the phantom repeats nothing."""
-    compared = small if source.listing.cases else None
+    compared = small if source.cases else None
     sequence = sequence_of(cfg, source.release)
     return group_cases(cases["group"], compared, cfg.join_copies, sequence)
 
@@ -419,17 +381,17 @@ def _warnings(
     cases: pd.DataFrame,
     chosen: np.ndarray,
     groups: Groups,
-    source: _Source,
+    source: Listing,
     cfg: PrepareConfig,
     agreement: float,
 ) -> list[str]:
     """What may be wrong with the data, and the option that cures it."""
     files, cases = cases["file"].tolist(), cases[chosen]
-    found = list(source.listing.doubts)
+    found = list(source.doubts)
     if source.release and source.release.caution and cfg.split != "test" and not cfg.group_by:
         found.append(source.release.caution)
-    found += _warned_groups(cases, groups, files) + _warned_names(cases, source)
-    found += _warned_labels(cases)
+    found += _warned_groups(cases, groups, files)
+    found += _warned_names(cases, source) or _warned_labels(cases)
     return found + _warned_masks(cases, agreement)
 
 
@@ -450,11 +412,11 @@ def _warned_groups(cases: pd.DataFrame, groups: Groups, files: list[str]) -> lis
     return found
 
 
-def _warned_names(cases: pd.DataFrame, source: _Source) -> list[str]:
+def _warned_names(cases: pd.DataFrame, source: Listing) -> list[str]:
     """Files whose names begin alike, nobody said why, and that are in several splits."""
     unnamed = cases[(cases["named"] == "") | (cases["named"] == cases["volume"])]
-    listed = source.listing.cases
-    if source.known or not len(unnamed) or any(case.group for case in listed):
+    listed = source.cases
+    if source.official or not len(unnamed) or any(case.group for case in listed):
         return []
     suggested = suggested_groups(listed, source.folder)
     if not suggested:
@@ -482,9 +444,10 @@ def _warned_labels(cases: pd.DataFrame) -> list[str]:
             found.append(f"{label} ({len(part)} cases) from {' and '.join(missing)}")
     if not found:
         return []
+    more = ", ..." if len(found) > 5 else ""
     return [
-        f"missing from a split: {', '.join(found)}. Scores there say nothing about that class or "
-        "place; another split_seed or larger fractions may help"
+        f"missing from a split: {', '.join(found[:5])}{more}. Scores there say nothing about that "
+        "class or clinic; another split_seed or larger fractions may help"
     ]
 
 
