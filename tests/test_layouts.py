@@ -393,11 +393,9 @@ def test_the_folder_of_the_official_name_is_preferred_to_a_copy(data):
 @pytest.mark.parametrize("name", ["kvasir-seg", "cvc-colondb", "etis-larib", "fuseg", "medetec"])
 def test_a_folder_of_ones_own_is_not_taken_for_a_release(data, name):
     image_folder(data / "mine", 1)
-    image_folder(data / "parts" / "train", 1)
-    save(data / "parts" / "train" / "labels" / "a.png", lesion(9))
-    with pytest.raises(
-        DatasetNotFound, match=f"{name}: no folder '{CATALOGUE[name].folder}' with .* under {data}"
-    ) as error:
+    pairs(data / "parts", "train/images/{}.png", "train/labels/{}.png", "a")
+    words = f"{name}: no folder '{CATALOGUE[name].folder}' with .* under {data}"
+    with pytest.raises(DatasetNotFound, match=words) as error:
         find(name)
     assert f"data/{name}.md" in str(error.value) and "LESIONKD_DATA" in str(error.value)
 
@@ -406,18 +404,13 @@ def test_a_folder_of_ones_own_is_not_taken_for_a_release(data, name):
 
 
 def test_own_data_pairs_equal_stems_of_any_suffix(data):
-    suffixes = (
-        ("a.JPG", "a.png"),
-        ("b 1.jpeg", "b 1.bmp"),
-        ("c.tif", "c.tiff"),
-        ("d.webp", "d.png"),
-        ("e.x.png", "E.X.png"),
-    )
-    for image, mask in suffixes:
+    images = ("a.JPG", "b 1.jpeg", "c.tif", "d.webp", "e.x.png")
+    masks = ("a.png", "b 1.bmp", "c.tiff", "d.png", "E.X.png")
+    for image, mask in zip(images, masks):
         save(data / "mine" / "images" / image, picture(1))
         save(data / "mine" / "masks" / mask, lesion(9))
-    (data / "mine" / "images" / ".hidden.png").write_text("left by a file manager")
-    (data / "mine" / "images" / "Thumbs.db").write_text("likewise")
+    for name in (".hidden.png", "Thumbs.db"):
+        (data / "mine" / "images" / name).write_text("left by a file manager")
     assert list(cases_of("mine")) == list(cases_of(data / "mine")) == ["a", "b 1", "c", "d", "e.x"]
     for case in cases_of("mine").values():
         assert read_case(case).image.shape == (*SIZE, 3)
@@ -726,12 +719,6 @@ def test_a_manifest_of_another_encoding_is_refused(data, encoding):
     (data / "list.csv").write_text("image,mask\nLäsion.png,b.png\n", encoding=encoding)
     with pytest.raises(ManifestError, match=r"^list\.csv: cannot be read as a CSV table in UTF-8"):
         cases_of(data / "list.csv")
-
-
-@pytest.mark.fault
-def test_a_manifest_that_is_not_there_says_where_it_was_looked_for(data):
-    with pytest.raises(DatasetNotFound, match=rf"nor a CSV manifest; (.|\n)*{data}"):
-        cases_of("lost.csv")
 
 
 def test_the_split_counts_in_the_fingerprint(data):
