@@ -425,12 +425,10 @@ class PrepareConfig(StageConfig):
         "number), folder, sequence (consecutive frames that look alike), column:NAME of the "
         "manifest, or a regular expression for the path; empty: what the data set itself says",
     )
-    duplicate_bits: int = Field(
-        12,
-        ge=0,
-        le=16,
-        description="images are compared in detail, and share a group if they show the same, if "
-        "their 63-bit perceptual hashes differ in at most this many bits",
+    join_copies: bool = Field(
+        True,
+        description="2-D images that show the same share a group, also mirrored or turned copies; "
+        "False: only names say what belongs together",
     )
 
     @property

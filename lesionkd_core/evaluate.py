@@ -253,7 +253,7 @@ def score_external(run: Result, datasets: tuple[str, ...]) -> dict[str, External
 
         def make(missing: dict[Path, ExternalConfig], data: Prepared = data) -> None:
             for path in missing:
-                _score_external(path, run, data, cfg.duplicate_bits)
+                _score_external(path, run, data)
 
         wanted = results.Wanted(other, f"{run.digest}|{data.digest}")
         [scored] = results.find_or_make([wanted], make, External)
@@ -261,10 +261,10 @@ def score_external(run: Result, datasets: tuple[str, ...]) -> dict[str, External
     return found
 
 
-def _score_external(path: Path, run: Result, data: Prepared, bits: int) -> None:
+def _score_external(path: Path, run: Result, data: Prepared) -> None:
     per_case = score_network(load_network(run).network, data, splits=("test",))
     own = results.with_digest("prepare", run.summary["data"])
-    near = near_training(Prepared(own), data, bits) if own else None
+    near = near_training(Prepared(own), data) if own else None
     if near:
         log.warning(
             f"warning: {near} of {len(per_case)} cases of {data.path.name} are near-duplicates of "
@@ -275,9 +275,9 @@ def _score_external(path: Path, run: Result, data: Prepared, bits: int) -> None:
     results.write_json(path / "summary.json", about)
 
 
-def near_training(own: Prepared, other: Prepared, bits: int) -> int:
+def near_training(own: Prepared, other: Prepared) -> int:
     """Number of images of another data set that are near-duplicates of a training image."""
-    return len(copies(own.thumbnails[own.index("train")], other.thumbnails, bits))
+    return len(copies(own.thumbnails[own.index("train")], other.thumbnails))
 
 
 def held_out_scores(run: Result, name: str, elsewhere: dict[str, External]) -> pd.DataFrame:

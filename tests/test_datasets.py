@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -310,29 +311,12 @@ def test_a_file_without_permission_says_so(tmp_path, monkeypatch):
         read_image(tmp_path / "x.png")
 
 
-NAMES = [
-    "a.png",
-    "B (2).JPG",
-    "b (10).jpeg",
-    "c.d.tif",
-    "._a.png",
-    ".hidden.png",
-    "Thumbs.db",
-    "notes.txt",
-    "desktop.ini",
-    "e.png.txt",
-]
-
-
 def test_hidden_and_other_files_are_ignored(tmp_path):
-    for name in NAMES:
+    images = ["B (2).JPG", "a.png", "b (10).jpeg", "c.d.tif"]
+    others = ["._a.png", ".hidden.png", "Thumbs.db", "notes.txt", "desktop.ini", "e.png.txt"]
+    for name in images + others:
         (tmp_path / name).touch()
-    assert [path.name for path in images_in(tmp_path)] == [
-        "B (2).JPG",
-        "a.png",
-        "b (10).jpeg",
-        "c.d.tif",
-    ]
+    assert [path.name for path in images_in(tmp_path)] == images
     assert [stem_of(path) for path in images_in(tmp_path)] == ["B (2)", "a", "b (10)", "c.d"]
 
 
@@ -372,28 +356,9 @@ def test_two_images_never_share_a_mask(tmp_path):
     assert [len(case.masks) for case in neither] == [0, 0, 1] and neither[2].problem
 
 
-def test_numbers_in_names_are_compared_as_numbers_and_with_text(tmp_path):
-    names = [
-        "scan10.png",
-        "scan2.png",
-        "scan.png",
-        "2.png",
-        "10.png",
-        "a.png",
-        "a1b3.png",
-        "a1b.png",
-    ]
-    found = [path.name for path in sorted((tmp_path / name for name in names), key=natural)]
-    assert found == [
-        "2.png",
-        "10.png",
-        "a.png",
-        "a1b.png",
-        "a1b3.png",
-        "scan.png",
-        "scan2.png",
-        "scan10.png",
-    ]
+def test_numbers_in_names_are_compared_as_numbers_and_with_text():
+    names = "2.png 10.png a.png a1b.png a1b3.png scan.png scan2.png scan10.png".split()
+    assert sorted(map(Path, sorted(names)), key=natural) == list(map(Path, names))
 
 
 def test_a_page_of_two_stacks_is_a_case(tmp_path):

@@ -136,11 +136,11 @@ def test_cases_are_spread_from_the_smallest_to_the_largest_lesion():
 
 
 def test_example_pairs_are_around_the_threshold(monkeypatch):
-    table = pd.DataFrame({"correlation": [0.9, 0.1, 0.5, 0.6, 0.3, 0.2]})
-    table["same"] = table["correlation"] >= 0.48
-    monkeypatch.setattr(inspect, "compare_pairs", lambda thumbnails, bits: table)
-    shown = inspect.example_pairs(Cases([0.1] * 5), 4, 2)
-    assert shown["correlation"].tolist() == [0.6, 0.5, 0.3, 0.2]
+    table = pd.DataFrame({"content": [0.9, 0.1, 0.5, 0.6, 0.3, 0.2], "correlation": 0.95})
+    table["same"] = table["content"] >= 0.48
+    monkeypatch.setattr(inspect, "compare_pairs", lambda thumbnails: table)
+    shown = inspect.example_pairs(Cases([0.1] * 5), 2)
+    assert shown["content"].tolist() == [0.6, 0.5, 0.3, 0.2]
 
 
 def test_the_edge_survives_max_pooling():

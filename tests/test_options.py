@@ -36,7 +36,7 @@ CHANGED = {  # every hashed option, with a value that is not the smoke profile's
     "val_fraction": 0.1,
     "test_fraction": 0.3,
     "group_by": "number",
-    "duplicate_bits": 0,
+    "join_copies": False,
     "edge_width": 2,
     "edge_level": "encoder.stride16",
     "grid": 6,

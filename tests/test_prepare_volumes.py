@@ -46,7 +46,7 @@ def test_slices_of_a_volume_stay_together_and_those_of_two_patients_do_not(
     assert (cases.groupby("volume")["split"].nunique() == 1).all()
     assert set(cases["split"]) == set(SPLITS)
     assert cases["id"].iloc[0] == ("p00_z001" if normals == "drop" else "p00_z000")
-    assert near_training(data, data, bits=4) == 0
+    assert near_training(data, data) == 0
 
 
 def test_a_killed_preparation_resumes_on_a_machine_with_other_cores(tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def test_arms_of_one_seed_start_from_the_same_student():
 OTHER = {  # what students trained together share, with a value that is not CFG's
     "seed": 8, "epochs": 3, "batch_size": 4, "augment": "flips", "seg_loss": "bce",
     "weight_decay": 0.0, "precision": "bf16-mixed", "label_fraction": 0.5, "label_seed": 1,
-    "unlabelled": "elsewhere", "teacher_bn": "batch", "teacher_epochs": 9, "duplicate_bits": 0,
+    "unlabelled": "elsewhere", "teacher_bn": "batch", "teacher_epochs": 9, "join_copies": False,
     "pixels": 64, "split_seed": 3, "threads": 2,
 }  # fmt: skip
 

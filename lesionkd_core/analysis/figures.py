@@ -403,11 +403,30 @@ def pairs(prepared: Prepared, table: pd.DataFrame) -> Figure:
     ids, said = prepared.cases["id"], []
     for (top, bottom), row in zip(axes.T, table.itertuples()):
         draw_image(top, prepared.images[row.first], _short(ids[row.first]))
-        alike = f"{row.bits} bits, r {row.correlation:.2f}"
+        alike = f"{row.bits} bits, r {min(row.correlation, row.content):.2f}"
         draw_image(bottom, prepared.images[row.second], f"{_short(ids[row.second])}\n{alike}")
         said.append(f"{ids[row.first]} and {ids[row.second]}, {alike}")
     what = "Pairs of images, the distance of their hashes and the correlation r of their details"
     return _described(fig, f"{what}: {'; '.join(said) or 'none'}.")
+
+
+@styled()
+def joined_groups(prepared: Prepared, count: int = 4) -> Figure:
+    """Up to six images of each of the largest groups that were joined because they show the same.
+
+    They are the groups of `Prepared.summary["joined"]`; groups that names make are not drawn.
+    """
+    largest = prepared.summary["joined"]["largest"][:count]
+    if not largest:
+        return _nothing()
+    rows = {case_id: row for row, case_id in enumerate(prepared.cases["id"])}
+    fig, axes = panels(len(largest), 6, ratio=1.14)
+    for line, ids in zip(axes, largest):
+        for axis, case_id in zip(line, ids):
+            draw_image(axis, prepared.images[rows[case_id]], _short(case_id))
+    sizes = [f"{len(ids)} images" for ids in largest]
+    _row_labels(axes, sizes)
+    return _described(fig, f"The largest groups of images that show the same: {', '.join(sizes)}.")
 
 
 @styled()

@@ -55,7 +55,7 @@ def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
     return chosen
 
 
-def example_pairs(prepared: Prepared, bits: int, count: int) -> pd.DataFrame:
+def example_pairs(prepared: Prepared, count: int) -> pd.DataFrame:
     """Pairs of images on both sides of the threshold for near-duplicates.
 
     Of the pairs whose hashes are near, the `count` least alike that share a group, and the `count`
@@ -64,11 +64,12 @@ def example_pairs(prepared: Prepared, bits: int, count: int) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        first, second (rows of `prepared`), bits (distance of their hashes), correlation (of their
-        details), same.
+        As `splits.compare_pairs` returns it; rows are those of `prepared`. Sorted by the lesser of
+        the two correlations.
     """
-    table = compare_pairs(prepared.thumbnails, bits)
-    table = table.sort_values("correlation", ascending=False, kind="stable")
+    table = compare_pairs(prepared.thumbnails)
+    alike = table[["correlation", "content"]].min(axis=1)
+    table = table.loc[alike.sort_values(ascending=False, kind="stable").index]
     same = table["same"]
     return pd.concat([table[same].tail(count), table[~same].head(count)], ignore_index=True)
 

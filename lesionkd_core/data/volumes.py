@@ -424,6 +424,13 @@ def is_dicom(path: Path) -> bool:
     return _beginning(path)[128:132] == b"DICM"
 
 
+def holds_series(folder: Path) -> bool:
+    """Whether the DICOM files of a folder are the slices of one series."""
+    if not is_dicom(folder) or sum(map(is_dicom, files_in(folder))) < 2:
+        return False
+    return len(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))) == 1
+
+
 def _beginning(path: Path) -> bytes:
     """Where a DICOM file has its mark and its SOP class."""
     with open(path, "rb") as file:
