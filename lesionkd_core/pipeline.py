@@ -498,7 +498,8 @@ class Ablation(Result):
 def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
     """The configuration of one arm with one seed.
 
-    An arm is a name of `ARMS` or a loss term; 'alone*2' has twice as many epochs.
+    An arm is a name of `ARMS`, or loss terms such as 'kd', 'feat+kd' or 'edge=3' with its weight;
+    'alone*2' has twice as many epochs.
 
     Raises
     ------
@@ -508,14 +509,18 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
     name, times, factor = arm.partition("*")
     if times and not (factor.isdecimal() and int(factor) > 0):
         raise ConfigError(f"arms names {arm!r}; after * give how many times longer, as in alone*2")
-    terms = [term for term in TERMS if term != "seg"]
-    if name not in (*ARMS, *terms):
-        raise ConfigError(f"arms names {name!r}: {nearest(name, [*ARMS, *terms])}")
     own = {field: getattr(cfg, field) for field in DistillConfig.model_fields}
-    names = ["seg", *filter(None, ARMS.get(name, name).split(", "))]
-    own["losses"] = resolve({name: cfg.losses.get(name) for name in names})
     own["epochs"] = cfg.epochs * (int(factor) if times else 1)
-    return DistillConfig(**own | {"seed": seed})
+    arm_cfg = DistillConfig(
+        **own | {"seed": seed, "losses": ARMS.get(name, name.replace("+", ","))}
+    )
+    for term in arm_cfg.losses:
+        if term not in TERMS or term == "seg":
+            known = [*ARMS, *TERMS.keys() - {"seg"}]
+            raise ConfigError(f"arms names {term!r}: {nearest(term, known)}")
+    given = {"seg": cfg.losses.get("seg")} | arm_cfg.losses
+    weights = {n: cfg.losses.get(n) if weight is None else weight for n, weight in given.items()}
+    return arm_cfg.with_values(losses=resolve(weights))
 
 
 def require_known(cfg: StageConfig) -> None:

@@ -199,18 +199,15 @@ def test_a_folder_with_the_number_of_cases_of_a_release_is_that_release(data):
 
 
 def test_kvasir_seg_masks_are_jpeg_and_scenes_have_names(data):
-    empty = np.zeros(SIZE, dtype=np.uint8)
-    empty[::5, ::3] = 9  # what compression leaves of black
     twins = ("cju1g20bdwq6u0835e16xugcd", "cjyzurzvohqnr0794es1itzek")
     drawn = {"a": lesion(16, 8, 8), "b": lesion(21, 11, 13)}
-    for name, mask in (drawn | dict.fromkeys(twins, empty)).items():
+    for name, mask in (drawn | dict.fromkeys(twins, lesion(18, 5, 5))).items():
         save(data / "Kvasir-SEG" / "images" / f"{name}.jpg", picture(1))
         save(data / "Kvasir-SEG" / "masks" / f"{name}.jpg", mask, "RGB", quality=75)
     cases = cases_of("kvasir-seg")
     assert [cases[name].group for name in ("a", *twins)] == ["", "scene-01", "scene-01"]
-    decision = decided([cases["a"], cases["b"], cases[twins[0]]], PrepareConfig())
+    decision = decided(list(cases.values()), PrepareConfig())
     masks = {case.id: read_case(case).mask for case in decision}
-    assert not masks[twins[0]].any()
     assert (masks["a"] == lesion(16, 8, 8)).all()  # on the borders of JPEG's blocks
     assert (masks["b"] != lesion(21, 11, 13)).mean() < 0.01
 

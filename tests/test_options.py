@@ -221,6 +221,8 @@ def test_every_loss_term_is_an_arm_and_an_arm_can_be_longer():
     assert all(arm_config(cfg, name, 0).terms == (name,) for name in names)
     assert resolve(arm_config(cfg, "method*3", 0).losses) == arm_config(cfg, "method", 0).losses
     assert arm_config(cfg, "method*3", 0).epochs == 21
+    both = arm_config(AblationConfig(losses="kd=2, feat=9"), "feat=0.5+kd", 0)
+    assert both.losses == {"seg": 1.0, "feat": 0.5, "kd": 2.0}
 
 
 @pytest.mark.fault
