@@ -396,7 +396,7 @@ def _warnings(
         found.append(source.release.caution)
     found += _warned_groups(cases, groups, files)
     found += _warned_names(cases, source) or _warned_labels(cases)
-    return found + _warned_masks(cases, agreement)
+    return found + _warned_masks(cases, agreement, source.official)
 
 
 def _warned_groups(cases: pd.DataFrame, groups: Groups, files: list[str]) -> list[str]:
@@ -455,28 +455,17 @@ def _warned_labels(cases: pd.DataFrame) -> list[str]:
     ]
 
 
-def _warned_masks(cases: pd.DataFrame, agreement: float) -> list[str]:
+def _warned_masks(cases: pd.DataFrame, agreement: float, official: bool) -> list[str]:
+    lesions = cases[~cases["empty"] & (cases["volume"] == "")]
     found = []
     if agreement > ALIKE:
         found.append(
             f"the masks of different images hardly differ (correlation {agreement:.2f}), as fields "
             "of view do and lesions do not. Look at the contours in notebook 01"
         )
-    lesions = cases[~cases["empty"] & (cases["volume"] == "")]
-    share = lesions["lesion_share"]
-    around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
-    if agreement <= ALIKE and (median := share.median()) > 0.5:
-        found.append(
-            f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
-            "black on white, give invert_masks = True"
-        )
-    elif around:
-        found.append(
-            f"{len(around)} masks are lesion along the border and nearly everywhere, those of "
-            f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
-            "invert these files (invert_masks = True would invert all)"
-        )
-    area = share * lesions["height"] * lesions["width"]
+    elif not official:  # a known release is not inverted
+        found += _warned_inverted(lesions)
+    area = lesions["lesion_share"] * lesions["height"] * lesions["width"]
     stray = lesions.loc[(area < FEW_PIXELS) & (area < area.median() / 100), "file"].tolist()
     if stray:
         found.append(
@@ -485,6 +474,24 @@ def _warned_masks(cases: pd.DataFrame, agreement: float) -> list[str]:
             "lesion too, name them in lesion_values"
         )
     return found
+
+
+def _warned_inverted(lesions: pd.DataFrame) -> list[str]:
+    """Masks that may show the lesion black on white: all of them, or a few."""
+    share = lesions["lesion_share"]
+    if (median := share.median()) > 0.5:
+        return [
+            f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
+            "black on white, give invert_masks = True"
+        ]
+    around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
+    if not around:
+        return []
+    return [
+        f"{len(around)} masks are lesion along the border and nearly everywhere, those of "
+        f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
+        "invert these files (invert_masks = True would invert all)"
+    ]
 
 
 def _counted(report: pd.DataFrame) -> dict[str, int]:
