@@ -191,19 +191,23 @@ def _ablate(cfg: Any) -> Any:
     return ablate(_prepare(cfg), cfg)
 
 
-def _export(cfg: Any) -> Any:
-    from .export import export_student
-    from .predict import load_student
-
-    student = load_student(cfg.run or _distill(config.DistillConfig(profile=cfg.profile)))
-    return export_student(cfg, student)
-
-
 _stage("prepare", config.PrepareConfig, "Read, check, split and resize a data set.", _prepare)
 _stage("train-teacher", config.TeacherConfig, "Find or train the teacher.", _train_teacher)
 _stage("distill", config.DistillConfig, "Find or train a student and what it needs.", _distill)
 _stage("ablate", config.AblationConfig, "Find or train every arm and seed.", _ablate)
-_stage("export", config.ExportConfig, "Write a student's files for phones.", _export)
+
+
+@main.command()
+@parameters
+def export(given: dict[str, Any], raw: dict[str, str]) -> None:
+    """Write a student's files for phones."""
+    from .export import ExportConfig, export_student
+    from .predict import load_student
+
+    cfg = ExportConfig(**read(ExportConfig, given, raw))
+    run = cfg.run or _distill(config.DistillConfig(profile=cfg.profile))
+    exported = export_student(cfg, load_student(run))
+    click.echo(f"{exported}\nresults: {exported.path}")
 
 
 @main.command()
@@ -270,11 +274,14 @@ def predict(
     read, and notes). Exit code 1: a file was not read; 2: all were read, but a picture is nearly
     flat, nearly black or very small.
     """
-    from .predict import load_student, predict_folder
+    from .predict import TrainedNetwork, load_student, predict_folder
 
     if out.resolve() == images.resolve():
         raise config.ConfigError("--out is the folder of the images; choose another folder")
-    student = load_student(run)
+    read_student: Callable[[str], TrainedNetwork] = load_student
+    if run.endswith(".onnx"):
+        from .export import load_onnx as read_student
+    student = read_student(run)
     student.to(device)
 
     def progress(done: int, total: int) -> None:

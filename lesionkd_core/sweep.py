@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import config
+import lesionkd_core as lkd
+
 from .config import ConfigError, LesionKDError, PrepareConfig, StageConfig, nearest
 from .data.layouts import data_root, fingerprint
 from .results import CHECKOUT, Progress, is_done, log, make_folder, runs_root, short, write_table
@@ -41,7 +42,7 @@ def configuration(notebook: Path) -> type[StageConfig]:
     found = re.search(r"lkd\.(\w+Config)\.from_notebook", notebook.read_text(encoding="utf-8"))
     if not found:
         raise ConfigError(f"{notebook} has no cell with lkd....Config.from_notebook(globals())")
-    stage: type[StageConfig] = getattr(config, found[1])
+    stage: type[StageConfig] = getattr(lkd, found[1])
     return stage
 
 

@@ -10,16 +10,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from .. import results
+from ..config import DistillConfig, LesionKDError
+from ..predict import TrainedNetwork
+from .formats import Bench, Compared, Format, Job, Timed, register, timed
 from .parity import MULTIPLE, Deployed, Engine
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+
+@register
+class Onnx(Format):
+    """student.onnx, student-fp16.onnx and student-int8.onnx."""
+
+    name = "onnx"
+    packages = ("onnx", "onnxscript", "onnxruntime")
+
+    def write(self, job: Job) -> list[Compared]:
+        """Write three precisions; each is compared at the student's size."""
+        files = {name: job.folder / f"student{name}.onnx" for name in ("", "-fp16", "-int8")}
+        write_onnx(job.network, files[""])
+        write_half(files[""], files["-fp16"])
+        write_int8(files[""], files["-int8"], job.samples.calibration)
+        precisions = ("float32", "float16", "int8")
+        engines = [onnx_engine(file, p) for file, p in zip(files.values(), precisions)]
+        return [(engine, (job.student.pixels,)) for engine in engines]
+
+    def timed(self, bench: Bench) -> Iterator[Timed]:
+        """ONNX Runtime."""
+        exact, small = bench.folder / "float32.onnx", bench.folder / "int8.onnx"
+        write_onnx(bench.network, exact)
+        yield timed(onnx_engine(exact, "float32", threads=1), exact.stat().st_size, bench)
+        if bench.int8:
+            write_int8(exact, small, next(iter(bench.images.values())))
+            yield timed(onnx_engine(small, "int8", threads=1), small.stat().st_size, bench)
 
 
 def write_onnx(network: Deployed, path: Path) -> None:
@@ -34,7 +64,7 @@ def write_onnx(network: Deployed, path: Path) -> None:
             dynamo=True,
             verbose=False,
             input_names=["image"],
-            output_names=["logits" if network.logits else "mask"],
+            output_names=["mask"],
             dynamic_shapes=({0: many, 1: MULTIPLE * rows, 2: MULTIPLE * columns},),
         )
     assert program is not None
@@ -109,6 +139,69 @@ def onnx_engine(file: Path, precision: str, threads: int = 0) -> Engine:
         return np.concatenate([session.run(None, {"image": part})[0] for part in parts])
 
     return Engine("ONNX Runtime", precision, file, segment)
+
+
+# An exported student that predicts ----------------------------------------------------------------
+
+
+class Session(Protocol):
+    """What is used of ONNX Runtime's session."""
+
+    def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The mask images (N, S, S) uint8 of {"image": (N, S, S, 3) uint8}."""
+
+
+class OnnxStudent(TrainedNetwork):
+    """A student in a file of notebook 07: its images are segmented by ONNX Runtime."""
+
+    def __init__(self, session: Session, cfg: DistillConfig, path: Path) -> None:
+        super().__init__(torch.nn.Identity(), cfg, path)  # type: ignore[arg-type]
+        object.__setattr__(self, "session", session)
+
+    session: Session
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities in steps of 1/255."""
+        return np.asarray(self.session.run(None, {"image": images})[0], np.float32) / 255
+
+    def to(self, device: str) -> None:
+        """ONNX Runtime is used on the CPU only."""
+        if device != "cpu":
+            raise LesionKDError(f"device = {device!r}: an .onnx file is run on the CPU; use 'cpu'")
+
+    def __repr__(self) -> str:
+        return f"OnnxStudent({self.path}: {self.pixels} px)"
+
+
+def load_onnx(file: Path | str) -> OnnxStudent:
+    """An exported `student.onnx`, or one of its other precisions, with its `model.json` beside it.
+
+    Raises
+    ------
+    LesionKDError
+        onnxruntime or model.json is missing, or the file is not a student of this suite.
+    """
+    file = Path(file)
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise LesionKDError(
+            f"{file} needs the package onnxruntime: pip install '.[mobile]'"
+        ) from None
+    about = file.with_name("model.json")
+    if not about.is_file():
+        raise LesionKDError(f"{file.name} needs {about}, which has the size of its images")
+    content = results.read_json(about)
+    try:
+        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own kinds have no public name
+        raise LesionKDError(f"{file} cannot be read as ONNX: {error}") from None
+    if [x.type for x in session.get_inputs()] != ["tensor(uint8)"]:
+        raise LesionKDError(f"{file} takes no images of bytes; use student.onnx of notebook 07")
+    cfg = DistillConfig(
+        pixels=content["size"], fit=content["fit"], window=content.get("window", "")
+    )
+    return OnnxStudent(session, cfg, file)
 
 
 @contextmanager

@@ -51,16 +51,14 @@ class Deployed(nn.Module):
     ----------
     network : nn.Module
         (N, 3, H, W) -> (N, 1, H, W) logits; BatchNorms are folded in a copy.
-    logits : bool
-        Return the logits, (N, H, W) float32, instead of the mask image.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, network: nn.Module, logits: bool = False) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.logits = fold_norms(network), logits
+        self.network = fold_norms(network)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1))
         self.register_buffer("scale", 1 / (255 * torch.tensor(STD)).view(3, 1, 1))
         self.eval()
@@ -68,8 +66,8 @@ class Deployed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 RGB -> (N, H, W) uint8: probability x 255, rounded."""
         x = (image.float().permute(0, 3, 1, 2) - self.mean) * self.scale
-        logits: Tensor = self.network(x)[:, 0]
-        return logits if self.logits else (logits.sigmoid() * 255).round().to(torch.uint8)
+        probability: Tensor = self.network(x)[:, 0].sigmoid()
+        return (probability * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """`make cost`: every network in every engine, in turns in one process on one core.
 
-Writes cost.csv, cost.json (the environment) and memory.csv to data/results. Two more engines are
-measured where they can be had: OpenVINO if it is installed (pip install openvino), and ONNX Runtime
-Web if ORT_WEB names the folder of the unpacked npm package onnxruntime-web.
+Writes cost.csv, cost.json (the environment, and the load before and after) and memory.csv to
+data/results. Two more engines are measured where they can be had: OpenVINO if it is installed (pip
+install openvino), and ONNX Runtime Web if ORT_WEB names the folder of the unpacked npm package
+onnxruntime-web. REPEATS and SIZES change the number of turns and the image sides.
 """
 
 import os
 import re
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +20,19 @@ import numpy as np
 import pandas as pd
 
 from lesionkd_core import results
-from lesionkd_core.config import ENGINES, ExportConfig, LesionKDError
-from lesionkd_core.export.cost import NETWORKS, Browser, measure_cost, timer_of
+from lesionkd_core.config import LesionKDError
+from lesionkd_core.export import ExportConfig
+from lesionkd_core.export.config import TIMED
+from lesionkd_core.export.cost import NETWORKS, measure_cost
+from lesionkd_core.export.formats import Bench, Compared, Format, Job, Timed, register
 from lesionkd_core.export.onnx import write_onnx
+from lesionkd_core.export.page.browser import Browser
 from lesionkd_core.export.parity import Deployed
 
 RESULTS = results.CHECKOUT / "data" / "results"
-SIZES = (128, 256)
-WEB = os.environ.get("ORT_WEB")
+SIZES = tuple(int(size) for size in os.environ.get("SIZES", "128,256,512").split(","))
+REPEATS = int(os.environ.get("REPEATS", 10))
+WEB = os.environ.get("ORT_WEB", "")
 START = """async () => {
   const file = (id) => document.querySelector(id).files[0];
   ort.env.wasm.numThreads = 1;
@@ -37,25 +43,22 @@ START = """async () => {
 LOAD = """async () => {
   const bytes = new Uint8Array(await document.querySelector('#network').files[0].arrayBuffer());
   const session = await ort.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
-  return (window.sessions = window.sessions ?? []).push(session) - 1;
+  window.session = session;
 }"""
-TIME = """async ([which, pixels]) => {
-  const times = [];
-  while (times.reduce((a, b) => a + b, 0) < 30 && times.length < 20) {
-    const begun = performance.now(), bytes = new Uint8Array(pixels * pixels * 3);
-    const image = new ort.Tensor('uint8', bytes, [1, pixels, pixels, 3]);
-    await window.sessions[which].run({ image });
-    times.push(performance.now() - begun);
-  }
-  return times;
-}"""
+RUN = """(async () => {
+  const tensor = new ort.Tensor('uint8', image, [1, pixels, pixels, 3]);
+  await window.session.run({ image: tensor });
+})()"""
 
 
-class OnnxRuntimeWeb(Browser):
+class WebRuntime(Browser):
     """ONNX Runtime Web in one browser page."""
 
-    def _open(self):
-        page, dist = super()._open(), Path(WEB) / "dist"
+    run = RUN
+
+    def open(self):
+        """A page with ONNX Runtime."""
+        page, dist = super().open(), Path(WEB) / "dist"
         page.set_content("".join(f"<input type=file id={i}>" for i in ("network", "wasm", "glue")))
         page.add_script_tag(path=dist / "ort.wasm.min.js")
         for part, ending in (("wasm", "wasm"), ("glue", "mjs")):
@@ -64,32 +67,60 @@ class OnnxRuntimeWeb(Browser):
         return page
 
     def load(self, file):
+        """Load an ONNX file."""
         self.call(self.page.set_input_files, "#network", file)
-        return self.call(self.page.evaluate, LOAD)
-
-    def time(self, which, pixels):
-        return self.call(self.page.evaluate, TIME, [which, pixels])
+        self.call(self.page.evaluate, LOAD)
 
 
-def yardsticks(web, network, file, pixels):
-    """OpenVINO and ONNX Runtime Web, in float32."""
-    about = {"precision": "float32", "bytes": file.stat().st_size}
-    if find_spec("openvino"):
+class Yardstick(Format):
+    """An engine that is only timed, from a float32 ONNX file."""
+
+    packages = ()
+
+    def write(self, job: Job) -> list[Compared]:
+        """Nothing is exported."""
+        return []
+
+    def file(self, bench: Bench) -> Path:
+        """The ONNX file of a network."""
+        path = bench.folder / f"{self.name}.onnx"
+        write_onnx(bench.network, path)
+        return path
+
+
+class OpenVino(Yardstick):
+    """OpenVINO on the CPU."""
+
+    name = "openvino"
+
+    def timed(self, bench: Bench) -> Iterator[Timed]:
+        """One request for each size."""
         import openvino
 
         how = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-        for s in pixels:
+        file, requests = self.file(bench), {}
+        for side in bench.images:
             model = openvino.Core().read_model(file)
-            model.reshape({"image": [1, s, s, 3]})
-            compiled = openvino.Core().compile_model(model, "CPU", how)
-            request, image = compiled.create_infer_request(), np.zeros((1, s, s, 3), np.uint8)
-            run = timer_of(partial(request.infer, {"image": image}))
-            yield about | {"engine": "OpenVINO", "pixels": s}, run
-    if web:
-        which = web.load(file)
-        for s in pixels:
-            row = about | {"engine": "browser (ONNX Runtime Web)", "pixels": s}
-            yield row, partial(web.time, which, s)
+            model.reshape({"image": [1, side, side, 3]})
+            requests[side] = openvino.Core().compile_model(model, "CPU", how).create_infer_request()
+
+        def run(side: int) -> object:
+            return requests[side].infer({"image": np.zeros((1, side, side, 3), np.uint8)})
+
+        yield Timed("OpenVINO", "float32", file.stat().st_size, run)
+
+
+class OnnxRuntimeWeb(Yardstick):
+    """ONNX Runtime Web in Chromium."""
+
+    name = "onnx-web"
+
+    def timed(self, bench: Bench) -> Iterator[Timed]:
+        """One page for each network."""
+        web, file = bench.stack.enter_context(WebRuntime()), self.file(bench)
+        web.load(file)
+        name = "browser (ONNX Runtime Web)"
+        yield Timed(name, "float32", file.stat().st_size, web.time, clock=True)
 
 
 def peak_memory(file: Path, pixels: int) -> float:
@@ -137,21 +168,29 @@ def environment():
     return results.environment(ExportConfig()) | {
         "processor": ", ".join(model),
         "vectors": sorted({f for f in flags if f.startswith(("avx512f", "avx2", "fma", "amx_"))}),
-        "load": os.getloadavg(),
+        "load_before": os.getloadavg(),
         "engines": {name: version(name) for name in packages if find_spec(name)},
         "onnxruntime-web": WEB and results.read_json(Path(WEB) / "package.json")["version"],
     }
 
 
 if __name__ == "__main__":
-    results.write_json(RESULTS / "cost.json", environment())
-    repeats = int(os.environ.get("REPEATS", 15))
-    if WEB:
-        with OnnxRuntimeWeb() as web:
-            cost = measure_cost(SIZES, ENGINES, repeats=repeats, more=partial(yardsticks, web))
-    else:
-        cost = measure_cost(SIZES, ENGINES, repeats=repeats, more=partial(yardsticks, None))
+    engines = [name for name in TIMED if name != "coreml"]
+    for kind, there in ((OpenVino, find_spec("openvino")), (OnnxRuntimeWeb, WEB)):
+        if there:
+            register(kind)
+            engines.append(kind.name)
+    about = environment()
+    cost = measure_cost(SIZES, tuple(engines), repeats=REPEATS)
     results.write_table(RESULTS / "cost.csv", cost)
     results.write_table(RESULTS / "memory.csv", memory(SIZES))
-    times = {"index": ["engine", "precision", "pixels"], "columns": "model"}
-    print(cost.pivot_table("latency_ms_median", **times).to_string())
+    results.write_json(RESULTS / "cost.json", about | {"load_after": os.getloadavg()})
+    exact = cost[cost["precision"] == "float32"]
+    times = exact.pivot_table("latency_ms_min", ["engine", "pixels"], "model", sort=False)
+    print(times.to_string())
+    fastest = exact.groupby(["pixels", "model"])["latency_ms_min"].min().unstack()
+    for side, row in fastest.iterrows():
+        student = exact.query("model == 'student' and engine == 'native' and pixels == @side")
+        share = student["share_of_peak"].item()
+        times = row["unet64"] / student["latency_ms_min"].item()
+        print(f"{side} px: U-Net 64 / student in C {times:.0f}, share of peak {100 * share:.0f} %")
