@@ -60,7 +60,9 @@ def undecided(network: nn.Module, images: np.ndarray, spread: float) -> Deployed
     """A network whose logits on the images have the median 0 and this standard deviation."""
     with torch.no_grad():
         head = network.head
-        logits = Deployed(network, logits=True)(torch.from_numpy(images))
+        deployed = Deployed(network)
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+        logits = deployed.network((x - deployed.mean) * deployed.scale)
         factor = spread / logits.std()
         head.weight *= factor
         head.bias.copy_((head.bias - logits.median()) * factor)

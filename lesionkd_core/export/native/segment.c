@@ -259,7 +259,8 @@ static INLINE void upsample_tile(map in, int channels, const real *from, real *e
     }
 }
 
-/* Transposed 2x2 convolution with stride 2: each row of `in` gives two of `out`. */
+/* Transposed 2x2 convolution with stride 2: each row of `in` gives two of `out`. The last tile of a row begins
+   early enough to end with it: what it wrote behind the even row would be in the odd one. */
 static void upsample(map in, int channels, map out, int rows, const real *w) {
     for (int c = 0; c < channels; c++, w += 4 + 4 * channels)
         for (int y = 0; y < rows; y += 2) {
@@ -268,7 +269,10 @@ static void upsample(map in, int channels, map out, int rows, const real *w) {
             int x = 0;
             for (; x + 2 * LANES <= in.width; x += 2 * LANES)
                 upsample_tile(in, channels, from + x, even + 2 * x, odd + 2 * x, w, 2);
-            for (; x < in.width; x += LANES) upsample_tile(in, channels, from + x, even + 2 * x, odd + 2 * x, w, 1);
+            for (; x < in.width; x += LANES) {
+                if (x && x + LANES > in.width) x = in.width - LANES;
+                upsample_tile(in, channels, from + x, even + 2 * x, odd + 2 * x, w, 1);
+            }
         }
     clear_sides(out, channels, rows);
 }
