@@ -14,8 +14,9 @@ from PIL import Image
 
 from lesionkd_core import __version__, cli, results
 from lesionkd_core.cli import main
-from lesionkd_core.config import AblationConfig, DistillConfig, ExportConfig, TeacherConfig
+from lesionkd_core.config import AblationConfig, DistillConfig, TeacherConfig
 from lesionkd_core.data.prepare import prepare
+from lesionkd_core.export import ExportConfig
 from tests.conftest import ROOT, copy_of
 from tests.test_predict import finished
 from tests.tiny import OPTIONS, image_folder, picture, save
@@ -60,8 +61,8 @@ def as_words(options):
         (DistillConfig, ["-f", "FILE"], {"epochs": 7, "width": 8}),
         (
             ExportConfig,
-            ["-p", "sizes", "64", "-p", "logits", "true"],
-            {"sizes": (64,), "logits": True},
+            ["-p", "sizes", "64", "-p", "threshold", "0.4"],
+            {"sizes": (64,), "threshold": 0.4},
         ),
     ],
     ids=str,

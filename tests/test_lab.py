@@ -18,7 +18,7 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from lesionkd_core.export.cost import CHROMIUM, FLAGS
+from lesionkd_core.export.page.browser import CHROMIUM, FLAGS
 from tests.conftest import ROOT
 
 playwright = pytest.importorskip(

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from lesionkd_core.config import LesionKDError
-from lesionkd_core.data.phantom import draw
 from lesionkd_core.data.pixels import prepare_image
 from lesionkd_core.export.native import (
     compile_c,
@@ -24,13 +23,12 @@ from lesionkd_core.export.native import (
     pack,
     segment_image,
     student_header,
-    wasm,
     write_native,
 )
 from lesionkd_core.export.parity import Deployed, torch_engine
 from lesionkd_core.predict import TrainedNetwork, predict
 from tests.conftest import ROOT
-from tests.fixed import fixed_run, noise, undecided, unet
+from tests.fixed import fixed_run, gap, mask_of, noise, picture_of, undecided, unet
 
 HERE, EXAMPLES = Path(__file__).parent / "native", ROOT / "examples"
 SOURCE = ROOT / "lesionkd_core" / "export" / "native"
@@ -58,20 +56,6 @@ def folder(student, model, tmp_path_factory):
     path, picture = tmp_path_factory.mktemp("native"), picture_of(160, 128)
     write_native(model, path, picture, mask_of(student, picture))
     return path
-
-
-def picture_of(width, height, seed=5):
-    """A drawn lesion of any size, (height, width, 3) uint8."""
-    image = Image.fromarray(draw(0, seed, 128)[0])
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def mask_of(student, picture):
-    return np.rint(255 * predict(student, [picture])[0]).astype(np.uint8)
-
-
-def gap(found, expected):
-    return np.abs(found.astype(int) - expected).max()
 
 
 def build(compiler, out, *options):
@@ -299,24 +283,6 @@ def test_the_builds_of_an_export_are_for_their_processors(folder):
     assert object_file[:4] == b"\xcf\xfa\xed\xfe"  # Mach-O, 64 bit
     # load command LC_BUILD_VERSION (0x32), 24 bytes, platform iOS (2), oldest version 13.0
     assert bytes([0x32, 0, 0, 0, 24, 0, 0, 0, 2, 0, 0, 0, 0, 0, 13, 0]) in object_file
-
-
-def test_webassembly_needs_nothing_from_its_host():
-    """No imports: section 2 is absent."""
-    for code in (wasm(), wasm(relaxed=True)):
-        at, sections = 8, []
-        while at < len(code):
-            sections.append(code[at])
-            at, size, shift = at + 1, 0, 0
-            while True:
-                size |= (code[at] & 127) << shift
-                at, shift = at + 1, shift + 7
-                if code[at - 1] < 128:
-                    break
-            at += size
-        assert 2 not in sections
-        assert 7 in sections, "exports"
-    assert wasm() != wasm(relaxed=True)
 
 
 # Callers ------------------------------------------------------------------------------------------

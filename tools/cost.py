@@ -82,9 +82,10 @@ class Yardstick(Format):
         return []
 
     def file(self, bench: Bench) -> Path:
-        """The ONNX file of a network."""
-        path = bench.folder / f"{self.name}.onnx"
-        write_onnx(bench.network, path)
+        """The ONNX file of a network; the engine onnx may have written it."""
+        path = bench.folder / "float32.onnx"
+        if not path.exists():
+            write_onnx(bench.network, path)
         return path
 
 
@@ -175,7 +176,7 @@ def environment():
 
 
 if __name__ == "__main__":
-    engines = [name for name in TIMED if name != "coreml"]
+    engines = [*TIMED]
     for kind, there in ((OpenVino, find_spec("openvino")), (OnnxRuntimeWeb, WEB)):
         if there:
             register(kind)

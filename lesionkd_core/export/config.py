@@ -8,10 +8,10 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from ..config import Names, Sizes, StageConfig, nearest
-from .formats import FORMATS
+from .formats import FORMATS, Format
 
 NAMES = tuple(sorted(FORMATS))
-TIMED = ("torch", *NAMES)
+TIMED = ("torch", *(name for name in NAMES if type(FORMATS[name]).timed is not Format.timed))
 """What the option `engines` may name."""
 
 
@@ -24,7 +24,7 @@ class ExportConfig(StageConfig):
         description="finished student: folder, name of a published one, or .safetensors; empty "
         "uses the one of notebook 04 with this profile",
     )
-    formats: Names = Field(tuple(FORMATS), min_length=1, description=f"files: {', '.join(FORMATS)}")
+    formats: Names = Field(NAMES, min_length=1, description=f"files: {', '.join(NAMES)}")
     sizes: Sizes = Field(
         (128, 256),
         description="image sides of ExecuTorch and of comparisons besides the student's own, px",
@@ -32,9 +32,7 @@ class ExportConfig(StageConfig):
     threshold: float = Field(
         0.5, ge=0.05, le=0.95, description="probability above which a pixel is lesion"
     )
-    engines: Names = Field(
-        ("torch", "onnx"), description=f"engines to time: {', '.join(TIMED)} (not coreml)"
-    )
+    engines: Names = Field(("torch", "onnx"), description=f"engines to time: {', '.join(TIMED)}")
 
     @model_validator(mode="after")
     def _known_names(self) -> Self:
