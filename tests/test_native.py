@@ -18,9 +18,11 @@ from lesionkd_core.config import LesionKDError
 from lesionkd_core.data.pixels import prepare_image
 from lesionkd_core.export.native import (
     compile_c,
+    has_int8,
     library,
     native_engine,
     pack,
+    pack_int8,
     segment_image,
     student_header,
     write_native,
@@ -54,7 +56,9 @@ def model(student):
 def folder(student, model, tmp_path_factory):
     """The files of an export."""
     path, picture = tmp_path_factory.mktemp("native"), picture_of(160, 128)
-    write_native(model, path, picture, mask_of(student, picture))
+    images = np.stack([picture_of(64, 64, seed) for seed in range(16)])
+    models = [model, pack_int8(Deployed(student.network), 64, "stretch", 0.5, images)]
+    write_native(models, path, picture, mask_of(student, picture))
     return path
 
 
@@ -110,7 +114,7 @@ def test_pictures_are_prepared_as_in_training_to_the_byte(student, seed):
         cfg = student.cfg.with_values(pixels=side, fit=fit)
         expected = prepare_image(np.ascontiguousarray(colours), cfg)
         square, packed = np.empty((side, side, 4), np.uint8), pack(network, side, fit)
-        pointers = packed.ctypes.data, len(packed), picture.ctypes.data
+        pointers = packed.ctypes.data, packed.nbytes, picture.ctypes.data
         prepare_square()(*pointers, width, height, order, square.ctypes.data)
         found = square[..., 2::-1] if "BGR" in FORMATS[order] else square[..., :3]
         np.testing.assert_array_equal(found, expected, err_msg=f"{width} x {height} -> {side}")
@@ -129,7 +133,7 @@ def test_the_mask_of_any_picture_is_that_of_predict_within_one_step(student, fit
 
 def call(model, pixels, width, height, stride=0, order=1, mask=None, mask_stride=0, code=None):
     """The return code of lesion_model_segment_image, and the mask."""
-    code, head = code or library(), (model.ctypes.data, len(model))
+    code, head = code or library(), (model.ctypes.data, model.nbytes)
     size = code.lesion_model_image_workspace_size(*head, width, height)
     mask = np.zeros((max(height, 1), mask_stride or max(width, 1)), np.uint8)
     space = np.empty(max(size, 1), np.uint8)
@@ -254,14 +258,44 @@ def test_sanitizers_find_nothing_at_random_sizes(tmp_path, compiler, flags):
     assert said(program, 24, *models) == "24 trials\n"
 
 
+def test_bytes_change_few_pixels_and_take_a_quarter_of_the_weights(student, folder, tmp_path):
+    small = np.fromfile(folder / "student_int8.bin", np.uint32)
+    assert small.nbytes < 0.3 * (folder / "student.bin").stat().st_size
+    if not has_int8():
+        pytest.skip("no dot products of bytes in this processor")
+    flipped = []
+    for width, height in ((64, 64), (300, 200), (90, 301)):
+        picture = picture_of(width, height)
+        found, expected = segment_image(small, picture), mask_of(student, picture)
+        flipped.append(((found > 127) != (expected > 127)).mean())
+        assert 0 < gap(found, expected) < 64, "not the same arithmetic, and not another network"
+    assert max(flipped) < 0.005
+    sources = EXAMPLES / "c" / "segment_ppm.c", folder / "segment.c", f"-I{folder}"
+    flags = "-O2", *STRICT, "-DLESION_INT8", "-mcpu=native"
+    assert "of 20480 pixels" in said(build(ZIG, tmp_path / "run", *flags, *sources))
+    wide = undecided(unet(width=8), noise(4, 96, 96), spread=2)
+    engine = native_engine(pack_int8(wide, 96, "stretch", 0.5, noise(4, 96, 96)))
+    for height, columns in ((96, 96), (32, 32), (64, 160)):
+        images = noise(1, height, columns, seed=height)
+        assert np.abs(engine(images).astype(int) - torch_engine(wide)(images)).mean() < 4
+
+
 @needs_qemu
 @pytest.mark.soak
-@pytest.mark.parametrize("half", [False, True])
-def test_emulated_aarch64_computes_the_masks_in_float_and_half(folder, others, tmp_path, half):
-    flags = ("-mcpu=generic+v8_2a+fullfp16", "-DLESION_HALF") if half else ()
+@pytest.mark.parametrize(
+    "flags", ["", "v8_2a+fullfp16 -DLESION_HALF", "v8_2a+dotprod -DLESION_INT8"]
+)
+def test_emulated_aarch64_computes_the_masks_in_float_half_and_bytes(
+    folder, others, tmp_path, flags
+):
     sources = EXAMPLES / "c" / "segment_ppm.c", folder / "segment.c", f"-I{folder}"
+    flags = [f"-mcpu=generic+{word}" if word[0] == "v" else word for word in flags.split()]
     program = build(ZIG, tmp_path / "run", "-O2", *AARCH64, *STRICT, *flags, *sources)
-    check_program([QEMU, program], others, tmp_path, most=12 if half else 1)
+    if "-DLESION_INT8" in flags:
+        golden = np.asarray(said(QEMU, program).split()[2:6:3], int)
+        assert golden[1] < 200
+    else:
+        check_program([QEMU, program], others, tmp_path, most=32 if flags else 1)
 
 
 def test_the_builds_of_an_export_are_for_their_processors(folder):
@@ -379,7 +413,7 @@ def test_every_error_has_its_code_and_words(model):
     def damaged(position, value):
         changed = model.copy()
         changed[position] = value
-        return library().lesion_model_check(changed.ctypes.data, len(changed))
+        return library().lesion_model_check(changed.ctypes.data, changed.nbytes)
 
     assert call(model, pixels, 64, 64)[0] == 0
     assert library().lesion_model_check(None, 0) == 1
@@ -388,13 +422,13 @@ def test_every_error_has_its_code_and_words(model):
     wrong = [(0, 1), (0, np.nan), (1, 5), (1, 0), (1, 128), (2, 33), (2, np.inf), (4, 0), (4, 1)]
     assert {damaged(*change) for change in wrong} == {4}
     assert {damaged(1, 8), damaged(5, 7)} == {5}  # another architecture
-    counts = [library().lesion_model_check(model.ctypes.data, n) for n in (0, 12, 13)]
+    counts = [library().lesion_model_check(model.ctypes.data, 4 * n) for n in (0, 12, 13)]
     assert counts == [4, 4, 5]
     assert {damaged(40, v) for v in (np.nan, np.inf, 9.0)} == {damaged(6, 9), damaged(2, 96)} == {6}
     assert {call(model, pixels, 64, 64, order=order)[0] for order in (5, -1, 7, 16)} == {7}
     assert call(model, pixels, 64, 64, stride=100, order=rgb)[0] == 7
     for height, columns, code in ((33, 64, 2), (64, 4128, 3)):
-        head = (model.ctypes.data, len(model), pixels.ctypes.data, height, columns)
+        head = (model.ctypes.data, model.nbytes, pixels.ctypes.data, height, columns)
         mask, space = np.full(9, 7, np.uint8), np.full(9, 7, np.uint8)
         assert library().lesion_model_segment(*head, mask.ctypes.data, space.ctypes.data) == code
         assert (mask == 7).all() and (space == 7).all(), "written on an error"

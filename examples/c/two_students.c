@@ -11,8 +11,8 @@
 #include "breast/student.h"
 
 int main(void) {
-    const int skin = lesion_model_check(skin_student, sizeof skin_student / sizeof(float));
-    const int breast = lesion_model_check(breast_student, sizeof breast_student / sizeof(float));
+    const int skin = lesion_model_check(skin_student, sizeof skin_student);
+    const int breast = lesion_model_check(breast_student, sizeof breast_student);
     printf("skin: %s, %.0f px, threshold %.2f\n", lesion_error_string(skin), (double)skin_student[LESION_PIXELS],
            (double)skin_student[LESION_THRESHOLD]);
     printf("breast: %s, %.0f px, threshold %.2f\n", lesion_error_string(breast),

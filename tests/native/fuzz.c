@@ -37,15 +37,15 @@ int main(int argc, char **argv) {
         const int height = whole ? 1 + (int)draw(150) : 32 * (1 + (int)draw(3));
         const int width = whole ? 1 + (int)draw(150) : 32 * (1 + (int)draw(3));
         const size_t pixels = (size_t)height * (size_t)width, bytes = pixels * (size_t)sizes[format];
-        const size_t size = whole ? lesion_model_image_workspace_size(model, count, width, height)
-                                  : lesion_model_workspace_size(model, count, height, width);
+        const size_t size = whole ? lesion_model_image_workspace_size(model, 4 * count, width, height)
+                                  : lesion_model_workspace_size(model, 4 * count, height, width);
         uint8_t *picture = malloc(bytes), *masks[] = {malloc(pixels), malloc(pixels)}, *space = malloc(size);
         for (size_t i = 0; i < bytes; i++) picture[i] = (uint8_t)draw(256);
         int error = 0;
         for (int i = 0; i < 2; i++) {
             memset(space, i ? 0 : 0xFF, size); /* NaN */
-            error |= whole ? lesion_model_segment_image(model, count, picture, width, height, 0, format, masks[i], 0, space)
-                           : lesion_model_segment(model, count, picture, height, width, masks[i], space);
+            error |= whole ? lesion_model_segment_image(model, 4 * count, picture, width, height, 0, format, masks[i], 0, space)
+                           : lesion_model_segment(model, 4 * count, picture, height, width, masks[i], space);
         }
         if (error || memcmp(masks[0], masks[1], pixels)) {
             printf("%d x %d, width %s: code %d or another mask\n", height, width, about[0], error);

@@ -25,6 +25,7 @@ from ...config import LesionKDError
 from ...models import UNet
 from ..formats import Bench, Compared, Format, Job, Timed, register, timed
 from ..parity import Deployed, Engine
+from .int8 import quantized
 
 SOURCES = ("segment.c", "segment.h")
 HEADER = 13
@@ -66,17 +67,27 @@ class Native(Format):
         pack(network, 32)
 
     def write(self, job: Job) -> list[Compared]:
-        """Write the folder native; its engine is compared at every size."""
-        folder, pixels = job.folder / "native", job.student.pixels
-        model = pack(job.network, pixels, job.student.cfg.fit, job.threshold)
-        write_native(model, folder, *job.golden)
-        return [(native_engine(model, folder / "segment.c"), job.sizes)]
+        """Write the folder native; its engines are compared at every size."""
+        folder, about = job.folder / "native", (job.student.pixels, job.student.cfg.fit)
+        model = pack(job.network, *about, job.threshold)
+        small = pack_int8(job.network, *about, job.threshold, job.samples.calibration)
+        write_native([model, small], folder, *job.golden)
+        engines = [native_engine(model, folder / "segment.c")]
+        if has_int8():
+            engines.append(native_engine(small, folder / "student_int8.bin"))
+        else:
+            job.notes["student_int8.bin"] = "not compared: no dot products of bytes here"
+        return [(engine, job.sizes) for engine in engines]
 
     def timed(self, bench: Bench) -> Iterator[Timed]:
         """The C code on this processor, for U-Nets."""
         if isinstance(bench.network.network, UNet):
-            model = pack(bench.network, 32)
-            yield timed(native_engine(model), model.nbytes, bench)
+            models = [pack(bench.network, 32)]
+            if bench.int8 and has_int8():
+                images = next(iter(bench.images.values()))
+                models.append(pack_int8(bench.network, 32, "stretch", 0.5, images))
+            for model in models:
+                yield timed(native_engine(model), model.nbytes, bench)
 
 
 def pack(
@@ -125,13 +136,32 @@ def pack(
     assert head.bias is not None
     parts = [_grouped(layer) for layer in convolutions]
     parts += [head.bias.detach().numpy(), head.weight.detach().numpy().ravel()]
-    weights = np.concatenate(parts)
-    about = [2, width, pixels, fit == "pad", threshold, len(weights), 0]
+    weights = np.concatenate(parts).astype(np.float32)
+    about = [2, width, pixels, fit == "pad", threshold]
+    return _whole(network, about, weights.view(np.uint32)).view(np.float32)
+
+
+def pack_int8(
+    network: Deployed, pixels: int, fit: str, threshold: float, images: np.ndarray
+) -> np.ndarray:
+    """The same for LESION_INT8: the header, and the weights of `quantized`.
+
+    `images` (N, S, S, 3) uint8 are training images, for the ranges of the bytes.
+
+    Returns
+    -------
+    (13 + words,) uint32
+    """
+    about = pack(network, pixels, fit, threshold)[:5]
+    return _whole(network, [3, *about[1:]], quantized(network, images))
+
+
+def _whole(network: Deployed, about: Sequence[float], weights: np.ndarray) -> np.ndarray:
+    """Header and weights as words, with the checksum."""
     means, scales = network.mean.flatten().tolist(), network.scale.flatten().tolist()
-    header = np.array([*about, *means, *scales], np.float32)
-    model = np.concatenate([header, weights]).astype(np.float32)
-    model[6] = checksum(model)
-    return model
+    header = np.array([*about, len(weights), 0, *means, *scales], np.float32)
+    header[6] = checksum(np.concatenate([header.view(np.uint32), weights]))
+    return np.concatenate([header.view(np.uint32), weights])
 
 
 def _refused(what: str) -> LesionKDError:
@@ -140,12 +170,12 @@ def _refused(what: str) -> LesionKDError:
     )
 
 
-def checksum(model: np.ndarray) -> int:
-    """Sum of the numbers' bits times 1, 3, 5, ..., without the checksum, modulo 16777213."""
-    bits = model.view(np.uint32).copy()
-    bits[6] = 0
-    odd = 2 * np.arange(len(bits), dtype=np.uint32) + 1
-    return int((bits * odd).sum(dtype=np.uint32)) % 16777213
+def checksum(words: np.ndarray) -> int:
+    """Sum of the words times 1, 3, 5, ..., without that of the checksum, modulo 16777213."""
+    counted = words.copy()
+    counted[6] = 0
+    odd = 2 * np.arange(len(words), dtype=np.uint32) + 1
+    return int((counted * odd).sum(dtype=np.uint32)) % 16777213
 
 
 def _grouped(layer: nn.Conv2d | nn.ConvTranspose2d) -> np.ndarray:
@@ -159,13 +189,17 @@ def _grouped(layer: nn.Conv2d | nn.ConvTranspose2d) -> np.ndarray:
     return np.concatenate([bias.reshape(-1, 4), rows], axis=1).ravel()
 
 
-def write_native(model: np.ndarray, folder: Path, picture: np.ndarray, mask: np.ndarray) -> None:
-    """Write the C files, the student and a golden picture with its mask; build for `TARGETS`."""
+def write_native(
+    models: Sequence[np.ndarray], folder: Path, picture: np.ndarray, mask: np.ndarray
+) -> None:
+    """Write the C files, models, and a golden picture with its mask; build for `TARGETS`."""
     for name in SOURCES:
         results.write_text(folder / name, source(name))
-    with results.replacing(folder / "student.bin") as partial:
-        partial.write_bytes(model.tobytes())
-    results.write_text(folder / "student.h", student_header(model))
+    for model in models:
+        name = "student_int8" if model.dtype == np.uint32 else "student"
+        with results.replacing(folder / f"{name}.bin") as partial:
+            partial.write_bytes(model.tobytes())
+        results.write_text(folder / f"{name}.h", student_header(model))
     height, width = mask.shape
     results.write_text(
         folder / "golden.h",
@@ -183,13 +217,17 @@ def write_native(model: np.ndarray, folder: Path, picture: np.ndarray, mask: np.
 
 def student_header(model: np.ndarray) -> str:
     """A model as a C array. Its name is lesion_student, or what LESION_STUDENT is defined as."""
-    values = [f"{value:.9g}" for value in model.tolist()]
-    numbers = [value + "f" if "." in value or "e" in value else value + ".0f" for value in values]
+    about = model[:HEADER].view(np.float32)
+    if model.dtype == np.uint32:
+        kind, numbers = "uint32_t", [f"0x{word:x}u" for word in model.tolist()]
+    else:
+        kind, values = "float", [f"{value:.9g}" for value in model.tolist()]
+        numbers = [v + "f" if "." in v or "e" in v else v + ".0f" for v in values]
     return (
-        f"/* A trained student: {model[2]:.0f} px, threshold {model[4]:g}, format {model[0]:.0f}, "
-        f"checksum {model[6]:.0f}.\n   Generated by lesionkd_core. */\n"
+        f"/* A trained student: {about[2]:.0f} px, threshold {about[4]:g}, format {about[0]:.0f}, "
+        f"checksum {about[6]:.0f}.\n   Generated by lesionkd_core. */\n#include <stdint.h>\n"
         "#ifndef LESION_STUDENT\n#define LESION_STUDENT lesion_student\n#endif\n"
-        + _array("float LESION_STUDENT", numbers)
+        + _array(f"{kind} LESION_STUDENT", numbers)
     )
 
 
@@ -237,16 +275,13 @@ def wasm(relaxed: bool = False) -> bytes:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """segment.c for the processor of this machine; it takes any model."""
+def library(int8: bool = False) -> ctypes.CDLL:
+    """segment.c for the processor of this machine; it takes any model, of floats or of bytes."""
+    kind = ("-DLESION_INT8",) if int8 else ()
     with _sources() as folder:
         out = Path(folder) / "segment.so"
-        compile_c(out.with_suffix(".c"), out, "-DLESION_NO_STUDENT", *_native(), *_LIBRARY)
-        return declared(ctypes.CDLL(str(out)))
-
-
-def declared(code: ctypes.CDLL) -> ctypes.CDLL:
-    """A library with the types of the functions of segment.h that take a model."""
+        compile_c(out.with_suffix(".c"), out, "-DLESION_NO_STUDENT", *kind, *_native(), *_LIBRARY)
+        code = ctypes.CDLL(str(out))
     size, number, pointer, step = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_ssize_t
     code.lesion_model_check.argtypes = [pointer, size]
     code.lesion_error_string.argtypes, code.lesion_error_string.restype = [number], ctypes.c_char_p
@@ -271,9 +306,18 @@ def peak() -> tuple[int, Callable[[], object]]:
     return 12 * rounds * loop.lanes(), functools.partial(loop.peak, rounds, 0.999, 0.001)
 
 
-def _native() -> tuple[str, ...]:
+def has_int8() -> bool:
+    """Whether this processor has dot products of bytes, as LESION_INT8 needs them."""
+    return bool({"avx512_vnni", "avx_vnni", "asimddp"} & _features())
+
+
+def _features() -> set[str]:
     info = Path("/proc/cpuinfo")
-    wide = info.exists() and "avx512f" in info.read_text()  # clang prefers 256 bits
+    return set(info.read_text().split()) if info.exists() else set()
+
+
+def _native() -> tuple[str, ...]:
+    wide = "avx512f" in _features()  # clang prefers 256 bits
     return ("-mcpu=native", "-mprefer-vector-width=512") if wide else ("-mcpu=native",)
 
 
@@ -288,12 +332,13 @@ def _sources() -> TemporaryDirectory[str]:
 
 
 def native_engine(model: np.ndarray, file: Path | None = None) -> Engine:
-    """segment.c on this processor, with a model from `pack`."""
-    code = library()
+    """segment.c on this processor, with a model from `pack` or `pack_int8`."""
+    int8 = model.dtype == np.uint32
+    code = library(int8)
     spaces: dict[tuple[int, int], np.ndarray] = {}
 
     def segment(images: np.ndarray) -> np.ndarray:
-        images, head = np.ascontiguousarray(images), (model.ctypes.data, len(model))
+        images, head = np.ascontiguousarray(images), (model.ctypes.data, model.nbytes)
         height, width = images.shape[1:3]
         masks = np.empty(images.shape[:3], np.uint8)
         if (height, width) not in spaces:
@@ -306,7 +351,7 @@ def native_engine(model: np.ndarray, file: Path | None = None) -> Engine:
             _check(code.lesion_model_segment(*head, *pointers))
         return masks
 
-    return Engine("native", "float32", file, segment)
+    return Engine("native", "int8" if int8 else "float32", file, segment)
 
 
 def segment_image(model: np.ndarray, picture: np.ndarray, binary: bool = False) -> np.ndarray:
@@ -314,9 +359,9 @@ def segment_image(model: np.ndarray, picture: np.ndarray, binary: bool = False) 
 
     (H, W, 3) uint8 -> (H, W) uint8: probability x 255, or 0 and 255 at the model's threshold.
     """
-    code, picture = library(), np.ascontiguousarray(picture)
+    code, picture = library(model.dtype == np.uint32), np.ascontiguousarray(picture)
     height, width = picture.shape[:2]
-    mask, head = np.empty((height, width), np.uint8), (model.ctypes.data, len(model))
+    mask, head = np.empty((height, width), np.uint8), (model.ctypes.data, model.nbytes)
     size = code.lesion_model_image_workspace_size(*head, width, height)
     space, kind = np.empty(size, np.uint8), 1 + 8 * binary
     pointers = picture.ctypes.data, width, height, 0, kind, mask.ctypes.data, 0, space.ctypes.data

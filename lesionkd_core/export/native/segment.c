@@ -9,8 +9,10 @@
    exists for a band of rows, small enough for a processor's cache. */
 #include "segment.h"
 
-#ifndef LESION_NO_STUDENT
-#include "student.h" /* the array lesion_student */
+#if defined(LESION_INT8) && !defined(LESION_NO_STUDENT)
+#include "student_int8.h" /* the array lesion_student */
+#elif !defined(LESION_NO_STUDENT)
+#include "student.h"
 #endif
 
 #if defined(_MSC_VER) && !defined(__clang__)
@@ -22,16 +24,41 @@
 
 /* ---- Vectors ----------------------------------------------------------------------------------- */
 
-/* LANES: numbers in a register. VECTORS: registers that a tile uses for one output channel. The
-   multiply-add is written out, because a compiler may leave it to an option whether it fuses the two. */
-#ifndef LESION_HALF
+/* LANES: pixels in a register. VECTORS: registers that a tile uses for one output channel. A `real` is one
+   channel of a pixel; with LESION_INT8 it is four of them as bytes, and a multiply-add adds four products.
+   The multiply-add is written out, because a compiler may leave it to an option whether it fuses the two. */
+#if defined(LESION_INT8)
+typedef int32_t real;
+#elif defined(LESION_HALF)
+typedef _Float16 real;
+#else
 typedef float real;
 #endif
-#if defined(LESION_HALF) && !defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+
+#if defined(LESION_INT8) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+#define LANES 16
+#define VECTORS 4
+#define MULTIPLY_ADD(a, b, c) ((vec)_mm512_dpbusd_epi32((__m512i)(c), (__m512i)(b), (__m512i)(a)))
+#define MAXIMUM(a, b) ((vec)_mm512_max_epu8((__m512i)(a), (__m512i)(b)))
+#elif defined(LESION_INT8) && defined(__AVXVNNI__)
+#include <immintrin.h>
+#define LANES 8
+#define VECTORS 2
+#define MULTIPLY_ADD(a, b, c) ((vec)_mm256_dpbusd_avx_epi32((__m256i)(c), (__m256i)(b), (__m256i)(a)))
+#define MAXIMUM(a, b) ((vec)_mm256_max_epu8((__m256i)(a), (__m256i)(b)))
+#elif defined(LESION_INT8) && defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#define LANES 4
+#define VECTORS 4
+#define MULTIPLY_ADD(a, b, c) ((vec)vdotq_s32((int32x4_t)(c), (int8x16_t)(b), (int8x16_t)(a)))
+#define MAXIMUM(a, b) ((vec)vmaxq_s8((int8x16_t)(a), (int8x16_t)(b)))
+#elif defined(LESION_INT8)
+#error "LESION_INT8 needs dot products of bytes: AVX512-VNNI or AVX-VNNI, on ARM -march=armv8.2-a+dotprod"
+#elif defined(LESION_HALF) && !defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
 #error "LESION_HALF computes in half precision on ARM: compile with -march=armv8.2-a+fp16"
 #elif defined(LESION_HALF)
 #include <arm_neon.h>
-typedef _Float16 real;
 #define LANES 8
 #define VECTORS 4
 #define MULTIPLY_ADD(a, b, c) ((vec)vfmaq_f16((float16x8_t)(c), (float16x8_t)(a), (float16x8_t)(b)))
@@ -44,9 +71,6 @@ typedef _Float16 real;
 #define MAXIMUM(a, b) ((vec)vmaxq_f32((float32x4_t)(a), (float32x4_t)(b)))
 #elif defined(__AVX512F__)
 #include <immintrin.h>
-#ifndef __clang__
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" /* in immintrin.h: GCC bug 105593 */
-#endif
 #define LANES 16
 #define VECTORS 4
 #define MULTIPLY_ADD(a, b, c) ((vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
@@ -71,7 +95,11 @@ typedef _Float16 real;
 #endif
 #define MAXIMUM(a, b) choose((words)((a) > (b)), a, b)
 #endif
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" /* in immintrin.h: GCC bug 105593 */
+#endif
 
+typedef float number __attribute__((may_alias));
 typedef real vec __attribute__((vector_size(LANES * sizeof(real)), aligned(sizeof(real)), may_alias));
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -124,9 +152,56 @@ static INLINE floats choose(words which, floats a, floats b) {
     return (floats)(((words)a & which) | ((words)b & ~which));
 }
 
-enum { TILE = LANES * VECTORS, GAP = 2 * LANES, BAND = 16, LEVELS = 5, HEADER = 13, FORMAT = 2 };
+enum { TILE = LANES * VECTORS, GAP = 2 * LANES, BAND = 16, LEVELS = 5, HEADER = 13 };
 enum { MAX_SIDE = 4096, MAX_PICTURE = 16384 };
 #define BITS 22
+
+/* ---- Floats or bytes --------------------------------------------------------------------------- */
+
+/* FORMAT: of a model. PACK: channels in a `real`. BIAS: numbers before the weights of 4 output channels. ZERO: 0
+   in a map that has no negative values, MIDDLE: in one that has. Bytes are unsigned on x86 and signed on ARM. */
+#ifdef LESION_INT8
+enum { FORMAT = 3, PACK = 4, BIAS = 12 };
+#else
+enum { FORMAT = 2, PACK = 1, BIAS = 4 };
+#endif
+#if defined(LESION_INT8) && defined(__aarch64__)
+enum { SIGNED = 1 };
+static const real FLIP = (real)0x80808080u, ZERO = (real)0x80808080u, MIDDLE = 0;
+#elif defined(LESION_INT8)
+enum { SIGNED = 0 };
+static const real FLIP = 0, ZERO = 0, MIDDLE = (real)0x80808080u;
+#else
+enum { SIGNED = 0 };
+static const real ZERO = 0, MIDDLE = 0;
+#endif
+
+static INLINE int packed(int channels) { return (channels + PACK - 1) / PACK; }
+
+static INLINE floats positive(floats x) { return choose((words)(x > 0), x, (floats){0}); }
+
+#ifdef LESION_INT8
+/* Sums of 4 channels as bytes. Their scales follow 4 biases for unsigned and 4 for signed bytes. */
+static INLINE vec to_bytes(vec a, vec b, vec c, vec d, const real *w, float offset) {
+    const vec sums[] = {a, b, c, d};
+    vec four = {0};
+    UNROLL for (int o = 0; o < 4; o++) {
+        const floats value = positive(__builtin_convertvector(sums[o], floats) * ((const number *)w)[8 + o] + offset);
+        four |= __builtin_convertvector(choose((words)(value < 255), value, 255 - (floats){0}), vec) << (8 * o);
+    }
+    return four ^ FLIP;
+}
+
+static INLINE floats activation(vec sum, const real *w, int o) {
+    return positive(__builtin_convertvector(sum, floats) * ((const number *)w)[8 + o]);
+}
+static INLINE vec from_floats(floats x) { return (vec)x; }
+static INLINE floats to_floats(vec x) { return (floats)x; }
+#else
+static INLINE vec from_floats(floats x) { return __builtin_convertvector(x, vec); }
+static INLINE floats to_floats(vec x) { return __builtin_convertvector(x, floats); }
+static INLINE floats activation(vec sum, const real *w, int o) { return (void)w, (void)o, positive(to_floats(sum)); }
+#endif
 
 /* ---- Space ------------------------------------------------------------------------------------- */
 
@@ -148,15 +223,16 @@ typedef struct {
     real *data;           /* pixel (0, 0) of the first channel */
     ptrdiff_t plane, row; /* numbers from one channel to the next, from one row to the next */
     int width;
+    real border; /* stands for 0 */
 } map;
 
 static int narrow(int width) { return width < TILE; }
 
 static map take_map(arena *space, int channels, int rows, int width) {
-    map m = {0, 0, 0, width};
+    map m = {0, 0, 0, width, ZERO};
     m.row = narrow(width) ? width + 1 : (ptrdiff_t)round_up((uint64_t)width + 1, GAP);
     m.plane = (ptrdiff_t)round_up((uint64_t)(rows * m.row) + 2 * GAP + TILE, 32);
-    real *start = (real *)take(space, (uint64_t)channels * (uint64_t)m.plane * sizeof(real) / 4);
+    real *start = (real *)take(space, (uint64_t)packed(channels) * (uint64_t)m.plane * sizeof(real) / 4);
     if (start) m.data = start + GAP;
     return m;
 }
@@ -168,16 +244,20 @@ static map below(map m, int rows) {
 
 static INLINE real *row_of(map m, int channel, int y) { return m.data + channel * m.plane + y * m.row; }
 
+static void fill(real *from, ptrdiff_t count, real value) {
+    for (ptrdiff_t i = 0; i < count; i++) from[i] = value;
+}
+
 static void clear_row(map m, int channels, int y) {
-    for (int c = 0; c < channels; c++) __builtin_memset(row_of(m, c, y) - 1, 0, (size_t)(m.row + 1) * sizeof(real));
+    for (int c = 0; c < packed(channels); c++) fill(row_of(m, c, y) - 1, m.row + 1, m.border);
 }
 
 /* Zeros behind the last column and before the first one of the next row. */
 static void clear_sides(map m, int channels, int rows) {
-    for (int c = 0; c < channels; c++)
+    for (int c = 0; c < packed(channels); c++)
         for (int y = 0; y < rows; y++) {
             real *row = row_of(m, c, y);
-            row[m.width] = row[m.row - 1] = 0;
+            row[m.width] = row[m.row - 1] = m.border;
         }
 }
 
@@ -185,11 +265,11 @@ static void clear_sides(map m, int channels, int rows) {
 
 /* Adds the products of 4 output channels at `vectors` x LANES positions; 3x3 (`taps` is 9) or 1x1 (1). The
    sums stay in registers. A vector that is loaded serves 4 multiply-adds, a weight serves `vectors` of
-   them. Weights come in the order of use: for each input channel and tap those of the 4 outputs. `taps`
+   them. Weights come in the order of use: for each input channel (or four) and tap those of the 4 outputs. `taps`
    and `vectors` are constants at every call, and all loops but the one over channels are unrolled. */
 static INLINE const real *accumulate(vec sum[4][VECTORS], const real *from, map in, int channels, const real *w,
                                      const int taps, const int vectors) {
-    for (int c = 0; c < channels; c++, from += in.plane) {
+    for (int c = 0; c < packed(channels); c++, from += in.plane) {
         UNROLL for (int k = 0; k < taps; k++, w += 4) {
             const real *shifted = taps == 1 ? from : from + (k / 3 - 1) * in.row + (k % 3 - 1);
             UNROLL for (int v = 0; v < vectors; v++) {
@@ -203,7 +283,7 @@ static INLINE const real *accumulate(vec sum[4][VECTORS], const real *from, map 
 }
 
 static INLINE void begin(vec sum[4][VECTORS], const real *bias, const int vectors) {
-    UNROLL for (int o = 0; o < 4; o++) UNROLL for (int v = 0; v < vectors; v++) sum[o][v] = all(bias[o]);
+    UNROLL for (int o = 0; o < 4; o++) UNROLL for (int v = 0; v < vectors; v++) sum[o][v] = all(bias[o + 4 * SIGNED]);
 }
 
 /* Inputs: the channels of `a`, then those of `b`. Output: 4 channels of `out` at a time, or with weights of
@@ -211,23 +291,28 @@ static INLINE void begin(vec sum[4][VECTORS], const real *bias, const int vector
 typedef struct {
     map a, b, out;
     int in_a, in_b;
-    const real *head;
+    const number *head;
 } layer;
 
 static INLINE void tile(const layer *l, ptrdiff_t at, int first, const real *w, const int vectors) {
     vec sum[4][VECTORS];
     begin(sum, w, vectors);
-    w = accumulate(sum, l->a.data + at, l->a, l->in_a, w + 4, 9, vectors);
-    accumulate(sum, l->b.data + at, l->b, l->in_b, w, 9, vectors);
+    const real *next = accumulate(sum, l->a.data + at, l->a, l->in_a, w + BIAS, 9, vectors);
+    accumulate(sum, l->b.data + at, l->b, l->in_b, next, 9, vectors);
     UNROLL for (int v = 0; v < vectors; v++) {
         real *to = l->out.data + at + v * LANES;
-        vec total = l->head ? first ? load(to) : all(l->head[0]) : all(0);
-        UNROLL for (int o = 0; o < 4; o++) {
-            const vec value = MAXIMUM(sum[o][v], all(0));
-            if (l->head) total = MULTIPLY_ADD(all(l->head[1 + first + o]), value, total);
-            else store(to + (first + o) * l->out.plane, value);
+        if (l->head) {
+            floats total = l->head[0] - (floats){0};
+            if (first) total = to_floats(load(to));
+            UNROLL for (int o = 0; o < 4; o++) total += activation(sum[o][v], w, o) * l->head[1 + first + o];
+            store(to, from_floats(total));
+        } else {
+#ifdef LESION_INT8
+            store(to + first / 4 * l->out.plane, to_bytes(sum[0][v], sum[1][v], sum[2][v], sum[3][v], w, 0.5f));
+#else
+            UNROLL for (int o = 0; o < 4; o++) store(to + (first + o) * l->out.plane, MAXIMUM(sum[o][v], all(0)));
+#endif
         }
-        if (l->head) store(to, total);
     }
 }
 
@@ -236,7 +321,7 @@ static INLINE void tile(const layer *l, ptrdiff_t at, int first, const real *w, 
    the last row it fills spare numbers. */
 static void convolve(layer l, int outputs, int rows, const real *w) {
     const ptrdiff_t row = l.out.row, end = rows * row, step = narrow(l.out.width) ? end : row;
-    for (int o = 0; o < outputs; o += 4, w += 4 + 36 * (l.in_a + l.in_b))
+    for (int o = 0; o < outputs; o += 4, w += BIAS + 36 * (packed(l.in_a) + packed(l.in_b)))
         for (ptrdiff_t start = 0; start < end; start += step) {
             const ptrdiff_t stop = start + step - row + l.out.width;
             ptrdiff_t at = start;
@@ -249,20 +334,30 @@ static void convolve(layer l, int outputs, int rows, const real *w) {
 static INLINE void upsample_tile(map in, int channels, const real *from, real *even, real *odd, const real *w,
                                  const int vectors) {
     vec sum[4][VECTORS];
+#ifdef LESION_INT8 /* 4 channels of one of the 4 pixels at a time */
+    vec pixels[4][VECTORS];
+    for (int k = 0; k < 4; k++, w += BIAS + 4 * packed(channels)) {
+        begin(sum, w, vectors);
+        accumulate(sum, from, in, channels, w + BIAS, 1, vectors);
+        UNROLL for (int v = 0; v < vectors; v++) pixels[k][v] = to_bytes(sum[0][v], sum[1][v], sum[2][v], sum[3][v], w, 128.5f);
+    }
+#else /* the 4 pixels of one channel */
+    vec(*pixels)[VECTORS] = sum;
     begin(sum, w, vectors);
-    accumulate(sum, from, in, channels, w + 4, 1, vectors);
+    accumulate(sum, from, in, channels, w + BIAS, 1, vectors);
+#endif
     UNROLL for (int v = 0; v < vectors; v++, even += 2 * LANES, odd += 2 * LANES) {
-        store(even, SHUFFLE(sum[0][v], sum[1][v], LOW));
-        store(even + LANES, SHUFFLE(sum[0][v], sum[1][v], HIGH));
-        store(odd, SHUFFLE(sum[2][v], sum[3][v], LOW));
-        store(odd + LANES, SHUFFLE(sum[2][v], sum[3][v], HIGH));
+        store(even, SHUFFLE(pixels[0][v], pixels[1][v], LOW));
+        store(even + LANES, SHUFFLE(pixels[0][v], pixels[1][v], HIGH));
+        store(odd, SHUFFLE(pixels[2][v], pixels[3][v], LOW));
+        store(odd + LANES, SHUFFLE(pixels[2][v], pixels[3][v], HIGH));
     }
 }
 
 /* Transposed 2x2 convolution with stride 2: each row of `in` gives two of `out`. The last tile of a row begins
    early enough to end with it: what it wrote behind the even row would be in the odd one. */
 static void upsample(map in, int channels, map out, int rows, const real *w) {
-    for (int c = 0; c < channels; c++, w += 4 + 4 * channels)
+    for (int c = 0; c < packed(channels); c++, w += PACK * (BIAS + 4 * packed(channels)))
         for (int y = 0; y < rows; y += 2) {
             const real *from = row_of(in, 0, y / 2);
             real *even = row_of(out, c, y), *odd = row_of(out, c, y + 1);
@@ -279,7 +374,7 @@ static void upsample(map in, int channels, map out, int rows, const real *w) {
 
 /* Maximum of every 2x2 pixels. */
 static void pool(map in, map out, int channels, int rows) {
-    for (int c = 0; c < channels; c++)
+    for (int c = 0; c < packed(channels); c++)
         for (int y = 0; y < rows; y++) {
             const real *a = row_of(in, c, 2 * y), *b = row_of(in, c, 2 * y + 1);
             real *to = row_of(out, c, y);
@@ -318,17 +413,24 @@ static void read_words(const image *picture, int y, int width, uint32_t *to) {
     }
 }
 
-/* A row of words as three channels: (byte - mean) * scale. */
-static void normalize(const uint32_t *from, map out, int blue_first, const float *mean, const float *scale) {
+/* A row of words as three channels: (byte - mean) * scale, which for bytes is part of the weights. */
+static void normalize(const uint32_t *from, map out, int blue_first, const number *mean, const number *scale) {
+#ifdef LESION_INT8
+    (void)mean, (void)scale;
+    for (int x = 0; x < out.width; x++) {
+        const uint32_t word = from[x], swapped = (word & 0xff00) | (word >> 16 & 255) | (word & 255) << 16;
+        out.data[x] = (real)(blue_first ? swapped : word) ^ FLIP;
+    }
+#else
     for (int c = 0; c < 3; c++) {
         const int shift = 8 * (blue_first ? 2 - c : c);
         real *to = row_of(out, c, 0);
         for (int x = 0; x < out.width; x += LANES) {
             const words byte = *(const words *)(from + x) >> shift & 255;
-            const floats value = (__builtin_convertvector(byte, floats) - mean[c]) * scale[c];
-            store(to + x, __builtin_convertvector(value, vec));
+            store(to + x, from_floats((__builtin_convertvector(byte, floats) - mean[c]) * scale[c]));
         }
     }
+#endif
     clear_sides(out, 3, 1);
 }
 
@@ -357,53 +459,66 @@ typedef struct {
     int pixels, pad;
     float threshold;
     size_t count;
-    const float *mean, *scale, *weights;
+    real border; /* of the picture: its mean */
+    const number *mean, *scale;
+    const void *weights;
 } network;
 
-static int block_size(int inputs, int outputs) { return outputs * (2 + 9 * inputs + 9 * outputs); }
+/* Numbers of a layer and of a block of two, in the order of use. */
+static int layer_size(int inputs, int outputs, int taps) { return outputs / 4 * (BIAS + 4 * taps * packed(inputs)); }
 
-static int upsample_size(int channels) { return 4 * channels * (1 + channels); }
+static int block_size(int in_a, int in_b, int outputs) {
+    return outputs / 4 * (BIAS + 36 * (packed(in_a) + packed(in_b))) + layer_size(outputs, outputs, 9);
+}
 
-/* A model is 13 numbers (format, width, side that it was trained at, 1 if pictures are padded to a square,
-   threshold, number of weights, checksum, 3 means, 3 scales) and the weights. */
-static int read_model(const float *model, size_t count, network *net) {
+static int upsample_size(int channels) { return layer_size(channels, 4 * channels, 1); }
+
+/* A model is 13 floats (format, width, side that it was trained at, 1 if pictures are padded to a square,
+   threshold, count of weights, checksum, 3 means, 3 scales) and the weights. */
+static int read_model(const void *model, size_t size, network *net) {
+    const number *about = (const number *)model;
     if (!model) return LESION_NULL;
-    if (count < HEADER || model[0] != (float)FORMAT) return LESION_MODEL;
+    if (size < HEADER * 4 || size % 4 || about[0] != (float)FORMAT) return LESION_MODEL;
     int width = 0;
     for (int w = 4; w <= 64; w += 4)
-        if (model[1] == (float)w) width = w;
-    const int known = model[2] >= 32 && model[2] <= (float)MAX_SIDE && model[4] > 0 && model[4] < 1;
-    if (!width || !known || (int)model[2] % 32) return LESION_MODEL;
-    net->pixels = (int)model[2];
-    net->pad = model[3] != 0;
-    net->threshold = model[4];
-    net->mean = model + 7;
-    net->scale = model + 10;
-    net->weights = model + HEADER;
+        if (about[1] == (float)w) width = w;
+    const int known = about[2] >= 32 && about[2] <= (float)MAX_SIDE && about[4] > 0 && about[4] < 1;
+    if (!width || !known || (int)about[2] % 32) return LESION_MODEL;
+    net->pixels = (int)about[2];
+    net->pad = about[3] > 0;
+    net->threshold = about[4];
+    net->mean = about + 7;
+    net->scale = about + 10;
+    net->weights = about + HEADER;
+    net->border = 0;
+#ifdef LESION_INT8
+    for (int c = 0; c < 3; c++) net->border |= (int)(net->mean[c] > 0 && net->mean[c] < 255 ? net->mean[c] + 0.5f : 0) << (8 * c);
+    net->border ^= FLIP;
+#endif
     int weights = 0;
     for (int l = 0, in = 3; l < LEVELS; in = net->down[l++]) {
         net->down[l] = width << (l < 3 ? l : 3);
         net->up[l] = l == 0 || l == LEVELS - 1 ? net->down[l] : width << (l - 1);
-        weights += block_size(in, net->down[l]);
+        weights += block_size(in, 0, net->down[l]);
     }
     for (int l = 0; l < LEVELS - 1; l++)
-        weights += upsample_size(net->up[l + 1]) + block_size(net->down[l] + net->up[l + 1], net->up[l]);
+        weights += upsample_size(net->up[l + 1]) + block_size(net->down[l], net->up[l + 1], net->up[l]);
     weights += 1 + net->up[0];
     net->count = (size_t)weights;
-    return model[5] == (float)weights && count == HEADER + net->count ? LESION_OK : LESION_WEIGHTS;
+    return about[5] == (float)weights && size == 4 * (HEADER + net->count) ? LESION_OK : LESION_WEIGHTS;
 }
 
-int lesion_model_check(const float *model, size_t count) {
+int lesion_model_check(const void *model, size_t size) {
     network net;
     uint32_t sum = 0, bits;
-    const int error = read_model(model, count, &net);
+    const int error = read_model(model, size, &net);
     if (error) return error;
-    for (size_t i = 0; i < count; i++) {
-        __builtin_memcpy(&bits, model + i, sizeof bits);
-        if ((bits >> 23 & 255) == 255) return LESION_DAMAGED; /* NaN or infinite */
+    for (size_t i = 0; i < size / 4; i++) {
+        __builtin_memcpy(&bits, (const uint8_t *)model + 4 * i, sizeof bits);
+        if (PACK == 1 && (bits >> 23 & 255) == 255) return LESION_DAMAGED; /* NaN or infinite */
         if (i != 6) sum += bits * (2 * (uint32_t)i + 1);
     }
-    return model[6] == (float)(sum % 16777213) ? LESION_OK : LESION_DAMAGED;
+    return ((const number *)model)[6] == (float)(sum % 16777213) ? LESION_OK : LESION_DAMAGED;
 }
 
 typedef struct {
@@ -448,9 +563,9 @@ static uint64_t place(const network *net, int height, int width, float *start, p
 
 /* Prepares a band for the rows from s on: the last two rows of the band before become its first two. */
 static void advance(map band, int channels, int rows, int s) {
-    for (int c = 0; c < channels; c++) {
+    for (int c = 0; c < packed(channels); c++) {
         real *top = row_of(band, c, 0);
-        if (s == 0) __builtin_memset(top - GAP, 0, (size_t)(GAP + 3 * band.row) * sizeof(real));
+        if (s == 0) fill(top - GAP, GAP + 3 * band.row, band.border);
         else __builtin_memmove(top, row_of(band, c, rows), (size_t)(2 * band.row) * sizeof(real));
     }
 }
@@ -458,23 +573,23 @@ static void advance(map band, int channels, int rows, int s) {
 /* The two convolutions of a block. The band `in` has rows from s - 2 on, so the rows between the convolutions
    begin at s - 1 and the results at s - 2: rows of `out`, or logits in the band `end` if there is a head.
    `in_a` channels of the whole map `a` come before those of the band. */
-static void run_block(const level *m, map a, int in_a, int in_b, map out, int channels, int s, const real *w,
-                      const real *head) {
+static void run_block(const level *m, map a, int in_a, map in, int in_b, map out, int channels, int s, const real *w,
+                      const number *head) {
     const int n = m->band, h = m->height;
     int from = s ? 0 : 1, to = h + 1 - s < n ? h + 1 - s : n;
     advance(m->mid, channels, n, s);
-    layer l = {in_a ? below(a, s - 1 + from) : m->in, below(m->in, 1 + from), below(m->mid, 2 + from), in_a, in_b, 0};
+    layer l = {in_a ? below(a, s - 1 + from) : in, below(in, 1 + from), below(m->mid, 2 + from), in_a, in_b, 0};
     convolve(l, channels, to - from, w);
     if (to < n) clear_row(m->mid, channels, 2 + to);
     from = s ? 0 : 2, to = h + 2 - s < n ? h + 2 - s : n;
     out = head ? below(m->end, from) : below(out, s - 2 + from);
     const layer second = {below(m->mid, 1 + from), m->mid, out, channels, 0, head};
-    convolve(second, channels, to - from, w + channels * (1 + 9 * (in_a + in_b)));
+    convolve(second, channels, to - from, w + block_size(in_a, in_b, channels) - layer_size(channels, channels, 9));
 }
 
 static void write_row(const image *picture, int y, map logits, int row, int width) {
     for (int x = 0; x < width; x += LANES) {
-        const floats p = sigmoid(__builtin_convertvector(load(row_of(logits, 0, row) + x), floats));
+        const floats p = sigmoid(to_floats(load(row_of(logits, 0, row) + x)));
         if (picture->mask) write_bytes(picture->mask + y * picture->mask_stride + x, p, -1);
         else *(floats *)(picture->probability + (ptrdiff_t)y * width + x) = p;
     }
@@ -483,46 +598,50 @@ static void write_row(const image *picture, int y, map logits, int row, int widt
 static void run(const network *net, const image *picture, int width, const places *space) {
     const int *down = net->down, *up = net->up, bottom = LEVELS - 1;
     const int blue_first = picture->format == LESION_BGR || picture->format == LESION_BGRA;
+    const real *w = (const real *)net->weights;
+    const number *head = (const number *)net->weights + net->count - 1 - up[0];
 #ifdef LESION_HALF
-    const real *w = space->weights;
-    for (size_t i = 0; i < net->count; i++) space->weights[i] = (real)net->weights[i];
-#else
-    const real *w = net->weights;
+    w = space->weights;
+    for (size_t i = 0; i < net->count; i++) space->weights[i] = (real)((const number *)net->weights)[i];
 #endif
     for (int l = 0; l <= bottom; l++) {
         const level *m = space->levels + l;
-        const int n = m->band, h = m->height, in = l ? down[l - 1] : 3;
+        const int n = m->band, h = m->height, channels = l ? down[l - 1] : 3;
         const map out = l < bottom ? m->skip : m->out;
+        map in = m->in;
+        if (!l) in.border = net->border;
         clear_row(out, down[l], -1);
         for (int s = 0; s < h + 2; s += n) {
             const int left = h > s ? h - s : 0, rows = left < n ? left : n;
-            advance(m->in, in, n, s);
-            if (l && rows) pool(below(m[-1].skip, 2 * s), below(m->in, 2), in, rows);
+            advance(in, channels, n, s);
+            if (l && rows) pool(below(m[-1].skip, 2 * s), below(in, 2), channels, rows);
             for (int y = 0; !l && y < rows; y++) {
                 read_words(picture, s + y, width, space->line);
-                normalize(space->line, below(m->in, 2 + y), blue_first, net->mean, net->scale);
+                normalize(space->line, below(in, 2 + y), blue_first, net->mean, net->scale);
             }
-            if (rows < n) clear_row(m->in, in, 2 + rows);
-            run_block(m, m->skip, 0, in, out, down[l], s, w, 0);
+            if (rows < n) clear_row(in, channels, 2 + rows);
+            run_block(m, m->skip, 0, in, channels, out, down[l], s, w, 0);
         }
         clear_row(out, down[l], h);
-        w += block_size(in, down[l]);
+        w += block_size(channels, 0, down[l]);
     }
     for (int l = bottom - 1; l >= 0; l--) {
         const level *m = space->levels + l;
-        const int n = m->band, h = m->height, in = up[l + 1];
-        const real *convolutions = w + upsample_size(in), *head = convolutions + block_size(down[l] + in, up[l]);
+        const int n = m->band, h = m->height, channels = up[l + 1];
+        const real *convolutions = w + upsample_size(channels);
+        map in = m->in;
+        in.border = MIDDLE;
         if (l) clear_row(m->out, up[l], -1);
         for (int s = 0; s < h + 2; s += n) {
             const int left = h > s ? h - s : 0, rows = left < n ? left : n;
-            advance(m->in, in, n, s);
-            if (rows) upsample(below(m[1].out, s / 2), in, below(m->in, 2), rows, w);
-            if (rows < n) clear_row(m->in, in, 2 + rows);
-            run_block(m, m->skip, down[l], in, m->out, up[l], s, convolutions, l ? 0 : head);
+            advance(in, channels, n, s);
+            if (rows) upsample(below(m[1].out, s / 2), channels, below(in, 2), rows, w);
+            if (rows < n) clear_row(in, channels, 2 + rows);
+            run_block(m, m->skip, down[l], in, channels, m->out, up[l], s, convolutions, l ? 0 : head);
             for (int y = s ? s - 2 : 0; !l && y < s + n - 2 && y < h; y++) write_row(picture, y, m->end, y - s + 2, width);
         }
         if (l) clear_row(m->out, up[l], h);
-        w = head;
+        w = convolutions + block_size(down[l], channels, up[l]);
     }
 }
 
@@ -703,17 +822,17 @@ static int check_sides(int height, int width, int multiple, int largest) {
     return height > largest || width > largest ? LESION_TOO_LARGE : LESION_OK;
 }
 
-static int check_network(const float *model, size_t count, int height, int width, network *net, uint64_t *used) {
+static int check_network(const void *model, size_t size, int height, int width, network *net, uint64_t *used) {
     places space;
-    int error = read_model(model, count, net);
+    int error = read_model(model, size, net);
     if (!error) error = check_sides(height, width, 32, MAX_SIDE);
     if (error) return error;
     *used = place(net, height, width, 0, &space);
     return *used < SIZE_MAX / 8 ? LESION_OK : LESION_TOO_LARGE;
 }
 
-static int check_picture(const float *model, size_t count, int height, int width, network *net, uint64_t *used) {
-    int error = read_model(model, count, net);
+static int check_picture(const void *model, size_t size, int height, int width, network *net, uint64_t *used) {
+    int error = read_model(model, size, net);
     if (!error) error = check_sides(height, width, 1, MAX_PICTURE);
     if (error) return error;
     *used = make_plan(net, width, height, 0).used;
@@ -722,26 +841,26 @@ static int check_picture(const float *model, size_t count, int height, int width
 
 static float *aligned(void *workspace) { return (float *)(((uintptr_t)workspace + 63) / 64 * 64); }
 
-size_t lesion_model_workspace_size(const float *model, size_t count, int height, int width) {
+size_t lesion_model_workspace_size(const void *model, size_t size, int height, int width) {
     network net;
     uint64_t used;
-    if (lesion_model_check(model, count) || check_network(model, count, height, width, &net, &used)) return 0;
+    if (lesion_model_check(model, size) || check_network(model, size, height, width, &net, &used)) return 0;
     return ((size_t)used + 16) * sizeof(float);
 }
 
-size_t lesion_model_image_workspace_size(const float *model, size_t count, int width, int height) {
+size_t lesion_model_image_workspace_size(const void *model, size_t size, int width, int height) {
     network net;
     uint64_t used;
-    if (lesion_model_check(model, count) || check_picture(model, count, height, width, &net, &used)) return 0;
+    if (lesion_model_check(model, size) || check_picture(model, size, height, width, &net, &used)) return 0;
     return ((size_t)used + 16) * sizeof(float);
 }
 
-int lesion_model_segment(const float *model, size_t count, const uint8_t *rgb, int height, int width,
+int lesion_model_segment(const void *model, size_t size, const uint8_t *rgb, int height, int width,
                          uint8_t *mask, void *workspace) {
     network net;
     places space;
     uint64_t used;
-    const int error = check_network(model, count, height, width, &net, &used);
+    const int error = check_network(model, size, height, width, &net, &used);
     if (error) return error;
     if (!rgb || !mask || !workspace) return LESION_NULL;
     place(&net, height, width, aligned(workspace), &space);
@@ -750,14 +869,14 @@ int lesion_model_segment(const float *model, size_t count, const uint8_t *rgb, i
     return LESION_OK;
 }
 
-int lesion_model_segment_image(const float *model, size_t count, const uint8_t *pixels, int width, int height,
+int lesion_model_segment_image(const void *model, size_t size, const uint8_t *pixels, int width, int height,
                                ptrdiff_t stride, int format, uint8_t *mask, ptrdiff_t mask_stride,
                                void *workspace) {
     static const int sizes[] = {1, 3, 3, 4, 4};
     const int order = format & ~LESION_BINARY;
     network net;
     uint64_t used;
-    const int error = check_picture(model, count, height, width, &net, &used);
+    const int error = check_picture(model, size, height, width, &net, &used);
     if (error) return error;
     if (!pixels || !mask || !workspace) return LESION_NULL;
     if (order < LESION_GRAY || order > LESION_BGRA) return LESION_FORMAT;
@@ -793,23 +912,21 @@ const char *lesion_error_string(int error) {
 }
 
 #ifndef LESION_NO_STUDENT
-enum { STUDENT_COUNT = sizeof lesion_student / sizeof *lesion_student };
-
 size_t lesion_image_workspace_size(int width, int height) {
-    return lesion_model_image_workspace_size(lesion_student, STUDENT_COUNT, width, height);
+    return lesion_model_image_workspace_size(lesion_student, sizeof lesion_student, width, height);
 }
 
 int lesion_segment_image(const uint8_t *pixels, int width, int height, ptrdiff_t stride, int format,
                          uint8_t *mask, ptrdiff_t mask_stride, void *workspace) {
-    return lesion_model_segment_image(lesion_student, STUDENT_COUNT, pixels, width, height, stride, format,
+    return lesion_model_segment_image(lesion_student, sizeof lesion_student, pixels, width, height, stride, format,
                                       mask, mask_stride, workspace);
 }
 
 size_t lesion_workspace_size(int height, int width) {
-    return lesion_model_workspace_size(lesion_student, STUDENT_COUNT, height, width);
+    return lesion_model_workspace_size(lesion_student, sizeof lesion_student, height, width);
 }
 
 int lesion_segment(const uint8_t *rgb, int height, int width, uint8_t *mask, void *workspace) {
-    return lesion_model_segment(lesion_student, STUDENT_COUNT, rgb, height, width, mask, workspace);
+    return lesion_model_segment(lesion_student, sizeof lesion_student, rgb, height, width, mask, workspace);
 }
 #endif

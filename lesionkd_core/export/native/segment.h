@@ -42,19 +42,20 @@ int lesion_segment_image(const uint8_t *pixels, int width, int height, ptrdiff_t
 size_t lesion_workspace_size(int height, int width); /* 0 after an error */
 int lesion_segment(const uint8_t *rgb, int height, int width, uint8_t *mask, void *workspace);
 
-/* ---- Any number of students: the same with a model, `count` floats as in student.bin or student.h ---- */
+/* ---- Any number of students: the same with a model, the array of a student.h or the bytes of a student.bin,
+   aligned to 4 bytes ---- */
 
 /* Whether a model is whole: format, number of weights, checksum, no weight that is NaN or infinite. The
    two functions for the workspace check too; the calls do not repeat it. */
-int lesion_model_check(const float *model, size_t count);
-enum { LESION_PIXELS = 2, LESION_THRESHOLD = 4 }; /* model[...]: side that it was trained at; threshold */
+int lesion_model_check(const void *model, size_t size);
+enum { LESION_PIXELS = 2, LESION_THRESHOLD = 4 }; /* floats of a model: side that it was trained at; threshold */
 
-size_t lesion_model_image_workspace_size(const float *model, size_t count, int width, int height);
-int lesion_model_segment_image(const float *model, size_t count, const uint8_t *pixels, int width, int height,
+size_t lesion_model_image_workspace_size(const void *model, size_t size, int width, int height);
+int lesion_model_segment_image(const void *model, size_t size, const uint8_t *pixels, int width, int height,
                                ptrdiff_t stride, int format, uint8_t *mask, ptrdiff_t mask_stride,
                                void *workspace);
-size_t lesion_model_workspace_size(const float *model, size_t count, int height, int width);
-int lesion_model_segment(const float *model, size_t count, const uint8_t *rgb, int height, int width,
+size_t lesion_model_workspace_size(const void *model, size_t size, int height, int width);
+int lesion_model_segment(const void *model, size_t size, const uint8_t *rgb, int height, int width,
                          uint8_t *mask, void *workspace);
 
 #ifdef __cplusplus

@@ -7,7 +7,7 @@ const RGB = 1, RGBA = 3;  // segment.h
 // code: one build of segment.c; model: header and weights.
 async function load(code, model) {
   const { instance } = await WebAssembly.instantiate(code);
-  const c = instance.exports, count = model.length / 4, at = up(c.__heap_base.value), image = up(at + model.length);
+  const c = instance.exports, size = model.length, at = up(c.__heap_base.value), image = up(at + model.length);
   const reserve = (end) => {
     const missing = end - c.memory.buffer.byteLength;
     if (missing > 0) c.memory.grow(Math.ceil(missing / 65536));
@@ -24,11 +24,11 @@ async function load(code, model) {
   return {
     // (height, width, 3), both sides multiples of 32 -> (height, width)
     prepared: (rgb, height, width) => call(rgb.length, (memory, to) => memory.set(rgb, to), width, height,
-      () => c.lesion_model_workspace_size(at, count, height, width),
-      (mask, space) => c.lesion_model_segment(at, count, image, height, width, mask, space)),
+      () => c.lesion_model_workspace_size(at, size, height, width),
+      (mask, space) => c.lesion_model_segment(at, size, image, height, width, mask, space)),
     // any size; `write` puts the pixels into the memory at a position -> (height, width)
     picture: (write, width, height, format) => call(width * height * (format === RGBA ? 4 : 3), write, width, height,
-      () => c.lesion_model_image_workspace_size(at, count, width, height),
-      (mask, space) => c.lesion_model_segment_image(at, count, image, width, height, 0, format, mask, 0, space)),
+      () => c.lesion_model_image_workspace_size(at, size, width, height),
+      (mask, space) => c.lesion_model_segment_image(at, size, image, width, height, 0, format, mask, 0, space)),
   };
 }
