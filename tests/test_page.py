@@ -12,16 +12,15 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lesionkd_core.config import LesionKDError
 from lesionkd_core.data.images import read_image
 from lesionkd_core.export import cost
+from lesionkd_core.export.formats import FORMATS
 from lesionkd_core.export.native import pack
-from lesionkd_core.export.page import browser as page_browser
 from lesionkd_core.export.page import write_page
-from lesionkd_core.export.page.browser import CHROMIUM, FLAGS
 from lesionkd_core.export.parity import Deployed
 from lesionkd_core.predict import TrainedNetwork, predict
 from tests.fixed import CFG, fixed_run, mask_of, noise, picture_of, unet
+from tools.browser import CHROMIUM, FLAGS, InPage
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page is tested with playwright: pip install -e '.[dev]'"
@@ -379,16 +378,13 @@ def test_a_browser_without_relaxed_simd_uses_the_other_build(browser, html):
     context.close()
 
 
-def test_cost_is_measured_in_the_browser_too(browser):
+def test_cost_is_measured_in_the_browser_too(monkeypatch, browser):
+    """Playwright allows one browser in a thread; this one has its own."""
+    monkeypatch.setitem(FORMATS, "browser", InPage())
     networks = ("student", "student, width 8")
-    table = cost.measure_cost((32, 64), ("page",), networks, repeats=1)
+    table = cost.measure_cost((32, 64), ("browser",), networks, repeats=1)
     assert set(table["model"]) == set(networks)
     assert set(table["pixels"]) == {32, 64}
     assert (table["latency_ms_median"] > 0).all()
-
-
-@pytest.mark.fault
-def test_a_missing_browser_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(page_browser, "CHROMIUM", tmp_path / "chromium")
-    with pytest.raises(LesionKDError, match="no browser at .*: install Debian's package chromium"):
-        cost.measure_cost((32,), ("page",), ("student",), repeats=1)
+    for one in InPage.opened:
+        one.close()

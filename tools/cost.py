@@ -24,10 +24,10 @@ from lesionkd_core.config import LesionKDError
 from lesionkd_core.export import ExportConfig
 from lesionkd_core.export.config import TIMED
 from lesionkd_core.export.cost import NETWORKS, measure_cost
-from lesionkd_core.export.formats import Bench, Compared, Format, Job, Timed, register
+from lesionkd_core.export.formats import Format, register
 from lesionkd_core.export.onnx import write_onnx
-from lesionkd_core.export.page.browser import Browser
-from lesionkd_core.export.parity import Deployed
+from lesionkd_core.export.parity import Deployed, Engine
+from tools.browser import Browser, InBrowser, InPage
 
 RESULTS = results.CHECKOUT / "data" / "results"
 SIZES = tuple(int(size) for size in os.environ.get("SIZES", "128,256,512").split(","))
@@ -72,56 +72,49 @@ class WebRuntime(Browser):
         self.call(self.page.evaluate, LOAD)
 
 
-class Yardstick(Format):
-    """An engine that is only timed, from a float32 ONNX file."""
-
-    packages = ()
-
-    def write(self, job: Job) -> list[Compared]:
-        """Nothing is exported."""
-        return []
-
-    def file(self, bench: Bench) -> Path:
-        """The ONNX file of a network; the engine onnx may have written it."""
-        path = bench.folder / "float32.onnx"
-        if not path.exists():
-            write_onnx(bench.network, path)
-        return path
+def onnx_file(network: Deployed, folder: Path) -> Path:
+    """The ONNX file of a network; the engine onnx may have written it."""
+    path = folder / "float32.onnx"
+    if not path.exists():
+        write_onnx(network, path)
+    return path
 
 
-class OpenVino(Yardstick):
-    """OpenVINO on the CPU."""
+class OpenVino(Format):
+    """OpenVINO on the CPU, as a yardstick."""
 
-    name = "openvino"
+    name, packages = "openvino", ("openvino",)
 
-    def timed(self, bench: Bench) -> Iterator[Timed]:
+    def timed(self, network, folder, images, int8) -> Iterator[Engine]:
         """One request for each size."""
         import openvino
 
         how = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-        file, requests = self.file(bench), {}
-        for side in bench.images:
+        file, requests = onnx_file(network, folder), {}
+        for side in images:
             model = openvino.Core().read_model(file)
             model.reshape({"image": [1, side, side, 3]})
             requests[side] = openvino.Core().compile_model(model, "CPU", how).create_infer_request()
 
-        def run(side: int) -> object:
-            return requests[side].infer({"image": np.zeros((1, side, side, 3), np.uint8)})
+        def segment(images: np.ndarray) -> np.ndarray:
+            requests[images.shape[1]].infer({"image": images})
+            return images
 
-        yield Timed("OpenVINO", "float32", file.stat().st_size, run)
+        yield Engine("OpenVINO", "float32", file, segment)
 
 
-class OnnxRuntimeWeb(Yardstick):
-    """ONNX Runtime Web in Chromium."""
+class OnnxRuntimeWeb(InPage):
+    """ONNX Runtime Web in Chromium, as a yardstick."""
 
-    name = "onnx-web"
+    name, packages = "onnx-web", ()
 
-    def timed(self, bench: Bench) -> Iterator[Timed]:
-        """One page for each network."""
-        web, file = bench.stack.enter_context(WebRuntime()), self.file(bench)
+    def timed(self, network, folder, images, int8) -> Iterator[Engine]:
+        """One browser for each network."""
+        web, file = WebRuntime(), onnx_file(network, folder)
+        self.opened.append(web)
         web.load(file)
         name = "browser (ONNX Runtime Web)"
-        yield Timed(name, "float32", file.stat().st_size, web.time, clock=True)
+        yield InBrowser(name, "float32", file, lambda x: x, browser=web)
 
 
 def peak_memory(file: Path, pixels: int) -> float:
@@ -177,12 +170,15 @@ def environment():
 
 if __name__ == "__main__":
     engines = [*TIMED]
-    for kind, there in ((OpenVino, find_spec("openvino")), (OnnxRuntimeWeb, WEB)):
+    yardsticks = (InPage, True), (OpenVino, find_spec("openvino")), (OnnxRuntimeWeb, WEB)
+    for kind, there in yardsticks:
         if there:
             register(kind)
             engines.append(kind.name)
     about = environment()
     cost = measure_cost(SIZES, tuple(engines), repeats=REPEATS)
+    for browser in InPage.opened:
+        browser.close()
     results.write_table(RESULTS / "cost.csv", cost)
     results.write_table(RESULTS / "memory.csv", memory(SIZES))
     results.write_json(RESULTS / "cost.json", about | {"load_after": os.getloadavg()})

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,9 +16,9 @@ from torch import nn
 from ..models import ResNet34UNet, UNet, parameter_count
 from ..results import log
 from .config import TIMED
-from .formats import FORMATS, Bench, Timed, check_installed, timed
+from .formats import FORMATS, check_installed
 from .native import peak
-from .parity import Deployed, torch_engine
+from .parity import Deployed, Engine, torch_engine
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "student": lambda: UNet(width=4),
@@ -38,7 +36,6 @@ COLUMNS = [
     *LATENCY,
     *("ratio_to_student", "share_of_peak"),
 ]
-Timer = Callable[[], list[float]]
 
 
 def macs(network: nn.Module, pixels: int) -> int:
@@ -60,7 +57,7 @@ def measure_cost(
 
     In every turn each network runs in each engine once or, where it is fast, for about 30 ms, so a
     disturbance of the machine affects all alike. Milliseconds are the processor time of this
-    process, which other processes take nothing of; in a browser they are those of the clock.
+    process, of which others take nothing.
 
     Parameters
     ----------
@@ -83,81 +80,57 @@ def measure_cost(
     """
     check_installed(tuple(name for name in engines if name != "torch"))
     rows: list[dict[str, object]] = []
-    timers: list[Timer] = []
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory()))
-        stack.enter_context(one_thread())
+    measured: list[tuple[Engine, np.ndarray, list[float]]] = []
+    loops: list[float] = []
+    loop = peak() if "native" in engines else None
+    with TemporaryDirectory() as folder, one_thread():
         for name in networks:
             log.info(f"exporting {name}")
-            bench, known = _bench(name, folder, pixels, stack)
-            for engine in _engines(engines, bench):
-                about = {"engine": engine.engine, "precision": engine.precision}
-                for side in pixels:
-                    rows.append(known[side] | about | {"bytes": engine.size})
-                    timers.append(timer_of(engine, side))
-        count, loop = peak() if "native" in engines else (0, lambda: None)
-        times: list[list[float]] = [[] for _ in timers]
-        loops: list[float] = []
+            for about, engine, image in _engines(name, engines, pixels, Path(folder)):
+                rows.append(about)
+                measured.append((engine, image, []))
         for turn in range(repeats + 1):
             log.info(f"turn {turn} of {repeats}")
-            for timer, found in zip(timers, times):
-                measured = timer()
-                if turn:
-                    found += measured
-                    loops += milliseconds(loop) if count else []
+            for engine, image, times in measured:
+                found = engine.milliseconds(image)
+                if turn:  # the first one warms up
+                    times += found
+                    loops += loop.milliseconds(image) if loop else []
     table = pd.DataFrame(rows)
-    table[LATENCY] = [[min(found), *np.percentile(found, (50, 10, 90))] for found in times]
+    table[LATENCY] = [[min(t), *np.percentile(t, (50, 10, 90))] for *_, t in measured]
     plain = table[(table["model"] == "student") & (table["precision"] == "float32")]
     fastest = plain.set_index(["engine", "pixels"])["latency_ms_min"]
     table["ratio_to_student"] = [
         row.latency_ms_min / fastest.get((row.engine, row.pixels), np.nan)
         for row in table.itertuples()
     ]
-    best = count / np.percentile(loops, 5) if count else np.nan
+    best = loop.size / np.percentile(loops, 5) if loop else np.nan
     table["share_of_peak"] = table["macs"] / table["latency_ms_min"] / best
     return table[COLUMNS]
 
 
-def _bench(
-    name: str, folder: Path, pixels: tuple[int, ...], stack: ExitStack
-) -> tuple[Bench, dict[int, dict[str, object]]]:
-    """An untrained network with random images, and what is known of it without measuring."""
-    own = folder / name.replace(", ", "-").replace(" ", "")
-    own.mkdir()
+def _engines(
+    name: str, engines: tuple[str, ...], pixels: tuple[int, ...], folder: Path
+) -> Iterator[tuple[dict[str, object], Engine, np.ndarray]]:
+    """What is known without measuring, an engine and an image, for all engines and sizes."""
     torch.manual_seed(0)
     network, noise = NETWORKS[name](), np.random.default_rng(0)
-    count = parameter_count(network)
+    deployed, count = Deployed(network), parameter_count(network)
     images = {side: noise.integers(0, 256, (4, side, side, 3), dtype=np.uint8) for side in pixels}
-    known: dict[int, dict[str, object]] = {}
-    for side in pixels:
-        operations = macs(network, side)
-        known[side] = {"model": name, "pixels": side, "parameters": count, "macs": operations}
-    return Bench(Deployed(network), own, images, count <= SMALL, stack), known
-
-
-def _engines(names: tuple[str, ...], bench: Bench) -> Iterator[Timed]:
-    for name in names:
-        if name == "torch":
-            size = 4 * parameter_count(bench.network)
-            yield timed(torch_engine(bench.network), size, bench)
+    operations = {side: macs(network, side) for side in pixels}
+    own = folder / name.replace(", ", "-").replace(" ", "")
+    own.mkdir()
+    for kind in engines:
+        if kind == "torch":
+            found = iter([torch_engine(deployed)])
         else:
-            yield from FORMATS[name].timed(bench)
-
-
-def timer_of(engine: Timed, pixels: int) -> Timer:
-    """A function that returns the milliseconds of a few runs."""
-    run = partial(engine.run, pixels)
-    return run if engine.clock else partial(milliseconds, run)  # type: ignore[return-value]
-
-
-def milliseconds(run: Callable[[], object]) -> list[float]:
-    """Processor time of one run, or of about 30 ms of runs, at most 20."""
-    times: list[float] = []
-    while sum(times) < 30 and len(times) < 20:
-        begun = time.process_time()
-        run()
-        times.append(1e3 * (time.process_time() - begun))
-    return times
+            found = FORMATS[kind].timed(deployed, own, images, count <= SMALL)
+        for engine in found:
+            size = engine.file.stat().st_size if engine.file else engine.size or 4 * count
+            about = {"engine": engine.name, "precision": engine.precision, "bytes": size}
+            for side, image in images.items():
+                known = {"pixels": side, "parameters": count, "macs": operations[side]}
+                yield {"model": name} | about | known, engine, image[:1]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from .. import results
 from ..config import LesionKDError
-from .formats import Bench, Compared, Format, Job, Timed, register, timed
+from .formats import Compared, Format, Job, register
 from .onnx import quiet
 from .parity import Deployed, Engine, at_size
 
@@ -33,15 +33,15 @@ class ExecuTorch(Format):
         engines = executorch_engine(exact, "float32"), executorch_engine(small, "int8")
         return [(engine, job.sizes) for engine in engines]
 
-    def timed(self, bench: Bench) -> Iterator[Timed]:
-        """ExecuTorch's runtime."""
-        bench.stack.callback(set_threads, torch.get_num_threads())
+    def timed(
+        self, network: Deployed, folder: Path, images: dict[int, np.ndarray], int8: bool
+    ) -> Iterator[Engine]:
+        """ExecuTorch's runtime; the process then keeps one thread for it."""
         set_threads(1)
-        for precision in ("float32", "int8") if bench.int8 else ("float32",):
-            file = bench.folder / f"{precision}.pte"
-            calibration = bench.images if precision == "int8" else None
-            write_executorch(bench.network, file, tuple(bench.images), calibration)
-            yield timed(executorch_engine(file, precision), file.stat().st_size, bench)
+        for precision in ("float32", "int8") if int8 else ("float32",):
+            file, calibration = folder / f"{precision}.pte", images if precision == "int8" else None
+            write_executorch(network, file, tuple(images), calibration)
+            yield executorch_engine(file, precision)
 
 
 def write_executorch(

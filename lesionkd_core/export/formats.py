@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -71,44 +70,6 @@ Compared = tuple[Engine, tuple[int, ...]]
 """An engine, and the image sides at which it is compared with PyTorch."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A network to time.
-
-    `images` are (N, S, S, 3) uint8 by their side S; `int8` asks for that precision too; `stack`
-    closes what is opened, when all is measured.
-    """
-
-    network: Deployed
-    folder: Path
-    images: dict[int, np.ndarray]
-    int8: bool
-    stack: ExitStack
-
-
-@dataclass(frozen=True)
-class Timed:
-    """An engine with a network of `size` bytes; `run` segments one image of a side, in px.
-
-    With `clock`, run itself returns the milliseconds of a few runs.
-    """
-
-    engine: str
-    precision: str
-    size: int
-    run: Callable[[int], object]
-    clock: bool = False
-
-
-def timed(engine: Engine, size: int, bench: Bench) -> Timed:
-    """An engine that is called from Python, to be timed."""
-
-    def run(pixels: int) -> object:
-        return engine(bench.images[pixels][:1])
-
-    return Timed(engine.name, engine.precision, size, run)
-
-
 class Format:
     """A kind of file: the packages that it needs, how it is written, and how it runs."""
 
@@ -123,8 +84,13 @@ class Format:
         """Write the files of a job; return what can be compared with PyTorch."""
         raise NotImplementedError
 
-    def timed(self, bench: Bench) -> Iterator[Timed]:
-        """What is timed, on one thread; nothing if the format cannot run here."""
+    def timed(
+        self, network: Deployed, folder: Path, images: dict[int, np.ndarray], int8: bool
+    ) -> Iterator[Engine]:
+        """Engines to time on one thread; nothing if the format cannot run here.
+
+        `images` are (N, S, S, 3) uint8 by their side S; `int8` asks for that precision too.
+        """
         yield from ()
 
 

@@ -8,17 +8,18 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .. import results
 from ..config import DistillConfig, LesionKDError
-from ..predict import TrainedNetwork
-from .formats import Bench, Compared, Format, Job, Timed, register, timed
+from ..predict import TrainedNetwork, build
+from .formats import Compared, Format, Job, register
 from .parity import MULTIPLE, Deployed, Engine
 
 if TYPE_CHECKING:
@@ -42,14 +43,15 @@ class Onnx(Format):
         engines = [onnx_engine(file, p) for file, p in zip(files.values(), precisions)]
         return [(engine, (job.student.pixels,)) for engine in engines]
 
-    def timed(self, bench: Bench) -> Iterator[Timed]:
+    def timed(
+        self, network: Deployed, folder: Path, images: dict[int, np.ndarray], int8: bool
+    ) -> Iterator[Engine]:
         """ONNX Runtime."""
-        exact, small = bench.folder / "float32.onnx", bench.folder / "int8.onnx"
-        write_onnx(bench.network, exact)
-        yield timed(onnx_engine(exact, "float32", threads=1), exact.stat().st_size, bench)
-        if bench.int8:
-            write_int8(exact, small, next(iter(bench.images.values())))
-            yield timed(onnx_engine(small, "int8", threads=1), small.stat().st_size, bench)
+        write_onnx(network, exact := folder / "float32.onnx")
+        yield onnx_engine(exact, "float32", threads=1)
+        if int8:
+            write_int8(exact, small := folder / "int8.onnx", next(iter(images.values())))
+            yield onnx_engine(small, "int8", threads=1)
 
 
 def write_onnx(network: Deployed, path: Path) -> None:
@@ -144,25 +146,14 @@ def onnx_engine(file: Path, precision: str, threads: int = 0) -> Engine:
 # An exported student that predicts ----------------------------------------------------------------
 
 
-class Session(Protocol):
-    """What is used of ONNX Runtime's session."""
-
-    def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """The mask images (N, S, S) uint8 of {"image": (N, S, S, 3) uint8}."""
-
-
 class OnnxStudent(TrainedNetwork):
     """A student in a file of notebook 07: its images are segmented by ONNX Runtime."""
 
-    def __init__(self, session: Session, cfg: DistillConfig, path: Path) -> None:
-        super().__init__(torch.nn.Identity(), cfg, path)  # type: ignore[arg-type]
-        object.__setattr__(self, "session", session)
-
-    session: Session
+    engine: Engine
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Probabilities in steps of 1/255."""
-        return np.asarray(self.session.run(None, {"image": images})[0], np.float32) / 255
+        return self.engine(images).astype(np.float32) / 255
 
     def to(self, device: str) -> None:
         """ONNX Runtime is used on the CPU only."""
@@ -179,29 +170,22 @@ def load_onnx(file: Path | str) -> OnnxStudent:
     Raises
     ------
     LesionKDError
-        onnxruntime or model.json is missing, or the file is not a student of this suite.
+        onnxruntime or model.json is missing, or the file is damaged.
     """
-    file = Path(file)
-    try:
-        import onnxruntime as ort
-    except ImportError:
-        raise LesionKDError(
-            f"{file} needs the package onnxruntime: pip install '.[mobile]'"
-        ) from None
-    about = file.with_name("model.json")
+    file, about = Path(file), Path(file).with_name("model.json")
+    if find_spec("onnxruntime") is None:
+        raise LesionKDError(f"{file} needs the package onnxruntime: pip install '.[mobile]'")
     if not about.is_file():
         raise LesionKDError(f"{file.name} needs {about}, which has the size of its images")
-    content = results.read_json(about)
     try:
-        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        engine = onnx_engine(file, "")
     except Exception as error:  # onnxruntime's own kinds have no public name
         raise LesionKDError(f"{file} cannot be read as ONNX: {error}") from None
-    if [x.type for x in session.get_inputs()] != ["tensor(uint8)"]:
-        raise LesionKDError(f"{file} takes no images of bytes; use student.onnx of notebook 07")
-    cfg = DistillConfig(
-        pixels=content["size"], fit=content["fit"], window=content.get("window", "")
-    )
-    return OnnxStudent(session, cfg, file)
+    said = results.read_json(about)
+    cfg = DistillConfig(pixels=said["size"], fit=said["fit"], window=said.get("window", ""))
+    student = OnnxStudent(build(cfg), cfg, file)  # its weights are not used
+    object.__setattr__(student, "engine", engine)
+    return student
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import nn
 from ... import results
 from ...config import LesionKDError
 from ...models import UNet
-from ..formats import Bench, Compared, Format, Job, Timed, register, timed
+from ..formats import Compared, Format, Job, register
 from ..parity import Deployed, Engine
 from .int8 import quantized
 
@@ -79,15 +79,15 @@ class Native(Format):
             job.notes["student_int8.bin"] = "not compared: no dot products of bytes here"
         return [(engine, job.sizes) for engine in engines]
 
-    def timed(self, bench: Bench) -> Iterator[Timed]:
+    def timed(
+        self, network: Deployed, folder: Path, images: dict[int, np.ndarray], int8: bool
+    ) -> Iterator[Engine]:
         """The C code on this processor, for U-Nets."""
-        if isinstance(bench.network.network, UNet):
-            models = [pack(bench.network, 32)]
-            if bench.int8 and has_int8():
-                images = next(iter(bench.images.values()))
-                models.append(pack_int8(bench.network, 32, "stretch", 0.5, images))
-            for model in models:
-                yield timed(native_engine(model), model.nbytes, bench)
+        if isinstance(network.network, UNet):
+            yield native_engine(pack(network, 32))
+            if int8 and has_int8():
+                some = next(iter(images.values()))
+                yield native_engine(pack_int8(network, 32, "stretch", 0.5, some))
 
 
 def pack(
@@ -294,16 +294,23 @@ def library(int8: bool = False) -> ctypes.CDLL:
     return code
 
 
-def peak() -> tuple[int, Callable[[], object]]:
-    """The number of multiply-adds of a loop in registers, and the loop: what one core can do."""
+def peak() -> Engine:
+    """A loop of multiply-adds in registers as an engine: what one core can do.
+
+    It does not look at its images; its `size` is the number of multiply-adds of a run.
+    """
     with _sources() as folder:
         out = Path(folder) / "peak.so"
         compile_c(out.with_suffix(".c"), out, *_native(), *_LIBRARY)
-        loop = ctypes.CDLL(str(out))
-    loop.peak.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float]
-    loop.peak.restype = ctypes.c_float
+        code = ctypes.CDLL(str(out))
+    code.peak.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float]
     rounds = 100_000
-    return 12 * rounds * loop.lanes(), functools.partial(loop.peak, rounds, 0.999, 0.001)
+
+    def loop(images: np.ndarray) -> np.ndarray:
+        code.peak(rounds, 0.999, 0.001)
+        return images
+
+    return Engine("peak", "float32", None, loop, 12 * rounds * code.lanes())
 
 
 def has_int8() -> bool:
@@ -351,7 +358,7 @@ def native_engine(model: np.ndarray, file: Path | None = None) -> Engine:
             _check(code.lesion_model_segment(*head, *pointers))
         return masks
 
-    return Engine("native", "int8" if int8 else "float32", file, segment)
+    return Engine("native", "int8" if int8 else "float32", file, segment, model.nbytes)
 
 
 def segment_image(model: np.ndarray, picture: np.ndarray, binary: bool = False) -> np.ndarray:

@@ -7,17 +7,15 @@ import gzip
 import html
 import json
 import re
-from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from ... import results
-from ...models import UNet
-from ..formats import Bench, Compared, Format, Job, Timed, register
+from ..formats import Compared, Format, Job, register
 from ..native import pack, wasm
 from ..parity import Deployed
-from .browser import Browser, part
 
 
 @register
@@ -37,14 +35,6 @@ class Page(Format):
         title = f"Lesion segmentation: {job.student.cfg.dataset_name}"
         write_page(model, job.folder / "segment.html", title, job.about, *job.golden)
         return []
-
-    def timed(self, bench: Bench) -> Iterator[Timed]:
-        """The page's code in a browser, for U-Nets."""
-        if isinstance(bench.network.network, UNet):
-            model = pack(bench.network, 32)
-            browser = bench.stack.enter_context(Browser())
-            browser.load(model)
-            yield Timed("browser", "float32", model.nbytes, browser.time, clock=True)
 
 
 def write_page(
@@ -81,6 +71,11 @@ def write_page(
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], part("segment.html"))
     results.write_text(path, page)
+
+
+def part(name: str) -> str:
+    """A file of the page."""
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _packed(content: bytes) -> str:

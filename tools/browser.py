@@ -6,15 +6,19 @@ import base64
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 
-from ...config import LesionKDError
-from ..native import wasm
+from lesionkd_core.config import LesionKDError
+from lesionkd_core.export.formats import Format
+from lesionkd_core.export.native import pack, wasm
+from lesionkd_core.export.page import part
+from lesionkd_core.export.parity import Deployed, Engine
+from lesionkd_core.models import UNet
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser as Chromium
@@ -44,11 +48,6 @@ TIME = """async (pixels) => {
 }"""
 
 
-def part(name: str) -> str:
-    """A file of the page."""
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
 @contextmanager
 def chromium() -> Iterator[Chromium]:
     """Debian's Chromium, headless, driven by Playwright."""
@@ -56,14 +55,11 @@ def chromium() -> Iterator[Chromium]:
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise LesionKDError(
-            "the engine page needs the package playwright, which is not installed: "
-            "pip install '.[dev]', or leave page out of engines."
+            "the engine browser needs the package playwright, which is not installed: "
+            "pip install '.[dev]'."
         ) from None
     if not CHROMIUM.exists():
-        raise LesionKDError(
-            f"no browser at {CHROMIUM}: install Debian's package chromium, or leave page out of "
-            "engines."
-        )
+        raise LesionKDError(f"no browser at {CHROMIUM}: install Debian's package chromium.")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         yield browser
@@ -71,17 +67,17 @@ def chromium() -> Iterator[Chromium]:
 
 
 class Browser:
-    """A network in one browser page, in a thread of its own: notebooks have a loop."""
+    """A network in one browser page, in a thread of its own, because Playwright has a loop."""
 
     run = "window.network.prepared(image, pixels, pixels)"
     """JavaScript that segments `image`."""
 
-    def __enter__(self) -> Browser:
+    def __init__(self) -> None:
         self._thread, self._stack = ThreadPoolExecutor(1), ExitStack()
         self.page = self.call(self.open)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the browser."""
         self.call(self._stack.close)
         self._thread.shutdown()
 
@@ -110,3 +106,32 @@ class Browser:
         page.set_content("<input type=file id=network>")
         page.add_script_tag(content=part("network.js"))
         return page
+
+
+@dataclass(frozen=True)
+class InBrowser(Engine):
+    """An engine in a browser, whose milliseconds are those of the browser's clock."""
+
+    browser: Browser | None = None
+
+    def milliseconds(self, images: np.ndarray) -> list[float]:
+        """Of a few runs."""
+        assert self.browser
+        return self.browser.time(images.shape[1])
+
+
+class InPage(Format):
+    """The page's code in a browser, for U-Nets; nothing is exported."""
+
+    name, packages = "browser", ("ziglang",)
+    opened: ClassVar[list[Browser]] = []
+
+    def timed(
+        self, network: Deployed, folder: Path, images: dict[int, np.ndarray], int8: bool
+    ) -> Iterator[Engine]:
+        """One browser for each network."""
+        if isinstance(network.network, UNet):
+            model, browser = pack(network, 32), Browser()
+            self.opened.append(browser)
+            browser.load(model)
+            yield InBrowser("browser", "float32", None, lambda x: x, model.nbytes, browser)
