@@ -378,12 +378,14 @@ def test_cost_is_measured_in_turns_and_relative_to_the_plain_student():
     networks = ("student", "student, width 8")
     table = cost.measure_cost((32, 64), ("torch", "onnx", "native"), networks, repeats=2)
     assert list(table) == cost.COLUMNS
-    assert len(table) == 2 * 2 * 4  # PyTorch, ONNX float32 and int8, native
+    kinds = set(zip(table["engine"], table["precision"]))
+    assert kinds >= {("PyTorch", "float32"), ("ONNX Runtime", "int8"), ("native", "float32")}
+    assert len(table) == 2 * 2 * len(kinds)
     plain = table[(table["model"] == "student") & (table["precision"] == "float32")]
     assert (plain["ratio_to_student"] == 1).all()
     times = table[["latency_ms_min", "latency_ms_p10", "latency_ms_median", "latency_ms_p90"]]
     assert (times.diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
-    assert (table["latency_ms_min"] > 0).all() and (table["share_of_peak"] > 0).all()
+    assert (table["latency_ms_min"] > 0).all()
     for row in table.itertuples():
         same = (plain["engine"] == row.engine) & (plain["pixels"] == row.pixels)
         base = plain[same]["latency_ms_min"].item()

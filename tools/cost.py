@@ -6,6 +6,7 @@ install openvino), and ONNX Runtime Web if ORT_WEB names the folder of the unpac
 onnxruntime-web. REPEATS and SIZES change the number of turns and the image sides.
 """
 
+import ctypes
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ from lesionkd_core.export import ExportConfig
 from lesionkd_core.export.config import TIMED
 from lesionkd_core.export.cost import NETWORKS, measure_cost
 from lesionkd_core.export.formats import Format, register
+from lesionkd_core.export.native import compile_c, for_this_machine
 from lesionkd_core.export.onnx import write_onnx
 from lesionkd_core.export.parity import Deployed, Engine
 from tools.browser import Browser, InBrowser, InPage
@@ -78,6 +80,39 @@ def onnx_file(network: Deployed, folder: Path) -> Path:
     if not path.exists():
         write_onnx(network, path)
     return path
+
+
+class Peak(Format):
+    """A loop of multiply-adds in registers: what one core can do. It is timed once a turn.
+
+    The `size` of the engine is the number of multiply-adds of a run.
+    """
+
+    name, packages = "peak", ("ziglang",)
+    done = False
+
+    def timed(self, network, folder, images, int8) -> Iterator[Engine]:
+        """Beside the first network."""
+        if self.done:
+            return
+        self.done, rounds = True, 100_000
+        compile_c(Path(__file__).with_name("peak.c"), folder / "peak.so", *for_this_machine())
+        code = ctypes.CDLL(str(folder / "peak.so"))
+        code.peak.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float]
+
+        def loop(images: np.ndarray) -> np.ndarray:
+            code.peak(rounds, 0.999, 0.001)
+            return images
+
+        yield Engine("peak", "float32", None, loop, 12 * rounds * code.lanes())
+
+
+def with_share_of_peak(cost: pd.DataFrame) -> pd.DataFrame:
+    """The table without the loop, with multiply-adds per second as a fraction of the loop's."""
+    loop = cost["engine"] == "peak"
+    best = (cost["bytes"] / cost["latency_ms_p10"])[loop].max()
+    share = cost["macs"] / cost["latency_ms_min"] / best
+    return cost.assign(share_of_peak=share)[~loop]
 
 
 class OpenVino(Format):
@@ -170,13 +205,18 @@ def environment():
 
 if __name__ == "__main__":
     engines = [*TIMED]
-    yardsticks = (InPage, True), (OpenVino, find_spec("openvino")), (OnnxRuntimeWeb, WEB)
+    yardsticks = (
+        (Peak, True),
+        (InPage, True),
+        (OpenVino, find_spec("openvino")),
+        (OnnxRuntimeWeb, WEB),
+    )
     for kind, there in yardsticks:
         if there:
             register(kind)
             engines.append(kind.name)
     about = environment()
-    cost = measure_cost(SIZES, tuple(engines), repeats=REPEATS)
+    cost = with_share_of_peak(measure_cost(SIZES, tuple(engines), repeats=REPEATS))
     for browser in InPage.opened:
         browser.close()
     results.write_table(RESULTS / "cost.csv", cost)

@@ -17,7 +17,6 @@ from ..models import ResNet34UNet, UNet, parameter_count
 from ..results import log
 from .config import TIMED
 from .formats import FORMATS, check_installed
-from .native import peak
 from .parity import Deployed, Engine, torch_engine
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -34,7 +33,7 @@ LATENCY = ["latency_ms_min", "latency_ms_median", "latency_ms_p10", "latency_ms_
 COLUMNS = [
     *("model", "engine", "precision", "pixels", "parameters", "macs", "bytes"),
     *LATENCY,
-    *("ratio_to_student", "share_of_peak"),
+    "ratio_to_student",
 ]
 
 
@@ -74,15 +73,11 @@ def measure_cost(
     -------
     DataFrame
         `COLUMNS`: milliseconds; ratio_to_student divides the minimum by that of the plain student
-        in float32 in the same engine and size; share_of_peak is the multiply-adds per second, at
-        the minimum, as a fraction of what a loop of multiply-adds in registers reaches in the same
-        turns (5th percentile of its times; only where the engine native is measured).
+        in float32 in the same engine and size.
     """
     check_installed(tuple(name for name in engines if name != "torch"))
     rows: list[dict[str, object]] = []
     measured: list[tuple[Engine, np.ndarray, list[float]]] = []
-    loops: list[float] = []
-    loop = peak() if "native" in engines else None
     with TemporaryDirectory() as folder, one_thread():
         for name in networks:
             log.info(f"exporting {name}")
@@ -95,7 +90,6 @@ def measure_cost(
                 found = engine.milliseconds(image)
                 if turn:  # the first one warms up
                     times += found
-                    loops += loop.milliseconds(image) if loop else []
     table = pd.DataFrame(rows)
     table[LATENCY] = [[min(t), *np.percentile(t, (50, 10, 90))] for *_, t in measured]
     plain = table[(table["model"] == "student") & (table["precision"] == "float32")]
@@ -104,8 +98,6 @@ def measure_cost(
         row.latency_ms_min / fastest.get((row.engine, row.pixels), np.nan)
         for row in table.itertuples()
     ]
-    best = loop.size / np.percentile(loops, 5) if loop else np.nan
-    table["share_of_peak"] = table["macs"] / table["latency_ms_min"] / best
     return table[COLUMNS]
 
 

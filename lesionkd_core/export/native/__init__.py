@@ -280,7 +280,7 @@ def library(int8: bool = False) -> ctypes.CDLL:
     kind = ("-DLESION_INT8",) if int8 else ()
     with _sources() as folder:
         out = Path(folder) / "segment.so"
-        compile_c(out.with_suffix(".c"), out, "-DLESION_NO_STUDENT", *kind, *_native(), *_LIBRARY)
+        compile_c(out.with_suffix(".c"), out, "-DLESION_NO_STUDENT", *kind, *for_this_machine())
         code = ctypes.CDLL(str(out))
     size, number, pointer, step = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_ssize_t
     code.lesion_model_check.argtypes = [pointer, size]
@@ -294,25 +294,6 @@ def library(int8: bool = False) -> ctypes.CDLL:
     return code
 
 
-def peak() -> Engine:
-    """A loop of multiply-adds in registers as an engine: what one core can do.
-
-    It does not look at its images; its `size` is the number of multiply-adds of a run.
-    """
-    with _sources() as folder:
-        out = Path(folder) / "peak.so"
-        compile_c(out.with_suffix(".c"), out, *_native(), *_LIBRARY)
-        code = ctypes.CDLL(str(out))
-    code.peak.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float]
-    rounds = 100_000
-
-    def loop(images: np.ndarray) -> np.ndarray:
-        code.peak(rounds, 0.999, 0.001)
-        return images
-
-    return Engine("peak", "float32", None, loop, 12 * rounds * code.lanes())
-
-
 def has_int8() -> bool:
     """Whether this processor has dot products of bytes, as LESION_INT8 needs them."""
     return bool({"avx512_vnni", "avx_vnni", "asimddp"} & _features())
@@ -323,14 +304,15 @@ def _features() -> set[str]:
     return set(info.read_text().split()) if info.exists() else set()
 
 
-def _native() -> tuple[str, ...]:
+def for_this_machine() -> tuple[str, ...]:
+    """Clang's options for a library for this processor."""
     wide = "avx512f" in _features()  # clang prefers 256 bits
-    return ("-mcpu=native", "-mprefer-vector-width=512") if wide else ("-mcpu=native",)
+    return (*_LIBRARY, "-mcpu=native", *(("-mprefer-vector-width=512",) if wide else ()))
 
 
 def _sources() -> TemporaryDirectory[str]:
     folder = TemporaryDirectory()
-    for name in (*SOURCES, "peak.c"):
+    for name in SOURCES:
         (Path(folder.name) / name).write_text(source(name), encoding="utf-8")
     return folder
 
