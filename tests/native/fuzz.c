@@ -16,7 +16,12 @@ static float *random_model(float width, size_t count) {
     float *model = malloc(count * sizeof(float));
     uint32_t sum = 0, bits;
     for (size_t i = 0; i < count; i++) model[i] = (float)draw(2001) / 5000 - 0.2f;
-    model[0] = 2, model[1] = width, model[2] = 32 * (float)(1 + draw(4)), model[3] = (float)draw(2);
+#ifdef LESION_INT8
+    model[0] = 3;
+#else
+    model[0] = 2;
+#endif
+    model[1] = width, model[2] = 32 * (float)(1 + draw(4)), model[3] = (float)draw(2);
     model[4] = 0.5f, model[5] = (float)(count - 13), model[6] = 0;
     for (size_t i = 0; i < count; i++) {
         memcpy(&bits, model + i, sizeof bits);

@@ -103,6 +103,7 @@ typedef float number __attribute__((may_alias));
 typedef real vec __attribute__((vector_size(LANES * sizeof(real)), aligned(sizeof(real)), may_alias));
 typedef float floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int32_t pixel __attribute__((vector_size(16)));
 typedef uint8_t quad __attribute__((vector_size(4), aligned(1), may_alias));
@@ -187,7 +188,8 @@ static INLINE vec to_bytes(vec a, vec b, vec c, vec d, const real *w, float offs
     vec four = {0};
     UNROLL for (int o = 0; o < 4; o++) {
         const floats value = positive(__builtin_convertvector(sums[o], floats) * ((const number *)w)[8 + o] + offset);
-        four |= __builtin_convertvector(choose((words)(value < 255), value, 255 - (floats){0}), vec) << (8 * o);
+        const floats byte = choose((words)(value < 255), value, 255 - (floats){0});
+        four |= (vec)((bits)__builtin_convertvector(byte, words) << (8 * o));
     }
     return four ^ FLIP;
 }
@@ -339,7 +341,8 @@ static INLINE void upsample_tile(map in, int channels, const real *from, real *e
     for (int k = 0; k < 4; k++, w += BIAS + 4 * packed(channels)) {
         begin(sum, w, vectors);
         accumulate(sum, from, in, channels, w + BIAS, 1, vectors);
-        UNROLL for (int v = 0; v < vectors; v++) pixels[k][v] = to_bytes(sum[0][v], sum[1][v], sum[2][v], sum[3][v], w, 128.5f);
+        UNROLL for (int v = 0; v < vectors; v++)
+            pixels[k][v] = to_bytes(sum[0][v], sum[1][v], sum[2][v], sum[3][v], w, 128.5f);
     }
 #else /* the 4 pixels of one channel */
     vec(*pixels)[VECTORS] = sum;
@@ -492,7 +495,10 @@ static int read_model(const void *model, size_t size, network *net) {
     net->weights = about + HEADER;
     net->border = 0;
 #ifdef LESION_INT8
-    for (int c = 0; c < 3; c++) net->border |= (int)(net->mean[c] > 0 && net->mean[c] < 255 ? net->mean[c] + 0.5f : 0) << (8 * c);
+    for (int c = 0; c < 3; c++) {
+        const float mean = net->mean[c] > 0 && net->mean[c] < 255 ? net->mean[c] : 0;
+        net->border |= (int)(mean + 0.5f) << (8 * c);
+    }
     net->border ^= FLIP;
 #endif
     int weights = 0;
@@ -510,13 +516,13 @@ static int read_model(const void *model, size_t size, network *net) {
 
 int lesion_model_check(const void *model, size_t size) {
     network net;
-    uint32_t sum = 0, bits;
+    uint32_t sum = 0, word;
     const int error = read_model(model, size, &net);
     if (error) return error;
     for (size_t i = 0; i < size / 4; i++) {
-        __builtin_memcpy(&bits, (const uint8_t *)model + 4 * i, sizeof bits);
-        if (PACK == 1 && (bits >> 23 & 255) == 255) return LESION_DAMAGED; /* NaN or infinite */
-        if (i != 6) sum += bits * (2 * (uint32_t)i + 1);
+        __builtin_memcpy(&word, (const uint8_t *)model + 4 * i, sizeof word);
+        if (PACK == 1 && (word >> 23 & 255) == 255) return LESION_DAMAGED; /* NaN or infinite */
+        if (i != 6) sum += word * (2 * (uint32_t)i + 1);
     }
     return ((const number *)model)[6] == (float)(sum % 16777213) ? LESION_OK : LESION_DAMAGED;
 }
@@ -638,7 +644,8 @@ static void run(const network *net, const image *picture, int width, const place
             if (rows) upsample(below(m[1].out, s / 2), channels, below(in, 2), rows, w);
             if (rows < n) clear_row(in, channels, 2 + rows);
             run_block(m, m->skip, down[l], in, channels, m->out, up[l], s, convolutions, l ? 0 : head);
-            for (int y = s ? s - 2 : 0; !l && y < s + n - 2 && y < h; y++) write_row(picture, y, m->end, y - s + 2, width);
+            for (int y = s ? s - 2 : 0; !l && y < s + n - 2 && y < h; y++)
+                write_row(picture, y, m->end, y - s + 2, width);
         }
         if (l) clear_row(m->out, up[l], h);
         w = convolutions + block_size(down[l], channels, up[l]);
