@@ -21,9 +21,10 @@ _MODULES = {
     "data.layouts": "CATALOGUE",
     "data.download": "download",
     "predict": "load_network load_student",
-    "data.batches": "MEAN STD epoch_batches normalize",
-    "evaluate": "fixed_mask_dice score_external score_masks score_original score_otsu summarize",
-    "pipeline": "ablate distill distill_arms fit_edge_graph sweep_weights train_teacher",
+    "data.batches": "MEAN STD TrainingSet normalize",
+    "evaluate": "fixed_mask_dice score_external score_masks score_otsu summarize",
+    "pipeline": "ARMS ablate arm_config distill distill_arms fit_edge_graph sweep_weights "
+    "train_teacher",
     "export": "ExportConfig export_student load_onnx",
     "analysis.inspect": "show",
     "analysis.figures": "publish",

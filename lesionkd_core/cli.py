@@ -1,28 +1,43 @@
-"""The command `lesionkd`: run notebooks and stages, use students, look after results."""
+"""The command `lesionkd`: run notebooks and stages, use students, look after results.
+
+`lkd` and the commands import what takes long when they need it.
+"""
 
 from __future__ import annotations
 
-import ast
+import csv
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TypeVar, get_args
 
 import click
 
-from . import __version__, config, results
-from .config import LesionKDError, StageConfig
+import lesionkd_core as lkd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from . import results
+from .config import (
+    AblationConfig,
+    ConfigError,
+    DistillConfig,
+    LesionKDError,
+    PrepareConfig,
+    StageConfig,
+    TeacherConfig,
+)
+from .results import Result
 
-Command = Callable[..., Any]
+C = TypeVar("C", bound=StageConfig)
+SCORES = ("test_dataset", "network", "arm", "dice", "missed")
+"""Columns of a notebook's scores.csv that `run` prints, in upper or lower case."""
 
 
 class _Group(click.Group):
     """Shows the message of an expected error without a traceback; the exit code is 1."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except LesionKDError as error:
@@ -34,7 +49,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="lesionkd")
+@click.version_option(lkd.__version__, prog_name="lesionkd")
 def main() -> None:
     """Distil a lesion segmentation teacher into a student small enough for a phone."""
 
@@ -42,79 +57,110 @@ def main() -> None:
 # Parameters ---------------------------------------------------------------------------------------
 
 
-def parameters(command: Command) -> Command:
-    """papermill's options -p, -r, -f and -y; the command gets one dict `given`."""
-    pair: Any = {"nargs": 2, "multiple": True, "metavar": "NAME VALUE"}
-    options: list[Any] = [
-        click.option("-p", "--parameters", "p", **pair, help="a parameter"),
-        click.option("-r", "--parameters_raw", "r", **pair, help="a parameter that stays text"),
-        click.option("-f", "--parameters_file", "f", multiple=True, help="YAML file of parameters"),
-        click.option("-y", "--parameters_yaml", "y", multiple=True, help="YAML text of parameters"),
-    ]
+@dataclass(frozen=True)
+class Parameters:
+    """What a command was given with -p, -y and -f, and with -r."""
 
-    def wrapped(p: Any, r: Any, f: Any, y: Any, **others: Any) -> Any:
-        import yaml
+    given: Mapping[str, object]
+    raw: Mapping[str, str]
 
-        given: dict[str, Any] = {}
+    def values(self, kind: type[StageConfig]) -> dict[str, object]:
+        """Values as the options' types need them: text for text, numbers for numbers."""
+        values = dict(self.given)
+        for name, value in values.items():
+            if isinstance(value, str) and not _takes_text(kind, name):
+                values[name] = _literal(value)
+        return values | dict(self.raw)
+
+    def read(self, kind: type[C]) -> C:
+        """The configuration of a stage.
+
+        Raises
+        ------
+        ConfigError
+            A name or a value is wrong, or there is no such arm, loss term, network or map.
+        """
+        values = self.values(kind)
+        cfg = kind(**values)
+        if values and isinstance(cfg, TeacherConfig):
+            from .pipeline import require_known
+
+            require_known(cfg)
+        return cfg
+
+
+def _takes_text(kind: type[StageConfig], name: str) -> bool:
+    """Whether an option is text, a choice of texts or a list of texts."""
+    if name not in kind.model_fields:
+        return False
+    annotation = kind.model_fields[name].annotation
+    inner = [annotation, *get_args(annotation)[:1]]
+    return any(one is str or isinstance(one, str) for one in inner)
+
+
+def _literal(text: str) -> object:
+    """'3' -> 3, '0.5' -> 0.5, 'true' -> True, 'none' -> None; other text stays text."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
         try:
-            for text in [Path(file).read_text(encoding="utf-8") for file in f] + list(y):
-                given |= yaml.safe_load(text)
-        except (OSError, yaml.YAMLError, TypeError) as error:
-            raise config.ConfigError(f"the parameters cannot be read as YAML: {error}") from None
-        return command(given=given | dict(p), raw=dict(r), **others)
+            return number(text)
+        except ValueError:
+            pass
+    return text
 
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__click_params__ = list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
-    for option in options:
-        wrapped = option(wrapped)
+
+def parameters(command: Callable[..., None]) -> Callable[..., None]:
+    """papermill's options -p, -r, -f and -y; the command gets them as `given`."""
+    pair = click.Tuple([str, str])
+
+    @click.option("-y", "--parameters_yaml", "y", multiple=True, help="YAML text of parameters")
+    @click.option("-f", "--parameters_file", "f", multiple=True, help="YAML file of parameters")
+    @click.option(
+        "-r", "--parameters_raw", "r", type=pair, multiple=True, help="a parameter that stays text"
+    )
+    @click.option("-p", "--parameters", "p", type=pair, multiple=True, help="a parameter")
+    @functools.wraps(command)
+    def wrapped(
+        p: Sequence[tuple[str, str]],
+        r: Sequence[tuple[str, str]],
+        f: Sequence[str],
+        y: Sequence[str],
+        **others: object,
+    ) -> None:
+        command(given=Parameters(_from_yaml(f, y) | dict(p), dict(r)), **others)
+
     return wrapped
 
 
-def read(kind: type[StageConfig], given: dict[str, Any], raw: dict[str, str]) -> dict[str, Any]:
-    """Values as the options' types need them: text for text, numbers for numbers."""
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        field = kind.model_fields.get(name)
-        wants_text = field is not None and (
-            field.annotation is str
-            or (
-                get_origin(field.annotation) is not None
-                and isinstance(get_args(field.annotation)[0], str)
-            )
-        )
-        values[name] = value if wants_text or not isinstance(value, str) else _literal(value)
-    return values | raw
+def _from_yaml(files: Sequence[str], texts: Sequence[str]) -> dict[str, object]:
+    import yaml
 
-
-def _literal(text: str) -> Any:
-    """'3' -> 3, '0.5' -> 0.5, 'true' -> True; other text stays text."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    given: dict[str, object] = {}
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    return value if isinstance(value, int | float) or value is None else text
+        for text in [Path(file).read_text(encoding="utf-8") for file in files] + list(texts):
+            given |= yaml.safe_load(text)
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"the parameters cannot be read as YAML: {why}") from None
+    return given
 
 
-# Notebooks and stages -----------------------------------------------------------------------------
+# Notebooks ----------------------------------------------------------------------------------------
 
 
 @main.command(add_help_option=False)
 @click.argument("notebook", required=False)
 @click.option("-h", "--help", "show_help", is_flag=True, help="this text, and the parameters")
 @click.option(
-    "--link", type=click.Path(path_type=Path), help="write the results' path to this file"
+    "--link",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="write the results' path to this file",
 )
 @parameters
-def run(
-    notebook: str | None,
-    show_help: bool,
-    link: Path | None,
-    given: dict[str, Any],
-    raw: dict[str, str],
-) -> None:
-    """Execute NOTEBOOK, such as 04_distill, and keep it beside its results."""
+def run(notebook: str | None, show_help: bool, link: Path | None, given: Parameters) -> None:
+    """Execute NOTEBOOK, such as 04 or 04_distill, and keep it beside its results."""
     from .sweep import configuration, execute, find_notebook
 
     if show_help or not notebook:
@@ -124,27 +170,19 @@ def run(
         sys.exit(0 if show_help else 2)
     source = find_notebook(notebook)
     kind = configuration(source)
-    values = read(kind, given, raw)
-    kind(**values)  # refuses wrong parameters before anything starts
-    target, place, error = execute(source, values, log_output=True, stdout_file=sys.stdout)
+    given.read(kind)  # refuses wrong parameters before anything starts
+    target, place, error = execute(source, given.values(kind), shown=True)
     click.echo(f"executed notebook: {target}")
     if error:
         click.echo(error, err=True)
         sys.exit(1)
-    if place:
-        scores = place / "figures" / "scores.csv"
-        if scores.exists():
-            click.echo(_table(results.read_table(scores)[["network", "Dice", "missed"]]))
-        click.echo(f"results: {place}")
-        if link:
-            results.write_text(link, f"{place.resolve()}\n")
-
-
-def _table(table: pd.DataFrame) -> str:
-    from tabulate import tabulate
-
-    shown = table.round(3).convert_dtypes().astype(object).fillna("")
-    return str(tabulate(shown, headers="keys", showindex=False))
+    if place is None:
+        raise LesionKDError(f"{source.name} names no results: its last cell prints none with DONE")
+    if (place / "figures" / "scores.csv").exists():
+        click.echo(_scores(place / "figures" / "scores.csv"))
+    if link:
+        results.write_text(link, f"{place.resolve()}\n")
+    click.echo(f"results: {place}")
 
 
 def _options_text(kind: type[StageConfig]) -> str:
@@ -152,62 +190,77 @@ def _options_text(kind: type[StageConfig]) -> str:
     return "\nParameters:\n" + "\n".join(f"  {r.parameter} = {r.default!r}  {r.help}" for r in rows)
 
 
-def _stage(name: str, kind: type[StageConfig], text: str, make: Callable[[Any], Any]) -> None:
-    """A command that makes the result of a stage without a notebook; torchrun can start it."""
-
-    def command(given: dict[str, Any], raw: dict[str, str]) -> None:
-        result = make(kind(**read(kind, given, raw)))
-        if results.leads():
-            click.echo(f"{result}\nresults: {result.path}")
-
-    command.__doc__ = text
-    main.command(name)(parameters(command))
+def _scores(file: Path) -> str:
+    """The columns of a table of scores that say which network and how good; else all columns."""
+    with open(file, encoding="utf-8", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    names = list(rows[0]) if rows else []
+    shown = [name for name in names if name.lower() in SCORES]
+    return _table(rows, shown or names)
 
 
-def _prepare(cfg: Any) -> Any:
-    from .data.prepare import prepare
+def _table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
+    from tabulate import tabulate
 
-    return prepare(cfg)
-
-
-def _train_teacher(cfg: Any) -> Any:
-    from .pipeline import train_teacher
-
-    return train_teacher(_prepare(cfg), cfg)
+    cells = [[row.get(name) for name in columns] for row in rows]
+    return str(tabulate(cells, columns, floatfmt=".3f"))
 
 
-def _distill(cfg: Any) -> Any:
-    from .pipeline import distill, fit_edge_graph, needs_graph
-
-    data = _prepare(cfg)
-    teacher = _train_teacher(cfg) if cfg.terms else None
-    graph = fit_edge_graph(teacher, data, cfg) if teacher and needs_graph(cfg) else None
-    return distill(teacher, graph, data, cfg)
-
-
-def _ablate(cfg: Any) -> Any:
-    from .pipeline import ablate
-
-    return ablate(_prepare(cfg), cfg)
-
-
-_stage("prepare", config.PrepareConfig, "Read, check, split and resize a data set.", _prepare)
-_stage("train-teacher", config.TeacherConfig, "Find or train the teacher.", _train_teacher)
-_stage("distill", config.DistillConfig, "Find or train a student and what it needs.", _distill)
-_stage("ablate", config.AblationConfig, "Find or train every arm and seed.", _ablate)
+# Stages -------------------------------------------------------------------------------------------
 
 
 @main.command()
 @parameters
-def export(given: dict[str, Any], raw: dict[str, str]) -> None:
-    """Write a student's files for phones."""
-    from .export import ExportConfig, export_student
-    from .predict import load_student
+def prepare(given: Parameters) -> None:
+    """Read, check, split and resize a data set."""
+    _say(lkd.prepare(given.read(PrepareConfig)))
 
-    cfg = ExportConfig(**read(ExportConfig, given, raw))
-    run = cfg.run or _distill(config.DistillConfig(profile=cfg.profile))
-    exported = export_student(cfg, load_student(run))
-    click.echo(f"{exported}\nresults: {exported.path}")
+
+@main.command()
+@parameters
+def train_teacher(given: Parameters) -> None:
+    """Find or train the teacher."""
+    cfg = given.read(TeacherConfig)
+    _say(lkd.train_teacher(lkd.prepare(cfg), cfg))
+
+
+@main.command()
+@parameters
+def distill(given: Parameters) -> None:
+    """Find or train a student and what it needs."""
+    _say(_student(given.read(DistillConfig)))
+
+
+def _student(cfg: DistillConfig) -> Result:
+    data, teacher, graph = lkd.prepare(cfg), None, None
+    if lkd.losses.needs_teacher(cfg.losses):
+        teacher = lkd.train_teacher(data, cfg)
+    if lkd.losses.needs_graph(cfg.losses):
+        graph = lkd.fit_edge_graph(teacher, data, cfg)
+    student: Result = lkd.distill(teacher, graph, data, cfg)
+    return student
+
+
+@main.command()
+@parameters
+def ablate(given: Parameters) -> None:
+    """Find or train every arm and seed."""
+    cfg = given.read(AblationConfig)
+    _say(lkd.ablate(lkd.prepare(cfg), cfg))
+
+
+@main.command()
+@parameters
+def export(given: Parameters) -> None:
+    """Write a student's files for phones."""
+    cfg = given.read(lkd.ExportConfig)
+    student = lkd.load_student(cfg.run or _student(DistillConfig(profile=cfg.profile)))
+    _say(lkd.export_student(cfg, student))
+
+
+def _say(result: Result) -> None:
+    if results.leads():
+        click.echo(f"{result}\nresults: {result.path}")
 
 
 @main.command()
@@ -215,11 +268,9 @@ def export(given: dict[str, Any], raw: dict[str, str]) -> None:
 @click.argument("datasets", nargs=-1, required=True)
 def score(run: str, datasets: tuple[str, ...]) -> None:
     """Score a finished RUN on all cases of other DATASETS."""
-    from .evaluate import score_external
-
-    for name, scored in score_external(results.Result(results.locate(run)), datasets).items():
-        dice = scored.summary["test"]["dice"]
-        click.echo(f"{name}: Dice {results.with_interval(dice)}; results: {scored.path}")
+    for name, scored in lkd.score_external(Result(results.locate(run)), datasets).items():
+        dice = results.with_interval(scored.summary["test"]["dice"])
+        click.echo(f"{name}: Dice {dice}; results: {scored.path}")
 
 
 @main.command()
@@ -274,21 +325,16 @@ def predict(
     read, and notes). Exit code 1: a file was not read; 2: all were read, but a picture is nearly
     flat, nearly black or very small.
     """
-    from .predict import TrainedNetwork, load_student, predict_folder
+    from .predict import predict_folder
 
     if out.resolve() == images.resolve():
-        raise config.ConfigError("--out is the folder of the images; choose another folder")
-    read_student: Callable[[str], TrainedNetwork] = load_student
-    if run.endswith(".onnx"):
-        from .export import load_onnx as read_student
-    student = read_student(run)
+        raise ConfigError("--out is the folder of the images; choose another folder")
+    student = lkd.load_onnx(run) if run.endswith(".onnx") else lkd.load_student(run)
     student.to(device)
-
-    def progress(done: int, total: int) -> None:
-        if sys.stdout.isatty() or done == total:
-            click.echo(f"{done}/{total} images", nl=done == total)
-
-    unreadable = predict_folder(student, images, out, threshold, overlays, progress, pixel_size)
+    with results.Progress("masks", "image", 0, lines=10) as progress:
+        unreadable = predict_folder(
+            student, images, out, threshold, overlays, progress.at, pixel_size
+        )
     click.echo(f"masks: {out}")
     for line in unreadable:
         click.echo(f"not read: {line}", err=True)
@@ -316,21 +362,20 @@ def download(
     from .data.layouts import CATALOGUE
 
     if listed or not name:
-        from tabulate import tabulate
-
         rows = [
-            (r.name, r.modality, r.count or "?", r.licence, "yes" if module.found(r, to) else "no")
+            {"name": r.name, "modality": r.modality, "images": r.count or "?", "licence": r.licence}
+            | {"found": "yes" if module.found(r, to) else "no"}
             for r in CATALOGUE.values()
         ]
-        click.echo(tabulate(rows, ("name", "modality", "images", "licence", "found")))
+        click.echo(_table(rows, list(rows[0])))
         sys.exit(0 if listed else 2)
+    module.download(name, to, mirror, archive, lambda: _agreed(yes))
 
-    def agree() -> bool:
-        if not yes and not sys.stdin.isatty():
-            raise config.ConfigError("no terminal to ask in: read the terms above and add --yes")
-        return yes or click.confirm("Go on?")
 
-    module.download(name, to, mirror, archive, agree)
+def _agreed(yes: bool) -> bool:
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("no terminal to ask in: read the text above and add --yes")
+    return yes or click.confirm("Go on?")
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -340,10 +385,18 @@ def download(
 @click.argument("stage", default="")
 def list_runs(stage: str) -> None:
     """List finished runs, of one STAGE or of all."""
-    table = results.collect(stage)
-    columns = ["run", "finished", "dice", "missed", "losses", "epochs"]
-    shown = _table(table[[name for name in columns if name in table]])
-    click.echo(shown if len(table) else f"no finished run in {results.runs_root()}")
+    paths = results.finished(stage)
+    if not paths:
+        click.echo(f"no finished run in {results.runs_root()}")
+        return
+    sizes = [results.size_of(path) for path in paths]
+    rows = [
+        results.row_of(path) | {"size": results.in_words(size)} for path, size in zip(paths, sizes)
+    ]
+    columns = ["run", "finished", "dice", "missed", "losses", "epochs", "size"]
+    click.echo(_table(rows, [name for name in columns if any(name in row for row in rows)]))
+    total = results.in_words(sum(sizes))
+    click.echo(f"{len(paths)} runs, {total}; `lesionkd clean` shows what is not needed any more")
 
 
 @main.command()
@@ -351,6 +404,33 @@ def list_runs(stage: str) -> None:
 def show(run: str) -> None:
     """Report on one RUN: options, scores, and whether its files are intact."""
     click.echo(results.report(results.locate(run)))
+
+
+@main.command()
+@click.argument("runs", nargs=-1)
+@click.option("--yes", is_flag=True, help="remove without being asked")
+def clean(runs: tuple[str, ...], yes: bool) -> None:
+    """List what is not needed any more, and remove it after asking; or remove RUNS.
+
+    Finished results of this version are only removed if they are named.
+    """
+    from .clean import leftovers, named, remove
+
+    found = named(runs) if runs else leftovers()
+    if not found:
+        click.echo(f"nothing to remove in {results.runs_root()}")
+        return
+    sizes = {one: results.size_of(one.path) for one in found}
+    rows = [
+        {"what": results.short(one.path), "size": results.in_words(size), "why": one.why}
+        for one, size in sizes.items()
+    ]
+    click.echo(_table(rows, list(rows[0])))
+    click.echo(f"in all {results.in_words(sum(sizes.values()))}")
+    if not _agreed(yes):
+        sys.exit(1)
+    removed = sum(size for one, size in sizes.items() if remove(one))
+    click.echo(f"removed {results.in_words(removed)}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
 import inspect
 import json
 import re
 from collections.abc import Collection
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="StageConfig")
 
-PROFILES: dict[str, dict[str, Any]] = {
+PROFILES: dict[str, dict[str, object]] = {
     "smoke": {  # a demonstration in minutes on two cores
         "pixels": 64,
         "cases": 200,
@@ -58,20 +58,27 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
 }
 """Values that a profile sets; an option that is given by name overrides them."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's channel statistics, by which images are standardized; pixels in 0..1."""
 
 DEMONSTRATION = {"label_fraction": 0.1}
 """Set by the smoke profile for the phantom: with few labels a teacher helps visibly."""
-
-UNHASHED = (
-    "profile", "device", "threads", "deterministic", "weak_teacher", "dataset", "tracker"
-)  # fmt: skip
-"""Options that do not change a result; data are identified by their content, not by their name."""
 
 LEVELS = {
     "decoder": ("decoder.stride8", "decoder.stride4", "decoder.stride2"),
     "patent": ("encoder.stride4", "decoder.stride4", "decoder.stride2"),
 }
 """Named sets of feature maps for the option `levels`."""
+
+
+class Role(Enum):
+    """What an option is for, where it matters to more than its own stage."""
+
+    RUN = "where and how a run is made, or what it is called; the result is the same"
+    FILE = "a file that counts by its content"
+    TEACHER = "of the teacher; no part of a student that has none"
+    TERM = "read by loss terms alone; no part of a student without these terms"
+    OWN = "of one student; students that are trained together may differ in it"
 
 
 class LesionKDError(Exception):
@@ -83,6 +90,16 @@ class LesionKDError(Exception):
 
 class ConfigError(LesionKDError):
     """An option is unknown, of the wrong type or out of range."""
+
+
+class MissingExtra(LesionKDError):
+    """A package of an extra of pyproject.toml is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the extra {extra!r}, which is not installed: "
+            f"pip install -e '.[{extra}]' in the folder of this repository."
+        )
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -101,26 +118,32 @@ def content_of(file: str) -> str:
         ) from None
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> object:
     """2024 -> '2024': papermill takes the name of a folder for a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _names(value: Any) -> Any:
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _names(value: object) -> object:
     """'a, b' -> ('a', 'b')."""
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        return _parts(value)
     return tuple(value) if isinstance(value, list) else value
 
 
-def _numbers(value: Any) -> Any:
+def _numbers(value: object) -> object:
     """'128, 256' -> (128, 256); 128 -> (128,)."""
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
-    return tuple(int(part) for part in _names(value)) if isinstance(value, str) else _names(value)
+    if isinstance(value, str):
+        return tuple(int(part) for part in _parts(value))
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _seeds(value: Any) -> Any:
+def _seeds(value: object) -> object:
     """3 -> (0, 1, 2); '7' -> (7,); '0, 7' -> (0, 7)."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value > 1000:
@@ -133,12 +156,12 @@ def _seeds(value: Any) -> Any:
     return _numbers(value)
 
 
-def _levels(value: Any) -> Any:
+def _levels(value: object) -> object:
     """'patent' -> the maps of that name; 'a, b' -> ('a', 'b')."""
     return LEVELS[value] if isinstance(value, str) and value in LEVELS else _names(value)
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _distinct(values: tuple[object, ...]) -> tuple[object, ...]:
     if len(set(values)) != len(values):
         raise ValueError("one value is given twice")
     return values
@@ -152,6 +175,22 @@ def _window(value: str) -> str:
     return value
 
 
+def _given_values(value: object) -> object:
+    """1 or [1, 3] -> '1' or '1, 3'."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    plain = all(isinstance(v, (int, float, str)) and not isinstance(v, bool) for v in values)
+    return ", ".join(map(str, values)) if plain else value
+
+
+def _values(value: str) -> str:
+    value = re.sub(r"\s*,\s*", ", ", " ".join(value.lower().split()))
+    number = r"-?\d+(?:\.\d+)?"
+    one = rf"(?:{number}|#(?:[0-9a-f]{{6}}){{1,2}})"
+    if value and not re.fullmatch(rf"(?:all but )?{one}(?:, {one})*|over {number}", value):
+        raise ValueError("must be such as '1, 3', '#ff0000', 'all but 0' or 'over 127'")
+    return value
+
+
 def _rule(value: str) -> str:
     try:
         re.compile(value)
@@ -160,36 +199,28 @@ def _rule(value: str) -> str:
     return value
 
 
-def _losses(value: Any) -> Any:
-    """'feat=1, edge' -> {'feat': 1.0, 'edge': default weight}; 'seg' is always there."""
+def _losses(value: object) -> object:
+    """'feat=1, edge' -> {'feat': 1.0, 'edge': None}; None is the term's default weight."""
+    given: dict[str, float | None] = {}
     if isinstance(value, dict):
-        given = dict(value)
+        given |= value
     else:
-        given = {}
-        for part in _names(value):
-            name, equals, weight = (text.strip() for text in str(part).partition("="))
+        listed = value if isinstance(value, list | tuple) else _parts(str(value))
+        for part in listed:
+            name, equals, number = (text.strip() for text in str(part).partition("="))
             if name in given:
                 raise ValueError(f"names {name!r} twice")
             try:
-                given[name] = float(weight) if equals else None
+                given[name] = float(number) if equals else None
             except ValueError:
-                raise ValueError(f"the weight of {name!r} is {weight!r}; give a number") from None
-    terms = loss_terms()
+                raise ValueError(f"the weight of {name!r} is {number!r}; give a number") from None
     for name, weight in given.items():
-        if name not in terms:
-            raise ValueError(f"names the loss {name!r}: {nearest(name, terms)}")
         if weight is not None and not 0 <= weight < float("inf"):
             raise ValueError(f"the weight of {name!r} is {weight}; it must be 0 or more")
-    weights = {name: terms[name].weight if w is None else float(w) for name, w in given.items()}
-    return {"seg": 1.0} | {name: weights[name] for name in terms if name in weights}
+    return {name: None if weight is None else float(weight) for name, weight in given.items()}
 
 
-def loss_terms() -> Any:
-    """The registered loss terms by name; they register themselves when `losses` is imported."""
-    return importlib.import_module("lesionkd_core.losses").TERMS
-
-
-def _edge_level(value: Any) -> Any:
+def _edge_level(value: object) -> object:
     return {"low": "encoder.stride4", "deep": "encoder.stride16"}.get(str(value), value)
 
 
@@ -203,7 +234,7 @@ Size = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 Sizes = Annotated[
     tuple[Size, ...], BeforeValidator(_numbers), AfterValidator(_distinct), Field(min_length=1)
 ]
-Values = Annotated[tuple[int, ...], BeforeValidator(_numbers), AfterValidator(_distinct)]
+Values = Annotated[str, BeforeValidator(_given_values), AfterValidator(_values)]
 Level = Annotated[str, Field(pattern=rf"^{_MAP}(:{_MAP})?$")]
 Levels = Annotated[
     tuple[Level, ...], BeforeValidator(_levels), AfterValidator(_distinct), Field(min_length=1)
@@ -212,7 +243,7 @@ EdgeLevel = Annotated[Level, BeforeValidator(_edge_level)]
 Window = Annotated[str, AfterValidator(_window)]
 Rule = Annotated[str, AfterValidator(_rule)]
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
-Losses = Annotated[dict[str, float], BeforeValidator(_losses)]
+Losses = Annotated[dict[str, float | None], BeforeValidator(_losses)]
 
 
 class StageConfig(BaseModel):
@@ -220,18 +251,20 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
     stage: ClassVar[str]
-    version: ClassVar[int] = 3  # increase when the same options give another result
+    version: ClassVar[int] = 4  # increase when the same options give another result
     seed_field: ClassVar[str] = "split_seed"  # the seed in the folder's name
 
-    profile: Literal["smoke", "cpu", "paper"] = Field(
+    profile: Annotated[Literal["smoke", "cpu", "paper"], Role.RUN] = Field(
         "smoke", description="sets what is not given: smoke (minutes), cpu (an hour), paper (GPU)"
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Role.RUN] = Field(
         "auto", description="auto uses a GPU where there is one"
     )
-    threads: int = Field(0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    threads: Annotated[int, Role.RUN] = Field(
+        0, ge=0, description="CPU threads; 0 leaves torch's choice"
+    )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: object) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -239,13 +272,13 @@ class StageConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_profile(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_from_profile(cls, values: dict[str, object]) -> dict[str, object]:
         given = {name: value for name, value in values.items() if value is not None}
         filled = PROFILES.get(str(given.get("profile", "smoke")), {})
         return {name: value for name, value in filled.items() if name in cls.model_fields} | given
 
     @classmethod
-    def from_notebook(cls, namespace: dict[str, Any]) -> Self:
+    def from_notebook(cls, namespace: dict[str, object]) -> Self:
         """Read the options from a notebook's globals and refuse other names.
 
         Modules, functions and classes are skipped, and so are names that were first assigned after
@@ -260,39 +293,51 @@ class StageConfig(BaseModel):
             and not (inspect.ismodule(value) or inspect.isclass(value) or callable(value))
             and type(value).__module__ != "__future__"
         }
-        names = names & first if first is not None else names
+        if isinstance(first, frozenset):
+            names &= first
         cfg = cls(**{name: namespace[name] for name in names})
         namespace["_lesionkd_parameters"] = frozenset(names)
         return cfg
 
     @classmethod
     def parameters(cls) -> pd.DataFrame:
-        """A table of all options: name, default and help."""
+        """A table of all options: name, default (with the default profile) and help."""
         import pandas as pd
 
+        usual = cls()
         rows = [
-            (name, PROFILES["smoke"].get(name, field.default), field.description)
+            (name, getattr(usual, name), field.description)
             for name, field in cls.model_fields.items()
         ]
         return pd.DataFrame(rows, columns=["parameter", "default", "help"])
+
+    @classmethod
+    def options(cls, role: Role) -> frozenset[str]:
+        """Names of the options of a role."""
+        return frozenset(n for n, field in cls.model_fields.items() if role in field.metadata)
 
     def upstream(self, stage: type[C]) -> C:
         """The configuration of an earlier stage."""
         return stage(**{name: getattr(self, name) for name in stage.model_fields})
 
-    def with_values(self, **values: Any) -> Self:
+    def with_values(self, **values: object) -> Self:
         """The same configuration with other values."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**given | values)
 
-    def hashed(self) -> dict[str, Any]:
-        """The options that the result is computed from."""
-        return self.model_dump(exclude=set(UNHASHED), mode="json")
+    def hashed(self, unused: Collection[str] = ()) -> dict[str, object]:
+        """The options that the result is computed from; files by their content."""
+        left_out = self.options(Role.RUN) | set(unused)
+        values = self.model_dump(exclude=set(left_out), mode="json")
+        for name in self.options(Role.FILE) & values.keys():
+            if values[name] not in ("", "random"):
+                values[name] = content_of(values[name])
+        return values
 
-    def digest(self, upstream: str) -> str:
+    def digest(self, upstream: str, unused: Collection[str] = ()) -> str:
         """SHA-256 of the stage, its options and the digest of what it is made from."""
         content = {"stage": self.stage, "version": self.version, "upstream": upstream}
-        text = json.dumps(content | self.hashed(), sort_keys=True)
+        text = json.dumps(content | self.hashed(unused), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __repr__(self) -> str:
@@ -316,11 +361,23 @@ def _plain(error: ValidationError, cls: type[BaseModel]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
+def name_of_dataset(dataset: str) -> str:
+    """The name of a data set in tables: of the folder, of a list its folder's and its own name.
+
+    >>> name_of_dataset("data/my-lesions/clinic-a.csv")
+    'my-lesions-clinic-a'
+    """
+    path = Path(dataset)
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        return path.name
+    return f"{path.resolve().parent.name}-{path.stem}"
+
+
 class PrepareConfig(StageConfig):
     """Raw images -> arrays, split and report (stage `prepare`)."""
 
     stage = "prepare"
-    dataset: Annotated[str, BeforeValidator(_text)] = Field(
+    dataset: Annotated[str, BeforeValidator(_text), Role.RUN] = Field(
         "phantom",
         min_length=1,
         description="name in the catalogue, folder with images/ and masks/, or CSV manifest",
@@ -343,9 +400,9 @@ class PrepareConfig(StageConfig):
         "file's own, else the 0.5 to 99.5 percentiles",
     )
     lesion_values: Values = Field(
-        (),
-        description="values of a mask that are lesion, such as '1, 3'; empty: all but 0 in classes "
-        "and instances, over half elsewhere",
+        "",
+        description="values of the masks that are lesion, such as '1, 3', '#ff0000', 'all but 0' "
+        "or 'over 127'; empty: decided from all masks of the data set",
     )
     invert_masks: bool = Field(False, description="masks show the lesion black on white")
     split_seed: Seed = Field(0, description="seed of the split and of the phantom's cases")
@@ -353,7 +410,7 @@ class PrepareConfig(StageConfig):
         "groups",
         description="by group; as the release says; by image, which leaks; or all for testing",
     )
-    split_file: str = Field(
+    split_file: Annotated[str, Role.FILE] = Field(
         "", description="CSV file with the columns id and split; replaces the option split"
     )
     folds: int = Field(
@@ -368,19 +425,16 @@ class PrepareConfig(StageConfig):
         "number), folder, sequence (consecutive frames that look alike), column:NAME of the "
         "manifest, or a regular expression for the path; empty: what the data set itself says",
     )
-    duplicate_bits: int = Field(
-        12,
-        ge=0,
-        le=16,
-        description="images are compared in detail, and share a group if they show the same, if "
-        "their 63-bit perceptual hashes differ in at most this many bits",
+    join_copies: bool = Field(
+        True,
+        description="2-D images that show the same share a group, also mirrored or turned copies; "
+        "False: only names say what belongs together",
     )
 
     @property
     def dataset_name(self) -> str:
-        """The name of the data set in tables; of your own the name of the folder."""
-        path = Path(self.dataset)
-        return path.resolve().parent.name if path.suffix.lower() in (".csv", ".tsv") else path.name
+        """The name of the data set in tables, from `name_of_dataset`."""
+        return name_of_dataset(self.dataset)
 
     def for_testing(self, dataset: str) -> ExternalConfig:
         """The options that prepare all cases of another data set for testing, in the same way."""
@@ -389,7 +443,7 @@ class PrepareConfig(StageConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _none_ignored(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _none_ignored(cls, values: dict[str, object]) -> dict[str, object]:
         if values.get("ignore_values") is not None:
             raise ValueError(
                 "ignore_values: pixels cannot be left out of loss and scores. With lesion_values, "
@@ -413,11 +467,6 @@ class PrepareConfig(StageConfig):
             )
         return self
 
-    def hashed(self) -> dict[str, Any]:
-        """The split file counts by its content."""
-        content = {"split_file": content_of(self.split_file)} if self.split_file else {}
-        return super().hashed() | content
-
 
 class ExternalConfig(PrepareConfig):
     """Trained network and another data set -> its scores there (stage `external`)."""
@@ -434,20 +483,19 @@ class UnlabelledConfig(PrepareConfig):
 class EdgeConfig(PrepareConfig):
     """Options of the edge label and of the grid of cells; not a stage of its own."""
 
-    edge_width: int = Field(
+    edge_width: Annotated[int, Role.TERM] = Field(
         1,
         ge=1,
         le=8,
         description="1 is the patent's 4-neighbour rule, two pixels wide; w dilates it w - 1 times",
     )
-    edge_level: EdgeLevel = Field(
+    edge_level: Annotated[EdgeLevel, Role.TERM] = Field(
         "encoder.stride4",
         description="feature map of L_edge; low is encoder.stride4 (patent), deep is "
         "encoder.stride16 (paper)",
     )
-    grid: int = Field(4, ge=1, le=16, description="the graph has grid x grid nodes")
-    grid_frame: Literal["image", "lesion"] = Field(
-        "image", description="what the grid covers: the image, or the lesions' bounding box"
+    grid: Annotated[int, Role.TERM] = Field(
+        4, ge=1, le=16, description="the graph has grid x grid nodes"
     )
 
 
@@ -456,20 +504,20 @@ class TeacherConfig(PrepareConfig):
 
     stage = "teacher"
     seed_field = "teacher_seed"
-    teacher: str = Field(
+    teacher: Annotated[str, Role.TEACHER] = Field(
         "resnet34_unet",
-        description="resnet34_unet (patent), unet64 (paper), or your own as 'module:function'",
+        description="resnet34_unet (patent), unet64 (paper), efficientnet_lite2_unet (ImageNet; "
+        "extra imagenet), timm:NAME (package timm), or your own as 'module:function'",
     )
-    teacher_seed: Seed = Field(
+    teacher_seed: Annotated[Seed, Role.TEACHER] = Field(
         0, description="seed of the teacher's weights and batches, and of the graph"
     )
-    teacher_epochs: int = Field(12, ge=1, description="epochs, teacher")
-    teacher_lr: float = Field(1e-3, gt=0, description="peak learning rate, teacher")
+    teacher_epochs: Annotated[int, Role.TEACHER] = Field(12, ge=1, description="epochs, teacher")
+    teacher_lr: Annotated[float, Role.TEACHER] = Field(
+        1e-3, gt=0, description="peak learning rate, teacher"
+    )
     batch_size: int = Field(8, ge=2, description="images in a batch")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
-    clip_grad: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="largest norm of the gradient; 0 does not clip"
-    )
     augment: Literal["none", "flips", "full"] = Field(
         "full",
         description="none; flips and quarter turns; or also affine, contrast, blur and noise",
@@ -481,27 +529,26 @@ class TeacherConfig(PrepareConfig):
     precision: Literal["32-true", "bf16-mixed"] = Field(
         "32-true", description="arithmetic, in Lightning Fabric's names"
     )
-    tracker: Literal["", "tensorboard"] = Field(
-        "", description="also writes the curves of history.csv for TensorBoard (extra tensorboard)"
+    encoder_weights: Annotated[str, Role.TEACHER, Role.FILE] = Field(
+        "",
+        description="file of weights of the teacher's encoder (torchvision's resnet34, or timm's), "
+        "or random; empty: its ImageNet weights if it has any",
     )
-    deterministic: bool = Field(
-        False, description="use only operations that give the same bits each time (GPU)"
-    )
-    encoder_weights: str = Field(
-        "", description="file of torchvision's resnet34 for the teacher's encoder; empty: random"
-    )
-    teacher_checkpoint: str = Field(
+    teacher_checkpoint: Annotated[str, Role.TEACHER, Role.FILE] = Field(
         "", description="state dict of a teacher trained elsewhere; used without training"
     )
-    test_dataset: Names = Field(
+    test_dataset: Annotated[Names, Role.RUN] = Field(
         (), description="other data sets, comma-separated; the trained network is scored on each"
     )
 
     @model_validator(mode="after")
     def _weights_of_the_teacher(self) -> Self:
-        if self.encoder_weights and self.teacher != "resnet34_unet":
+        with_encoder = ("resnet34_unet", "efficientnet_lite2_unet")
+        takes_weights = self.teacher in with_encoder or self.teacher.startswith("timm:")
+        if self.encoder_weights and not takes_weights:
             raise ValueError(
-                f"encoder_weights need teacher = 'resnet34_unet'; got {self.teacher!r}"
+                "encoder_weights need teacher = 'resnet34_unet' or 'timm:NAME'; got "
+                f"{self.teacher!r}"
             )
         if self.encoder_weights and self.teacher_checkpoint:
             raise ValueError("encoder_weights and teacher_checkpoint: give one of the two")
@@ -518,46 +565,33 @@ class TeacherConfig(PrepareConfig):
                 f"test_dataset names {self.dataset!r}, the training data; "
                 "its own test cases are scored anyway"
             )
-        names = [Path(name).name for name in (self.dataset, *self.test_dataset)]
+        names = [name_of_dataset(name) for name in (self.dataset, *self.test_dataset)]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)
             raise ValueError(f"test_dataset: two data sets are called {twice!r}; rename a folder")
         return self
-
-    def hashed(self) -> dict[str, Any]:
-        """Weight files count by their content; further test data do not change the training."""
-        files = ("encoder_weights", "teacher_checkpoint")
-        content = {name: content_of(getattr(self, name)) for name in files if getattr(self, name)}
-        dropped = {"test_dataset", *files}
-        return {n: v for n, v in super().hashed().items() if n not in dropped} | content
 
 
 class GraphConfig(TeacherConfig, EdgeConfig):
     """Frozen teacher -> fitted, frozen graph module (stage `graph`, step S4)."""
 
     stage = "graph"
-    states: int = Field(16, ge=1, le=256, description="state channels of the graph")
-    anchors: Literal["masked_mean", "masked_cosine", "eagr"] = Field(
+    states: Annotated[int, Role.TERM] = Field(
+        16, ge=1, le=256, description="state channels of the graph"
+    )
+    anchors: Annotated[Literal["masked_mean", "masked_cosine", "eagr"], Role.TERM] = Field(
         "masked_cosine", description="a node's anchor: mean key of edge pixels, cosine, or EAGR's"
     )
-    background_node: bool = Field(
-        True, description="one more node of the graph, for pixels off the edge; not for eagr"
-    )
-    teacher_bn: Literal["eval", "batch"] = Field(
+    teacher_bn: Annotated[Literal["eval", "batch"], Role.TEACHER] = Field(
         "eval", description="statistics of the frozen teacher's BatchNorm: running, or the batch's"
     )
-    weak_teacher: Literal["refuse", "allow"] = Field(
+    weak_teacher: Annotated[Literal["refuse", "allow"], Role.RUN] = Field(
         "refuse",
         description="a teacher whose validation Dice is not above that of one fixed mask",
     )
-    graph_epochs: int = Field(5, ge=1, description="epochs, fitting the graph")
-    graph_lr: float = Field(1e-2, gt=0, description="Adam's learning rate, fitting the graph")
-
-    @model_validator(mode="after")
-    def _eagr_has_its_own_grid(self) -> Self:
-        if self.anchors == "eagr" and self.grid_frame == "lesion":
-            raise ValueError("anchors = 'eagr' pools over the image: grid_frame must be 'image'")
-        return self
+    graph_epochs: Annotated[int, Role.TERM] = Field(
+        5, ge=1, description="epochs, fitting the graph"
+    )
 
 
 class DistillConfig(GraphConfig):
@@ -565,19 +599,22 @@ class DistillConfig(GraphConfig):
 
     stage = "distill"
     seed_field = "seed"
-    losses: Losses = Field(
+    losses: Annotated[Losses, Role.OWN] = Field(
         "feat, edge",  # type: ignore[arg-type]  # becomes a dict
         description="loss terms besides seg with optional weights, such as 'feat=1, edge'; "
         "empty trains the student alone",
     )
     seed: Seed = Field(0, description="seed of the student's weights and batches")
-    student: str = Field("unet", description="unet, or your own as 'module:function'")
-    width: int = Field(4, ge=1, le=64, description="channels of the student's first block")
-    stem: Literal[1, 2, 4] = Field(
-        1, description="stride of the student's first convolution; 1 is the paper's"
+    student: Annotated[str, Role.OWN] = Field(
+        "unet", description="unet, or your own as 'module:function'"
+    )
+    width: Annotated[int, Role.OWN] = Field(
+        4, ge=1, le=64, description="channels of the student's first block"
     )
     epochs: int = Field(10, ge=1, description="epochs, student")
-    lr: float = Field(1e-2, gt=0, description="peak learning rate, student and connectors")
+    lr: Annotated[float, Role.OWN] = Field(
+        1e-2, gt=0, description="peak learning rate, student and connectors"
+    )
     label_fraction: float = Field(
         1.0,
         gt=0,
@@ -585,136 +622,62 @@ class DistillConfig(GraphConfig):
         description="fraction of the training images whose masks the student uses; the others are "
         "for the terms that need none (smoke profile on the phantom: 0.1)",
     )
-    unlabelled: Annotated[str, BeforeValidator(_text)] = Field(
+    label_seed: Seed = Field(
+        0, description="seed of the choice of these images; whole groups are drawn"
+    )
+    unlabelled: Annotated[str, BeforeValidator(_text), Role.RUN] = Field(
         "",
         description="folder of images without masks, which the student sees in training through "
         "the terms that need none",
     )
-    teacher_views: int = Field(
-        0,
-        ge=0,
-        le=1000,
-        description="augment each image in this many fixed ways and store the teacher's outputs on "
-        "disk; 0 augments anew in every epoch",
-    )
-    connector_lr: float = Field(
+    connector_lr: Annotated[float, Role.TERM] = Field(
         1.0, gt=0, allow_inf_nan=False, description="connectors' learning rate, as multiple of lr"
     )
-    connector_warmup: int = Field(
-        0, ge=0, description="first epochs in which L_feat trains the connectors alone"
-    )
-    levels: Levels = Field(
+    levels: Annotated[Levels, Role.TERM] = Field(
         LEVELS["decoder"],
         description="feature maps of L_feat: decoder, patent, or names; 'a:b' pairs the student's "
         "map a with the teacher's b",
     )
-    level_weights: Literal["mean", "halving"] = Field(
+    level_weights: Annotated[Literal["mean", "halving"], Role.TERM] = Field(
         "mean", description="sum over levels: mean of each, or the original's halving"
     )
-    margin: Literal["bn", "empirical"] = Field(
+    margin: Annotated[Literal["bn", "empirical"], Role.TERM] = Field(
         "bn", description="margin from the BatchNorm, or the mean negative response"
     )
 
-    @model_validator(mode="after")
-    def _connectors_meet_the_student(self) -> Self:
-        if "feat" in self.losses and self.connector_warmup >= self.epochs:
-            raise ValueError(
-                f"connector_warmup = {self.connector_warmup}: L_feat would never reach the student "
-                f"in {self.epochs} epochs"
-            )
-        return self
-
     @model_validator(mode="before")
     @classmethod
-    def _fill_for_demonstration(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_for_demonstration(cls, values: dict[str, object]) -> dict[str, object]:
         smoke = (values.get("profile") or "smoke") == "smoke"
         phantom = (values.get("dataset") or "phantom") == "phantom"
         given = {name: value for name, value in values.items() if value is not None}
         return (DEMONSTRATION if smoke and phantom else {}) | given
 
-    @model_validator(mode="after")
-    def _views_are_of_one_image(self) -> Self:
-        if self.teacher_views and self.teacher_bn == "batch":
-            raise ValueError(
-                "teacher_views: with teacher_bn = 'batch' the teacher's output depends on the "
-                "other images of the batch, so it cannot be stored; use one of the two"
-            )
-        return self
-
     @property
     def terms(self) -> tuple[str, ...]:
-        """Loss terms that need the teacher, in the order of the registry."""
+        """Names of the loss terms besides L_seg."""
         return tuple(name for name in self.losses if name != "seg")
-
-    def hashed(self) -> dict[str, Any]:
-        """Options of absent terms do not count, so that all arms share the student alone.
-
-        Images without masks count with their content, by another way.
-        """
-        own = {name for term in loss_terms().values() for name in term.options}
-        used = {name for term in self.losses for name in loss_terms()[term].options}
-        idle = own - used | {"unlabelled"}
-        if not self.terms:
-            idle |= {n for n in TeacherConfig.model_fields if n.startswith("teacher")}
-            idle |= {"teacher_bn", "encoder_weights"}
-        return {n: v for n, v in super().hashed().items() if n not in idle}
-
-
-ARMS: dict[str, dict[str, Any]] = {
-    "alone": {"losses": ""},
-    "alone_long": {"losses": ""},  # more epochs: `long_factor`
-    "stem2": {"losses": "", "stem": 2},
-    "feat": {"losses": "feat"},
-    "edge": {"losses": "edge"},
-    "method": {"losses": "feat, edge"},
-    "shuffled": {"losses": "feat, edge_shuffled"},
-}
-"""Arms of the ablation and what each sets; the name of any loss term is an arm of that term."""
-
-
-def arm_options(name: str) -> dict[str, Any]:
-    """The options of an arm: of `ARMS`, or a loss term of that name."""
-    if name not in ARMS and (name not in loss_terms() or name == "seg"):
-        known = [*ARMS, *(term for term in loss_terms() if term != "seg")]
-        raise ValueError(f"arms names {name!r}: {nearest(name, known)}")
-    return ARMS.get(name, {"losses": name})
 
 
 class AblationConfig(DistillConfig):
     """Every arm and seed, scored on the same cases (stage `ablation`)."""
 
     stage = "ablation"
-    losses: Losses = Field(
+    losses: Annotated[Losses, Role.OWN] = Field(
         "",  # type: ignore[arg-type]
         description="weights that replace the defaults, such as 'feat=1, kd=3'",
     )
     arms: Names = Field(
         ("alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist"),
         min_length=1,
-        description="arms, comma-separated: alone, feat, edge, method, shuffled, or any loss term",
-    )
-    long_factor: int = Field(
-        3, ge=2, description="epochs of the arm alone_long, as a multiple of epochs"
+        description="arms, comma-separated: alone, feat, edge, method, shuffled, or any loss term; "
+        "'alone*2' trains twice as many epochs",
     )
     seeds: Seeds = Field((0,), description="3 is the seeds 0, 1, 2; '7' is seed 7; '0, 7' is both")
 
     @model_validator(mode="before")
     @classmethod
-    def _arms_decide(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _arms_decide(cls, values: dict[str, object]) -> dict[str, object]:
         if values.get("seed") is not None:
             raise ValueError("seed: an ablation has the option seeds instead")
         return values
-
-    @model_validator(mode="after")
-    def _known_arms(self) -> Self:
-        for arm in self.arms:
-            arm_options(arm)
-        return self
-
-    def arm(self, name: str, seed: int) -> DistillConfig:
-        """The configuration of one arm with one seed."""
-        own = {n: getattr(self, n) for n in DistillConfig.model_fields} | arm_options(name)
-        if name == "alone_long":
-            own["epochs"] *= self.long_factor
-        weights = {n: self.losses.get(n) for n in _names(own["losses"])}
-        return DistillConfig(**own | {"losses": weights, "seed": seed})

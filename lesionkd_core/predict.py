@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,16 +25,18 @@ from . import results
 from .config import DistillConfig, LesionKDError, TeacherConfig
 from .data.batches import normalize
 from .data.images import (
+    IMAGE_SUFFIXES,
+    VOLUME_SUFFIXES,
+    Case,
     UnreadableFile,
     count_pages,
     is_volume,
     noted_image,
     read_image,
-    sources_in,
     stem_of,
     suffix_of,
 )
-from .data.layouts import unread, window_of
+from .data.layouts import images_beside_masks, sources_below, unread, window_of
 from .data.pixels import prepare_image, restore, unseen
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
@@ -49,6 +52,12 @@ Notes = list[tuple[str, str]]
 """(noted or shows little, text)."""
 BATCH = 16
 """Slices of a volume in memory at a time."""
+FORMATS = (
+    ".png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .nrrd, .mha, .mhd, .dcm, or folders of DICOM "
+    "series"
+)
+WRITTEN = r"(_page\d+|_z\d+|_overlay)+$"
+"""What is added to the name of an image for the files that belong to it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def build(cfg: TeacherConfig, lesion_fraction: float | None = None) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(getattr(cfg, cfg.seed_field))
         if isinstance(cfg, DistillConfig):
-            network = build_network(cfg.student, width=cfg.width, stem=cfg.stem)
+            network = build_network(cfg.student, width=cfg.width)
         else:
             network = build_network(cfg.teacher)
     if lesion_fraction:
@@ -268,14 +277,18 @@ def predict_folder(
 ) -> list[str]:
     """Write a mask for every image and volume of a folder, at its own size (step S7).
 
-    Pictures give `NAME.png`, the pages of a TIFF stack `NAME_page000.png` and so on. Volumes give
-    `NAME.nii.gz` in the space of the scan. `report.csv` lists what was not read, pictures that
+    Sub-folders are segmented too, into sub-folders of `out`. Pictures give `NAME.png`, the pages of
+    a TIFF stack `NAME_page000.png` and so on. Volumes give `NAME.nii.gz` in the space of the scan;
+    a folder that holds one DICOM series is one volume. A name keeps its suffix (`NAME.jpg.png`) if
+    files would overwrite each other otherwise. `report.csv` lists what was not read, pictures that
     show little, and notes: pages, contrast. `areas.csv` has one row for each picture, page
     or slice: lesion_px, lesion_fraction of the image, lesion_mm2 (of volumes, and with
     `pixel_mm`), components (8-connected) and centre_probability, at the lesion's centre of mass.
 
     Parameters
     ----------
+    images : Path
+        A folder, or one picture or volume.
     threshold : float, optional
         In 0..1: masks are 0 and 255 (volumes: 0 and 1). Otherwise they are probability x 255
         (volumes: probability, float32).
@@ -291,39 +304,31 @@ def predict_folder(
     list of str
         One line for each file that could not be read; the others are written.
     """
-    from .data.volumes import is_dicom
-
     if threshold is not None and not 0 <= threshold <= 1:
         raise LesionKDError(f"threshold = {threshold}: expected a probability from 0 to 1")
-    if not images.is_dir():
-        what = "is a file" if images.exists() else "does not exist"
-        raise LesionKDError(f"{images} {what}; give a folder of images")
-    paths = [path for path in sources_in(images) if not path.is_dir() or is_dicom(path)]
-    unreadable = [(case.image.name, case.problem) for case in unread([images])]
-    if not paths:
-        raise LesionKDError(
-            f"{images} has no images (.png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .nrrd, .mha, "
-            ".mhd, .dcm, or folders of DICOM series)"
-            + "".join(f"\n{problem}" for _, problem in unreadable[:5])
-        )
+    paths, others = _to_segment(images, out)
+    above = images if images.is_dir() and paths != [images] else images.parent
+    unreadable = [(_below(above, case.image), case.problem) for case in others]
     results.make_folder(out)
-    stems = Counter(map(stem_of, paths))
     write = _Writer(student, out, threshold, overlays, pixel_mm)
     notes: list[tuple[str, str, str]] = []
     areas: list[dict[str, Any]] = []
+    names = _names(paths)
     for done, path in enumerate(paths, start=1):
-        name = stem_of(path) if stems[stem_of(path)] == 1 else path.name
+        file = _below(above, path)
+        name = str(Path(file).with_name(names[path]))
+        results.make_folder((out / name).parent)
         try:
             found, rows = (write.volume if is_volume(path) else write.picture)(path, name)
-            notes += [(path.name, *note) for note in found]
-            areas += [{"file": path.name} | row for row in rows]
+            notes += [(file, *note) for note in found]
+            areas += [{"file": file} | row for row in rows]
         except UnreadableFile as error:
-            unreadable.append((path.name, str(error)))
+            unreadable.append((file, str(error)))
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             unreadable.append(
-                (path.name, f"{path.name}: no room for the suffixes of its mask; shorten the name")
+                (file, f"{path.name}: no room for the suffixes of its mask; shorten the name")
             )
         progress(done, len(paths))
     columns = ["file", "action", "reason"]
@@ -331,6 +336,54 @@ def predict_folder(
     results.write_table(out / "report.csv", pd.DataFrame(said, columns=columns))
     results.write_table(out / "areas.csv", pd.DataFrame(areas, columns=AREAS))
     return [problem for _, problem in unreadable]
+
+
+def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
+    """Pictures, volume files and DICOM series, and a case with a problem for what is not read."""
+    if images.is_file():
+        if suffix_of(images) not in IMAGE_SUFFIXES | VOLUME_SUFFIXES:
+            raise LesionKDError(f"{images} is no image of a format that is read: {FORMATS}")
+        return [images], []
+    if not images.is_dir():
+        raise LesionKDError(f"{images} does not exist; give a folder of images, or one image")
+    if beside := images_beside_masks(images):
+        raise LesionKDError(
+            f"{images} holds images and their masks in folders of their own; give {beside}"
+        )
+    paths, folders = sources_below(images, leave_out=out.resolve())
+    others = unread(folders)
+    if not paths:
+        problems = "".join(f"\n{case.problem}" for case in others[:5])
+        raise LesionKDError(f"{images} has no images ({FORMATS}){problems}")
+    return paths, others
+
+
+def _below(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _names(paths: list[Path]) -> dict[Path, str]:
+    """Names of the masks, without suffix: no file that is written has the name of another.
+
+    a.png beside a.jpg, or lesion_overlay.png beside lesion.png, keep their suffix in the name.
+    """
+
+    def place(path: Path, name: str) -> tuple[Path, str]:
+        return path.parent, re.sub(WRITTEN, "", name).casefold()
+
+    stems = Counter((path.parent, stem_of(path).casefold()) for path in paths)
+    plain_first = sorted(paths, key=lambda path: bool(re.search(WRITTEN, stem_of(path))))
+    names: dict[Path, str] = {}
+    taken: set[tuple[Path, str]] = set()
+    for path in plain_first:
+        name = stem_of(path)
+        if stems[path.parent, name.casefold()] > 1 or place(path, name) in taken:
+            name = path.name
+        while place(path, name) in taken:
+            name += "_"
+        taken.add(place(path, name))
+        names[path] = name
+    return names
 
 
 @dataclass(frozen=True)

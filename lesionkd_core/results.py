@@ -20,14 +20,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from .config import ConfigError, LesionKDError, StageConfig, nearest
+from .config import ConfigError, LesionKDError, Role, StageConfig, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +49,9 @@ TEXT = (
 ).split()
 """Columns of tables that are text, whatever their values look like."""
 
+LARGE = 100_000_000
+"""A result of so many bytes says how much of the disk it takes."""
+
 log = logging.getLogger("lesionkd")
 
 
@@ -55,6 +61,10 @@ class UnfinishedRun(LesionKDError):
 
 class DamagedResult(LesionKDError):
     """A file of a finished result has changed since it was written."""
+
+
+class OtherOptions(LesionKDError):
+    """A result was made with other options than the configuration that comes with it."""
 
 
 # Folders ------------------------------------------------------------------------------------------
@@ -99,10 +109,35 @@ def is_done(path: Path) -> bool:
     return (path / "DONE").is_file()
 
 
-def folder(cfg: StageConfig, upstream: str) -> Path:
-    """The folder of the result of `cfg`; the full digest is compared, not the name's letters."""
+@dataclass(frozen=True)
+class Wanted(Generic[C]):
+    """A result to find or make.
+
+    Attributes
+    ----------
+    cfg
+        Its options.
+    upstream : str
+        Digest of what it is made from.
+    unused : set of str
+        Options that this result does not depend on.
+    """
+
+    cfg: C
+    upstream: str
+    unused: frozenset[str] = frozenset()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 that identifies the result."""
+        return self.cfg.digest(self.upstream, self.unused)
+
+
+def folder(wanted: Wanted[C]) -> Path:
+    """The folder of a result; the full digest is compared, not the name's letters."""
+    cfg, digest = wanted.cfg, wanted.digest
     dataset = re.sub(r"[^A-Za-z0-9._-]+", "_", getattr(cfg, "dataset_name", "")) or "data"
-    digest, stage = cfg.digest(upstream), runs_root() / cfg.stage
+    stage = runs_root() / cfg.stage
     for length in (8, 16, 64):
         same_hash = sorted(stage.glob(f"*-{digest[:length]}"))  # perhaps of another profile
         for path in same_hash:
@@ -115,9 +150,16 @@ def folder(cfg: StageConfig, upstream: str) -> Path:
     raise AssertionError("two results have one SHA-256")
 
 
+def with_digest(stage: str, digest: str) -> Path | None:
+    """The folder of a finished result by its full digest; None if there is none."""
+    for path in sorted((runs_root() / stage).glob(f"*-{digest[:8]}*")):
+        if is_done(path) and read_json(path / "config.json").get("digest") == digest:
+            return path
+    return None
+
+
 def find_or_make(
-    cfgs: Sequence[C],
-    upstreams: Sequence[str],
+    wanted: Sequence[Wanted[C]],
     make: Callable[[dict[Path, C]], None],
     kind: Callable[[Path], R],
     *,
@@ -131,8 +173,8 @@ def find_or_make(
 
     Parameters
     ----------
-    cfgs, upstreams
-        Configurations, and for each the digest of what the result is made from.
+    wanted
+        Configurations, each with the digest of what its result is made from.
     make : function of {folder: configuration}
         Fills the folders of the missing results.
     kind : function of a folder
@@ -142,23 +184,25 @@ def find_or_make(
     leader, wait
         With several processes on one training: whether this one writes, and a barrier.
     """
-    paths = [folder(cfg, upstream) for cfg, upstream in zip(cfgs, upstreams)]
+    paths = [folder(one) for one in wanted]
     with ExitStack() as locks:
         if leader and not all(map(is_done, paths)):
             for path in sorted(set(paths)):  # one order, so no deadlock
                 locks.enter_context(lock(path))
         wait()  # from here on no other job can finish one of them
-        missing = {path: i for i, path in enumerate(paths) if not is_done(path)}
+        missing = {path: one for path, one in zip(paths, wanted) if not is_done(path)}
         if missing:
             if leader:
-                for path, i in missing.items():
-                    _begin(path, cfgs[i], upstreams[i], resume)
+                for path, one in missing.items():
+                    _begin(path, one, resume)
             wait()
-            make({path: cfgs[i] for path, i in missing.items()})
+            make({path: one.cfg for path, one in missing.items()})
             wait()
             if leader:
                 for path in missing:
                     write_json(path / "DONE", checksums(path))
+                    if (size := size_of(path)) > LARGE:
+                        log.info(f"{short(path)} takes {in_words(size)} on the disk")
             wait()
     return [kind(path) for path in paths]
 
@@ -183,12 +227,13 @@ def lock(path: Path) -> Iterator[None]:
         guard.release()
 
 
-def _begin(path: Path, cfg: StageConfig, upstream: str, resume: bool) -> None:
+def _begin(path: Path, wanted: Wanted[C], resume: bool) -> None:
     if path.exists() and not resume:
         shutil.rmtree(path)
     make_folder(path)
-    identity = {"stage": cfg.stage, "version": cfg.version, "upstream": upstream}
-    identity["digest"] = cfg.digest(upstream)
+    cfg = wanted.cfg
+    identity = {"stage": cfg.stage, "version": cfg.version, "upstream": wanted.upstream}
+    identity["digest"] = wanted.digest
     env = path / "env.json"
     before = [read_json(env)] if env.exists() else []
     write_json(path / "config.json", identity | cfg.model_dump(mode="json"))
@@ -271,6 +316,13 @@ def checked(path: Path) -> Path:
         ) from None
     _checked[path] = state
     return path
+
+
+def changed_files(path: Path) -> list[str]:
+    """Files of a finished result that were changed or removed since."""
+    now = checksums(path)
+    wanted = json.loads((path / "DONE").read_text(encoding="utf-8"))
+    return [name for name, checksum in wanted.items() if now.get(name) != checksum]
 
 
 def make_folder(path: Path) -> None:
@@ -454,6 +506,31 @@ class Result:
         return f"{type(self).__name__}({short(self.path)})"
 
 
+def require_options(result: Result, cfg: StageConfig) -> None:
+    """Refuse a result that was made with other options than `cfg`, which comes with it.
+
+    Raises
+    ------
+    OtherOptions
+        Names each option that differs, with both values.
+    """
+    made = result.config
+    if made.get("digest") == Wanted(cfg, made.get("upstream", "")).digest:
+        return
+    given = cfg.model_dump(mode="json", exclude=set(cfg.options(Role.RUN)))
+    apart = {n: (made[n], value) for n, value in given.items() if made.get(n, value) != value}
+    lines = [f"{name} = {ours!r}, not {theirs!r}" for name, (ours, theirs) in apart.items()]
+    if made.get("version") != cfg.version:
+        lines.append(f"version {made.get('version')} of this suite's results, not {cfg.version}")
+    if not lines:
+        files = [f"{n} = {given[n]!r}" for n in sorted(cfg.options(Role.FILE)) if given[n]]
+        lines = [f"another content of {', '.join(files) or 'its files'}"]
+    raise OtherOptions(
+        f"{short(result.path)} was made with {'; '.join(lines)} as the configuration says. Give "
+        "the configuration of this result, or make the result with this configuration."
+    )
+
+
 def finished(stage: str = "") -> list[Path]:
     """Folders of the finished runs of a stage, or of all stages."""
     if stage and stage not in STAGES:
@@ -469,20 +546,21 @@ def collect(stage: str = "", split: str = "test") -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = []
-    for path in finished(stage):
-        summary = _summary(path)
-        means = {
-            name: cell["mean"]
-            for name, cell in (summary.get(split) or {}).items()
-            if isinstance(cell, dict)
-        }
-        counts = {n: v for n, v in (summary.get(split) or {}).items() if isinstance(v, int)}
-        facts = {n: summary[n] for n in ("parameters", "seconds") if n in summary}
-        when = datetime.fromtimestamp((path / "DONE").stat().st_mtime)
-        about = {"run": short(path), "finished": f"{when:%Y-%m-%d %H:%M}"}
-        rows.append(about | _options(read_json(path / "config.json")) | means | counts | facts)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([row_of(path, split) for path in finished(stage)])
+
+
+def row_of(path: Path, split: str = "test") -> dict[str, Any]:
+    """A finished run as one row of a table: where it is, its options and its mean scores."""
+    summary = _summary(path)
+    made = datetime.fromtimestamp((path / "DONE").stat().st_mtime)
+    row: dict[str, Any] = {"run": short(path), "finished": f"{made:%Y-%m-%d %H:%M}"}
+    row |= _options(read_json(path / "config.json"))
+    for name, score in (summary.get(split) or {}).items():
+        if isinstance(score, dict):
+            row[name] = score["mean"]
+        elif isinstance(score, int):
+            row[name] = score
+    return row | {name: summary[name] for name in ("parameters", "seconds") if name in summary}
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -500,6 +578,19 @@ def _options(made: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def in_words(size: int) -> str:
+    """374012345 -> '374 MB'."""
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+
+
 def with_interval(score: Mapping[str, Any], digits: int = 3) -> str:
     """'0.944 [0.931, 0.956]'; without an interval where a single group cannot give one.
 
@@ -514,21 +605,18 @@ def with_interval(score: Mapping[str, Any], digits: int = 3) -> str:
 
 def report(path: Path) -> str:
     """A run in a few lines: where it was made, options, scores, whether its files are intact."""
-    from . import config
-
     made, env = read_json(path / "config.json"), read_json(path / "env.json")
-    kinds = {c.stage: c for c in vars(config).values() if hasattr(c, "stage") and c.__doc__}
-    usual = kinds[made["stage"]](profile=made["profile"]).model_dump(mode="json")
-    changed = {n: v for n, v in made.items() if n in usual and v != usual[n]}
-    options = ", ".join(f"{n} = {v!r}" for n, v in _options(changed).items())
     lines = [
         short(path),
         f"made on {env['device']}, {env['threads']} threads, torch {env['packages']['torch']}, "
         f"commit {env['commit'] or 'unknown'}",
-        f"options that differ from the {made['profile']} profile: {options or 'none'}",
+        _options_line(made),
     ]
     if not is_done(path):
         return "\n".join([*lines, "unfinished; the same options resume it"])
+    version, current = version_of(path)
+    if version != current:
+        lines.append(f"of version {version} of results, not {current}: only its name finds it")
     for split, scores in _summary(path).items():
         if split not in ("val", "test") or not scores:
             continue
@@ -540,26 +628,48 @@ def report(path: Path) -> str:
         missed = f"{scores['missed']} of {scores['lesions']} lesions missed"
         lines.append(f"{split}, {scores['cases']} cases: {', '.join(shown)}; {missed}")
     files = [checked(f) for f in path.iterdir() if f.is_file() and f.name not in CHANGING]
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return "\n".join([*lines, f"{len(files)} files, {size / 2**20:.1f} MiB, all intact"])
+    return "\n".join([*lines, f"{len(files)} files, {in_words(size_of(path))}, all intact"])
+
+
+IDENTITY = ("stage", "version", "upstream", "digest")
+"""What config.json holds besides the options."""
+
+
+def _options_line(made: dict[str, Any]) -> str:
+    """The options that differ from the profile's; all of a stage that is defined elsewhere."""
+    options = {name: value for name, value in made.items() if name not in IDENTITY}
+    kind, label = _kinds(StageConfig).get(made["stage"]), "options"
+    if kind is not None:
+        usual = kind(profile=made["profile"]).model_dump(mode="json")
+        options = {n: v for n, v in options.items() if n in usual and v != usual[n]}
+        label = f"options that differ from the {made['profile']} profile"
+    plain = ", ".join(f"{name} = {value!r}" for name, value in _options(options).items())
+    return f"{label}: {plain or 'none'}"
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    """The version of results that a run was made by, and the current one of its stage."""
+    made = read_json(path / "config.json")
+    kind = _kinds(StageConfig).get(made["stage"], StageConfig)
+    return made.get("version", 0), kind.version
+
+
+def _kinds(kind: type[StageConfig]) -> dict[str, type[StageConfig]]:
+    """The configuration class of every stage, of those that are imported."""
+    kinds = {kind.stage: kind} if "stage" in vars(kind) else {}
+    for further in kind.__subclasses__():
+        kinds |= _kinds(further)
+    return kinds
 
 
 # Progress -----------------------------------------------------------------------------------------
 
 
-class _PlainLines(logging.StreamHandler):  # type: ignore[type-arg]
+class _PlainLines(logging.Handler):
     """Writes messages to what is standard output at that time, which notebooks replace."""
 
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
-
-    @property
-    def stream(self) -> Any:
-        return sys.stdout
-
-    @stream.setter
-    def stream(self, _: Any) -> None:
-        pass
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
 
 
 def leads() -> bool:
@@ -574,40 +684,87 @@ if not log.handlers and leads():
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """A bar in JupyterLab and in a terminal; one line for each step elsewhere."""
+    """A bar in JupyterLab and in a terminal, lines of text elsewhere, with the time left.
 
-    def __init__(self, name: str, total: int, done: int = 0) -> None:
-        self.name, self.total, self.done = name, total, done
-        bar = live_bar()
-        how: dict[str, Any] = {"total": total, "initial": done, "desc": name, "file": sys.stdout}
-        self.bar = bar(**how) if bar else None
-        if done and not bar:
-            log.info(f"{name}: resumes after {done} of {total}")
+    Parameters
+    ----------
+    name, unit : str
+        What is done and what is counted: 'teacher' and 'epoch' give 'teacher, epoch 3/10'.
+    total, done : int
+        Number of steps (0: `at` says it), and how many an earlier process has done.
+    lines : int, optional
+        At most so many lines of text; by default one for each step.
+    """
 
-    def step(self, text: str) -> None:
-        """One more step is done."""
-        self.done += 1
+    def __init__(
+        self, name: str, unit: str, total: int, done: int = 0, *, lines: int | None = None
+    ) -> None:
+        self.name, self.unit, self.total, self.done = name, unit, total, done
+        self.lines = total if lines is None else lines
+        self.first, self.started = done, time.monotonic()
+        self.bar: Bar | None = None
+        if kind := live_bar():
+            how = {"desc": name, "unit": f" {unit}", "file": sys.stdout, "dynamic_ncols": True}
+            self.bar = kind(total=total or None, initial=done, **how)
+        elif done:
+            log.info(f"{name}: resumes after {unit} {done} of {total}")
+
+    def step(self, text: str = "", count: int = 1) -> None:
+        """Some more steps are done."""
+        before, self.done = self.done, self.done + count
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        else:
-            log.info(f"{self.name} {self.done}/{self.total}: {text}")
+            self.bar.update(count)
+        elif self.done * self.lines // self.total > before * self.lines // self.total:
+            said = ", ".join(part for part in (text, self.time_left()) if part)
+            place = f"{self.name}, {self.unit} {self.done}/{self.total}"
+            log.info(f"{place}: {said}" if said else place)
+
+    def at(self, done: int, total: int) -> None:
+        """So many of all steps are done, for a caller that learns their number on the way."""
+        self.total = total
+        if self.bar is not None:
+            self.bar.total = total
+        self.step(count=done - self.done)
+
+    def time_left(self) -> str:
+        """'2 min left', as if the next steps take as long as the last; '' after the last one."""
+        pace = (time.monotonic() - self.started) / max(self.done - self.first, 1)
+        seconds = round(pace * (self.total - self.done))
+        if seconds < 1:
+            return ""
+        return f"{seconds} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-def live_bar() -> Any:
+class Bar(Protocol):
+    """What is used of tqdm."""
+
+    total: int
+
+    def update(self, n: int) -> object:
+        """So many more steps are done."""
+
+    def set_postfix_str(self, s: str, refresh: bool) -> None:
+        """The text at the end."""
+
+    def close(self) -> None:
+        """Draw it a last time."""
+
+
+def live_bar() -> Callable[..., Bar] | None:
     """tqdm's bar for JupyterLab or a terminal; None under papermill, nbval and in a log file."""
+    kind: Callable[..., Bar] | None = None
     if "ipykernel" in sys.modules:
         if "JPY_SESSION_NAME" in os.environ:
-            from tqdm.notebook import tqdm
+            from tqdm.notebook import tqdm_notebook
 
-            return tqdm
-        return None
-    if sys.stdout.isatty() and leads():
+            kind = tqdm_notebook
+    elif sys.stdout.isatty() and leads():
         from tqdm import tqdm
 
-        return tqdm
-    return None
+        kind = tqdm
+    return kind

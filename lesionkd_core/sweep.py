@@ -8,30 +8,37 @@ import json
 import logging
 import os
 import re
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lesionkd_core as lkd
 
-from .config import ConfigError, LesionKDError, PrepareConfig, StageConfig, nearest
+from .config import ConfigError, LesionKDError, MissingExtra, PrepareConfig, StageConfig, nearest
 from .data.layouts import data_root, fingerprint
 from .results import CHECKOUT, Progress, is_done, log, make_folder, runs_root, short, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from distributed import Client
 
+Values = dict[str, object]
+"""Parameters of a run by name, as papermill takes them."""
 KEYS = ("notebook", "parameters", "product", "include")
 MEMORY = 3 * 2**30
 """Memory for one run, bytes."""
 
 
 def find_notebook(name: str) -> Path:
-    """A notebook of the suite by its name, with or without suffix, or any notebook by its path."""
+    """A notebook of the suite by its number or name, or any notebook by its path."""
     if Path(name).suffix == ".ipynb" and Path(name).is_file():
         return Path(name)
-    notebooks = {p.stem: p for p in (CHECKOUT / "notebooks").glob("[0-9]*.ipynb")}
+    notebooks = {p.stem: p for p in (CHECKOUT / "notebooks").glob("[0-9][0-9]_*.ipynb")}
     stem = Path(name).stem
+    if stem.isdecimal():
+        stem = next((known for known in notebooks if int(known[:2]) == int(stem)), stem)
     if stem not in notebooks:
         raise ConfigError(f"no notebook {name!r}: {nearest(stem, notebooks)}")
     return notebooks[stem]
@@ -40,16 +47,25 @@ def find_notebook(name: str) -> Path:
 def configuration(notebook: Path) -> type[StageConfig]:
     """The configuration class that a notebook reads its parameters with."""
     found = re.search(r"lkd\.(\w+Config)\.from_notebook", notebook.read_text(encoding="utf-8"))
-    if not found:
+    if not found or found[1] not in lkd.__all__:
         raise ConfigError(f"{notebook} has no cell with lkd....Config.from_notebook(globals())")
-    stage: type[StageConfig] = getattr(lkd, found[1])
-    return stage
+    kind: type[StageConfig] = getattr(lkd, found[1])
+    return kind
 
 
 def execute(
-    notebook: Path, parameters: dict[str, Any], **options: Any
+    notebook: Path, parameters: Values, folder: str | None = None, shown: bool = False
 ) -> tuple[Path, Path | None, str]:
     """Execute a notebook with papermill.
+
+    Parameters
+    ----------
+    notebook : Path
+    parameters : dict
+    folder : str, optional
+        Where it runs, for paths in the parameters; by default here.
+    shown : bool
+        Print what its cells print.
 
     Returns
     -------
@@ -62,10 +78,19 @@ def execute(
     target = executed(notebook, parameters)
     make_folder(target.parent)
     logging.getLogger("papermill").setLevel(logging.ERROR)  # warns of parameters not in the cell
-    options |= {"kernel_name": "python3", "progress_bar": False}
-    options["extra_arguments"] = ["--log-level=CRITICAL"]
     try:
-        pm.execute_notebook(str(notebook), str(target), parameters, **options)
+        pm.execute_notebook(
+            str(notebook),
+            str(target),
+            parameters,
+            kernel_name="python3",
+            cwd=folder,
+            start_timeout=300,
+            progress_bar=False,
+            log_output=shown,
+            stdout_file=sys.stdout if shown else None,
+            extra_arguments=["--log-level=CRITICAL"],
+        )
     except pm.PapermillExecutionError as error:
         return target, None, f"{error.ename}: {error.evalue}"
     except RuntimeError as error:  # a kernel that died or did not start
@@ -76,7 +101,7 @@ def execute(
     return target, place, ""
 
 
-def executed(notebook: Path, parameters: dict[str, Any]) -> Path:
+def executed(notebook: Path, parameters: Values) -> Path:
     """Where an executed notebook is kept; its name depends on all options and on the data."""
     cfg = configuration(notebook)(**parameters)
     content = json.dumps(cfg.model_dump(mode="json"), sort_keys=True)
@@ -89,10 +114,10 @@ def executed(notebook: Path, parameters: dict[str, Any]) -> Path:
 def named_results(notebook: Path) -> Path | None:
     """The finished results that an executed notebook prints before DONE in its last cell."""
     try:
-        cells = json.loads(notebook.read_bytes())["cells"]
-    except (OSError, ValueError):
+        outputs = json.loads(notebook.read_bytes())["cells"][-1]["outputs"]
+    except (OSError, ValueError, LookupError):
         return None
-    for output in cells[-1].get("outputs", []):
+    for output in outputs:
         lines = "".join(output.get("text", "")).split()
         if "DONE" in lines:
             place = runs_root() / lines[0].removeprefix("runs/")
@@ -100,13 +125,20 @@ def named_results(notebook: Path) -> Path | None:
     return None
 
 
-def read_sweep(file: Path) -> list[dict[str, Any]]:
-    """The parameters of every run of a sweep file, checked; equal runs once.
+def read_sweep(file: Path) -> tuple[str, list[Values]]:
+    """The notebook of a sweep file, and the parameters of every run; equal runs once.
 
     The file has the keys notebook, parameters (of every run), product (lists of values, every
     combination is a run) and include (further runs).
+
+    Raises
+    ------
+    ConfigError
+        Names the run with a wrong parameter, loss term or arm.
     """
     import yaml
+
+    from .pipeline import require_known
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -116,33 +148,42 @@ def read_sweep(file: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{file}: expected the keys {', '.join(KEYS)}")
     for key in content:
         if key not in KEYS:
-            raise ConfigError(f"{file}: unknown key {key!r}; {nearest(key, KEYS)}")
+            raise ConfigError(f"{file}: unknown key {key!r}; {nearest(str(key), KEYS)}")
+    notebook = str(content.get("notebook", "05_ablations"))
+    kind = configuration(find_notebook(notebook))
+    runs: dict[str, Values] = {}
+    for values in _wanted(file, content):
+        try:
+            cfg = kind(**values)
+            require_known(cfg)
+        except ConfigError as error:
+            raise ConfigError(f"{file}, run {values}: {error}") from None
+        runs[cfg.model_dump_json()] = values
+    if not runs:
+        raise ConfigError(f"{file}: no runs; give lists of values under product, or include")
+    return notebook, list(runs.values())
+
+
+def _wanted(file: Path, content: dict[str, Any]) -> Iterator[Values]:
+    """The parameters of every run: the combinations of `product`, then `include`."""
     common, product = content.get("parameters") or {}, content.get("product") or {}
     try:
         lists = [value if isinstance(value, list) else [value] for value in product.values()]
-        grid = [dict(zip(product, values)) for values in itertools.product(*lists)]
-        wanted = grid * bool(product) + (content.get("include") or [])
-        wanted = [{str(n): _number(v) for n, v in (common | own).items()} for own in wanted]
+        combinations = itertools.product(*lists) if product else []
+        own = [dict(zip(product, values)) for values in combinations]
+        for values in own + (content.get("include") or []):
+            yield {str(name): _number(value) for name, value in (common | values).items()}
     except (AttributeError, TypeError):
         raise ConfigError(
             f"{file}: parameters and product must map names to values, include lists such mappings"
         ) from None
-    kind = configuration(find_notebook(content.get("notebook", "05_ablations")))
-    runs: dict[str, dict[str, Any]] = {}
-    for values in wanted:
-        try:
-            runs[kind(**values).model_dump_json()] = values
-        except ConfigError as error:
-            raise ConfigError(f"{file}, run {values}: {error}") from None
-    if not runs:
-        raise ConfigError(f"{file}: no runs; give lists of values under product, or include")
-    return list(runs.values())
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
     """1e-3 as a number; YAML reads it as text."""
-    exponent = isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
-    return float(value) if exponent else value
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
 
 
 def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
@@ -167,21 +208,16 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
         `sweeps/<name of the file>.csv` beside the runs.
     """
     import pandas as pd
-    import yaml
-    from distributed import Client, as_completed
 
-    file, runs = Path(file), read_sweep(Path(file))
-    notebook = yaml.safe_load(file.read_text(encoding="utf-8")).get("notebook", "05_ablations")
-    settings = {"LESIONKD_RUNS": str(runs_root()), "LESIONKD_DATA": str(data_root())}
     try:
-        how = {"address": scheduler, "timeout": 10} if scheduler else _local(len(runs), workers)
-        client = Client(**how)  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise LesionKDError(
-            f"no Dask scheduler answers at {scheduler}: {error}. Start one with 'dask scheduler'"
-        ) from None
+        from distributed import as_completed
+    except ImportError:
+        raise MissingExtra("a sweep", "cluster") from None
+    notebook, runs = read_sweep(file)
+    settings = {"LESIONKD_RUNS": str(runs_root()), "LESIONKD_DATA": str(data_root())}
     rows = []
-    with client, Progress(file.stem, len(runs)) as progress:
+    client = _client(scheduler, len(runs), workers)
+    with client, Progress(file.stem, "run", len(runs)) as progress:
         futures = {
             client.submit(_task, notebook, run, os.getcwd(), settings, pure=False): run
             for run in runs
@@ -191,15 +227,33 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
             try:
                 row = future.result()
             except Exception as error:  # a lost worker, or one without this package
-                row = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+                row = {
+                    "status": "failed",
+                    "notebook": "",
+                    "error": f"{type(error).__name__}: {error}",
+                }
             rows.append({"run": label} | row)
-            progress.step(f"{label}: {row['status']} {row['error']}".rstrip())
+            progress.step(f"{label} {row['status']} {row['error']}".rstrip())
     table = pd.DataFrame(rows)
     write_table(runs_root() / "sweeps" / f"{file.stem}.csv", table)
     return table
 
 
-def _local(runs: int, workers: int) -> dict[str, Any]:
+def _client(scheduler: str, runs: int, workers: int) -> Client:
+    """The client of a running scheduler, or of workers on this machine."""
+    from distributed import Client
+
+    if not scheduler:
+        return Client(**_local(runs, workers))  # type: ignore[no-untyped-call]
+    try:
+        return Client(address=scheduler, timeout=10)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise LesionKDError(
+            f"no Dask scheduler answers at {scheduler}: {error}. Start one with 'dask scheduler'"
+        ) from None
+
+
+def _local(runs: int, workers: int) -> dict[str, object]:
     """Options of a Dask client for this machine; the workers share the cores."""
     import torch
     from dask.system import CPU_COUNT
@@ -210,20 +264,24 @@ def _local(runs: int, workers: int) -> dict[str, Any]:
     threads = str(max(1, CPU_COUNT // count))
     os.environ |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}  # inherited by workers
     log.info(f"{count} runs at a time, {threads} threads each")
-    how: dict[str, Any] = {"n_workers": count, "threads_per_worker": 1, "memory_limit": None}
-    return how | {"host": "127.0.0.1", "dashboard_address": None, "silence_logs": logging.ERROR}
+    return {
+        "n_workers": count,
+        "threads_per_worker": 1,
+        "memory_limit": None,
+        "host": "127.0.0.1",
+        "dashboard_address": None,
+        "silence_logs": logging.ERROR,
+    }
 
 
-def _task(
-    notebook: str, run: dict[str, Any], folder: str, settings: dict[str, str]
-) -> dict[str, Any]:
+def _task(notebook: str, run: Values, folder: str, settings: dict[str, str]) -> dict[str, object]:
     """On a worker: find or execute one notebook; an error is a result."""
     os.environ.update(settings)
     started, source = time.perf_counter(), find_notebook(notebook)
     target = executed(source, run)
     place, error, status = named_results(target), "", "found"
     if place is None:
-        _, place, error = execute(source, run, cwd=folder, start_timeout=300)
+        _, place, error = execute(source, run, folder)
         status = "failed" if error else "made"
     return {
         "status": status,

@@ -35,7 +35,7 @@ def fixed_run(network: nn.Module | None = None, **options) -> TrainedNetwork:
             results.write_checkpoint(path / "checkpoint_best", {"network": network.state_dict()})
             results.write_json(path / "summary.json", {"test": SCORES})
 
-    [run] = results.find_or_make([cfg], ["fixed"], make, results.Result)
+    [run] = results.find_or_make([results.Wanted(cfg, "fixed")], make, results.Result)
     return load_student(run)
 
 

@@ -47,18 +47,14 @@ class Chain:
         return pipeline.fit_edge_graph(self.teacher(), self.prepare(), CFG)
 
     def distill(self):
-        cfgs = [CFG.arm(arm, 0) for arm in ("feat", "method")]
+        cfgs = [pipeline.arm_config(CFG, arm, 0) for arm in ("feat", "method")]
         return pipeline.distill_arms(self.teacher(), self.graph(), self.prepare(), cfgs)
-
-    def views(self):
-        cfg = CFG.arm("method", 0).with_values(teacher_views=2)
-        return pipeline.distill(self.teacher(), self.graph(), self.prepare(), cfg)
 
     def ablation(self):
         return pipeline.ablate(self.prepare(), CFG)
 
 
-STAGES = ("prepare", "teacher", "graph", "distill", "views", "ablation")
+STAGES = ("prepare", "teacher", "graph", "distill", "ablation")
 
 
 class Events:

@@ -18,12 +18,12 @@ from lesionkd_core.data.augment import FULL, Change, augment, draw, matrices
 from lesionkd_core.data.batches import (
     MEAN,
     STD,
-    epoch_batches,
+    TrainingSet,
+    _Drawn,
     epoch_order,
-    labelled_rows,
-    load_batch,
     normalize,
 )
+from lesionkd_core.data.prepare import Unlabelled
 from lesionkd_core.edges import edge_label_batch
 from tests.conftest import ROOT
 
@@ -42,14 +42,13 @@ class Arrays:
 
     @property
     def cases(self) -> pd.DataFrame:
-        return pd.DataFrame({"group": [f"g{i // 2}" for i in range(len(self.images))]})
+        group = [f"g{i // 2}" for i in range(len(self.images))]
+        share, ids = self.masks.mean((1, 2)), map(str, range(len(group)))
+        return pd.DataFrame({"id": ids, "group": group, "lesion_share": share})
 
     def index(self, split: str) -> np.ndarray:
         assert split == "train"
         return np.arange(1, len(self.images))  # the first case is not in the training split
-
-    unlabelled = ""
-    training = property(lambda self: self.index("train"))
 
 
 def ellipses(count: int, size: int, seed: int = 0, smallest: float = 0.15) -> np.ndarray:
@@ -280,9 +279,21 @@ def test_no_case_shares_the_random_numbers_of_the_batch_order():
 # Batches ------------------------------------------------------------------------------------------
 
 
+def loaded(data: Arrays, rows, seed: int = 0, epoch: int = 0, kind: str = "full", device="cpu"):
+    """The images and masks of some cases as batches of an epoch have them."""
+    rows = np.asarray(rows)
+    drawn = _Drawn(rows, np.zeros_like(rows), len(rows))
+    batch = TrainingSet(data, 2, seed, kind)._load(drawn, epoch, device, 0, 1)
+    return batch.images, batch.masks
+
+
+def epoch_batches(data, size, seed, epoch, kind, rank=0, ranks=1, **options):
+    return TrainingSet(data, size, seed, kind, **options).epoch(epoch, "cpu", rank, ranks)
+
+
 def test_without_augmentation_images_are_only_standardized():
     data, rows = arrays(), np.array([3, 1, 12])
-    _, images, masks = load_batch(data, rows, 0, 0, "none", "cpu")
+    images, masks = loaded(data, rows, kind="none")
     assert torch.equal(images, normalize(data.images[rows]))
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(masks[:, 0], data.masks[rows]) and masks.dtype == torch.float32
@@ -294,17 +305,17 @@ def test_without_augmentation_images_are_only_standardized():
 @given(seeds, st.sampled_from(KINDS), sizes, st.sets(st.integers(0, 12), min_size=1))
 def test_a_case_is_the_same_in_any_batch_to_the_bit(seed, kind, size, rows):
     data, rows = arrays(13, size), list(rows)
-    _, images, masks = load_batch(data, np.arange(13), seed, 4, kind, "cpu")
-    _, some_images, some_masks = load_batch(data, np.array(rows), seed, 4, kind, "cpu")
+    images, masks = loaded(data, np.arange(13), seed, 4, kind)
+    some_images, some_masks = loaded(data, rows, seed, 4, kind)
     assert torch.equal(some_images, images[rows]) and torch.equal(some_masks, masks[rows])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_case_is_the_same_on_a_gpu():
     data = arrays(13, 64)
-    here, there = (load_batch(data, np.arange(13), 1, 2, "full", d) for d in ("cpu", "cuda"))
-    assert (here[1] - there[1].cpu()).abs().max() < 1e-3
-    assert (here[2] != there[2].cpu()).float().mean() < 1e-3
+    here, there = (loaded(data, np.arange(13), 1, 2, "full", d) for d in ("cpu", "cuda"))
+    assert (here[0] - there[0].cpu()).abs().max() < 1e-3
+    assert (here[1] != there[1].cpu()).float().mean() < 1e-3
 
 
 def test_an_epochs_order_has_every_case_once_and_no_batch_of_one():
@@ -317,7 +328,7 @@ def test_an_epochs_order_has_every_case_once_and_no_batch_of_one():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_has_every_case_once_whatever_the_batch_size(kind):
     data = arrays(14)
-    _, images, masks = load_batch(data, np.arange(14), 2, 3, kind, "cpu")
+    images, masks = loaded(data, np.arange(14), 2, 3, kind)
     for size in (3, 5, 13):
         order, batches = epoch_order(13, size, 2, 3), epoch_batches(data, size, 2, 3, kind)
         for positions, batch in zip(order, batches, strict=True):
@@ -330,49 +341,59 @@ def test_an_epoch_has_every_case_once_whatever_the_batch_size(kind):
 def test_processes_share_every_batch_and_together_see_all_of_it():
     data = arrays(14)
     whole = list(epoch_batches(data, 6, 2, 3, "full"))
-    parts = [list(epoch_batches(data, 6, 2, 3, "full", "cpu", rank, 2)) for rank in (0, 1)]
+    parts = [list(epoch_batches(data, 6, 2, 3, "full", rank, 2)) for rank in (0, 1)]
     for batch, *of_rank in zip(whole, *parts, strict=True):
         assert [len(part.rows) for part in of_rank] == [3, 3]
         for rank, part in enumerate(of_rank):
             assert torch.equal(part.images, batch.images[rank::2])
 
 
-def test_with_views_an_image_has_so_many_augmentations_whatever_the_seed():
-    data, seen = arrays(14), {}
-    for seed in (1, 2):
-        for epoch in range(4):
-            for batch in epoch_batches(data, 13, seed, epoch, "full", views=2):
-                seen[seed, epoch] = batch.images[np.argsort(batch.rows)]
-    for epoch in range(4):
-        assert torch.equal(seen[1, epoch], seen[2, epoch])
-        assert torch.equal(seen[1, epoch], seen[1, epoch % 2])
-    assert not torch.equal(seen[1, 0], seen[1, 1])
-    orders = [[list(b.rows) for b in epoch_batches(data, 4, s, 0, "full", views=2)] for s in (1, 2)]
-    assert orders[0] != orders[1]
-
-
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 1.0])
-def test_labelled_cases_are_whole_groups_and_reach_the_fraction(fraction):
-    data = arrays(41)
-    rows = labelled_rows(data, fraction)
+def test_labelled_cases_are_whole_groups_reach_the_fraction_and_follow_the_seed(fraction):
+    data, chosen = arrays(41), set()
     train, groups = data.index("train"), data.cases["group"].to_numpy()
-    assert fraction * len(train) <= len(rows) < fraction * len(train) + 2
-    assert np.array_equal(rows, train[np.isin(groups[train], groups[rows])])
+    for seed in range(4):
+        one = TrainingSet(data, 5, 0, "none", fraction, seed)
+        rows = one.labelled
+        assert fraction * len(train) <= len(rows) < fraction * len(train) + 2
+        assert np.array_equal(rows, train[np.isin(groups[train], groups[rows])])
+        assert one.lesion_fraction == pytest.approx(data.masks[rows].mean())
+        chosen.add(tuple(rows))
+    assert len(chosen) == (1 if fraction == 1 else 4)
 
 
 def test_with_few_labels_every_batch_has_as_many_labelled_images_before_its_own():
     data = arrays(14)
-    labelled = labelled_rows(data, 0.3)
+    labelled = TrainingSet(data, 5, 2, "full", 0.3).labelled
     batches = list(epoch_batches(data, 5, 2, 3, "full", label_fraction=0.3))
     plain = list(epoch_batches(data, 5, 2, 3, "full"))
+    pictures = set()
     for batch, own in zip(batches, plain, strict=True):
         n = len(own.rows)
         assert len(batch.images) == 2 * n and len(batch.masks) == n
         assert np.isin(batch.rows[:n], labelled).all()
         assert np.array_equal(batch.rows[n:], own.rows)
         assert torch.equal(batch.images[n:], own.images)
-        _, images, masks = load_batch(data, batch.rows[:n], 2, 3, "full", "cpu")
-        assert torch.equal(batch.images[:n], images) and torch.equal(batch.masks, masks)
+        pictures |= {image.contiguous().numpy().tobytes() for image in batch.images}
+    assert len(pictures) == 2 * len(data.index("train"))  # no copy equals another
+
+
+def test_images_without_masks_come_last_in_every_epoch_and_are_never_among_the_labelled():
+    data, others = arrays(14), arrays(7, seed=5)
+    unlabelled = Unlabelled(others.images, pd.Series([f"u{i}" for i in range(7)]), "digest")
+    one = TrainingSet(data, 5, 2, "none", unlabelled=unlabelled)
+    seen, count = [], len(data.masks)
+    for batch in one.epoch(3):
+        n = len(batch.masks)
+        assert (batch.rows[:n] < count).all() and (batch.rows[n:] >= 0).all()
+        for row, image in zip(batch.rows[n:], batch.images[n:]):
+            source = others.images[row - count] if row >= count else data.images[row]
+            assert torch.equal(image, normalize(source[None])[0])
+        seen.extend(batch.rows[n:])
+    assert sorted(seen) == sorted(one.rows) and len(one.rows) == 13 + 7
+    assert (
+        one.names(np.array([count, count + 6])) == ["u0", "u6"] and len(one.drawn(3)) == one.steps
+    )
 
 
 def digest(epoch: int) -> str:

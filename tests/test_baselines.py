@@ -21,6 +21,7 @@ from lesionkd_core.losses.baselines import (
     hint_loss,
     kd_loss,
     sobel_loss,
+    sobel_mask_loss,
 )
 from lesionkd_core.models import ResNet34UNet, UNet
 from tests.tiny import step_of
@@ -172,6 +173,19 @@ def test_sobel_is_scipys_gradient_magnitude_of_the_probabilities():
     assert sobel_loss(student, teacher).item() == pytest.approx(expected)
 
 
+def test_sobel_of_the_mask_is_scipys_gradient_magnitude_of_the_mask():
+    student = tensors(1, 1, 6, 7)[0]
+    mask = np.zeros((6, 7))
+    mask[2:4, 1:5] = 1
+    magnitudes = [
+        np.hypot(*(sobel(x, axis, mode="nearest") / 8 for axis in (0, 1)))
+        for x in (expit(student.numpy()[0, 0]), mask)
+    ]
+    expected = np.square(magnitudes[0] - magnitudes[1]).mean()
+    found = sobel_mask_loss(student, torch.from_numpy(mask).view(1, 1, 6, 7))
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_default_temperatures_are_those_of_the_sources():
     student, teacher = tensors(2, 1, 4, 5)
     for loss, temperature in ((kd_loss, 4.0), (cwd_loss, 4.0), (dist_loss, 1.0)):
@@ -277,6 +291,44 @@ LOGIT_TERMS = {
     "boundary_kd": lambda s, t: boundary_kd_loss(s, t, EDGE),
 }
 EDGE = (torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.1).float()
+
+
+def half_labelled():
+    """Four images, two of them with masks; networks that disagree."""
+    student, teacher = tensors(4, 1, 8, 8, dtype=torch.float32)
+    student.requires_grad_()
+    return Step(student, (teacher[:2] > 1).float(), teacher_logits=teacher)
+
+
+@pytest.mark.parametrize("seg_loss", ["bce", "bce_dice"])
+def test_pseudo_labels_are_the_teachers_hard_masks_of_images_without_a_mask(seg_loss):
+    step = half_labelled()
+    pseudo = build_terms(DistillConfig(losses="pseudo", seg_loss=seg_loss), UNet(width=2))["pseudo"]
+    x, labels = (y[2:].detach().double().numpy() for y in (step.logits, step.teacher_logits))
+    labels = expit(labels) > 0.5
+    bce = -np.where(labels, np.log(expit(x)), np.log(expit(-x))).mean()
+    both = (
+        2 * (expit(x) * labels).sum((1, 2, 3)) / (expit(x).sum((1, 2, 3)) + labels.sum((1, 2, 3)))
+    )
+    expected = bce if seg_loss == "bce" else (bce + (1 - both).mean()) / 2
+    loss = pseudo(step)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert step.logits.grad[:2].abs().max() == 0 < step.logits.grad[2:].abs().min()
+
+
+def test_pseudo_labels_of_a_batch_with_all_masks_add_0():
+    step = half_labelled()
+    whole = Step(step.logits[:2], step.masks, teacher_logits=step.teacher_logits[:2])
+    assert build_terms(DistillConfig(losses="pseudo"), UNet(width=2))["pseudo"](whole).item() == 0
+
+
+def test_sobel_of_the_mask_sees_images_with_masks_only_and_no_teacher():
+    step = half_labelled()
+    module = build_terms(DistillConfig(losses="sobel_mask"), UNet(width=2))["sobel_mask"]
+    expected = sobel_mask_loss(step.logits[:2], step.masks)
+    assert not module.needs_teacher
+    assert torch.equal(module(Step(step.logits, step.masks)), expected)
 
 
 @pytest.mark.parametrize("name", LOGIT_TERMS)

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
-from lesionkd_core.config import ConfigError, PrepareConfig, TeacherConfig
+from lesionkd_core.config import ConfigError, LesionKDError, PrepareConfig, TeacherConfig
 from lesionkd_core.data import prepare as module
 from lesionkd_core.data.layouts import DatasetNotFound, own_pairs
 from lesionkd_core.data.prepare import prepare
@@ -71,45 +72,59 @@ def test_every_slice_with_a_class_keeps_its_lesion_whatever_the_scale_factor(tmp
         nib.save(volume, tmp_path / "mine" / name / "a.nii.gz")
     data = prepared(tmp_path / "mine", split="test")
     assert areas(data).tolist() == [80] * 4
-    assert "all but 0 read as lesion" in reason(data, "a_z001")
+    assert data.summary["masks"].endswith("; lesion: all but 0")
 
 
-def test_labels_classes_and_stray_values_of_grey_masks_are_all_lesion(mine):
-    cells = np.zeros(SIZE, np.uint16)
-    for k in range(48):
-        row, column = 8 * (k // 8), 8 * (k % 8)
-        cells[row + 1 : row + 7, column + 1 : column + 7] = k + 1
-    mask(mine, 0, cells)
-    mask(mine, 1, (cells * 5).astype(np.uint8))
-    mask(mine, 2, (127 * lesion(20) + 128 * lesion(10)).astype(np.uint8))
-    stray = lesion(20).astype(np.uint16)
-    stray[40, 50] = 40
-    mask(mine, 3, stray)
-    data = prepared(mine)
-    assert areas(data)[:4].tolist() == [48 * 36, 48 * 36, 400, 401]
-    assert reason(data, "case_000") == "49 values from 0 to 48: all but 0 read as lesion"
-    assert reason(data, "case_002") == "values 0, 127, 255: all but 0 read as lesion"
-
-
-def test_an_ignore_ring_is_refused_until_the_lesion_is_named(mine):
-    ring = np.where(lesion(20), 255, 0).astype(np.uint8)
-    ring[lesion(12, top=8, left=10)] = 1
-    mask(mine, 0, ring)
-    words = reason(prepared(mine, split="test"), "case_000")
-    assert "values 0, 1, 255" in words and "'ignore'" in words and "lesion_values" in words
-    assert areas(prepared(mine, split="test", lesion_values="1"))["case_000"] == 144
-    with pytest.raises(ConfigError, match=r"cannot be left out .* lesion_values"):
-        PrepareConfig(ignore_values="255")
-
-
-def test_lesion_values_choose_classes(mine):
+def test_the_decision_is_printed_and_kept_and_a_mask_that_does_not_fit_is_named(mine, messages):
     for number in range(12):
         classes = lesion(10) + 2 * lesion(8, left=30) + 3 * lesion(6, top=30)
         mask(mine, number, classes.astype(np.uint8))
-    assert areas(prepared(mine)).tolist() == [200] * 12
+    mask(mine, 5, lesion(9))
+    line = "masks: values 0, 1, 2, 3; lesion: all but 0; 1 of 12 do not fit"
+    data = prepared(mine)
+    assert line in messages() and data.summary["masks"] == line
+    assert areas(data).tolist() == [200] * 11
+    assert reason(data, "case_005") == (
+        "case_005.png: values 0, 255: most masks have other values; give lesion_values = 'all but "
+        "0' if 255 is lesion, or convert it to 0 and 255"
+    )
     data = prepared(mine, lesion_values="1, 3")
-    assert areas(data).tolist() == [136] * 12
-    assert reason(data, "case_000") == "values 0, 1, 2, 3: 1, 3 read as lesion (lesion_values)"
+    assert areas(data).tolist() == [136] * 11  # case_005 has no lesion
+    assert data.summary["masks"] == "masks: values 0, 1, 2, 3, 255; lesion: 1, 3 (lesion_values)"
+
+
+def test_the_decision_does_not_depend_on_the_cases_that_are_drawn(mine):
+    mask(mine, 7, lesion(9).astype(np.uint8))
+    lines = {prepared(mine, cases=11, split_seed=seed).summary["masks"] for seed in range(4)}
+    assert lines == {"masks: values 0, 255; lesion: all but 0; 1 of 12 do not fit"}
+
+
+def test_a_value_that_no_mask_has_is_an_error_before_anything_is_dropped(mine, runs):
+    with pytest.raises(LesionKDError, match="values 0, 255; lesion_values names 1, which no mask"):
+        prepared(mine, lesion_values="1")
+    assert not list(runs.rglob("report.csv"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("lesion_values", "red", r"such as '1, 3', '#ff0000', 'all but 0' or 'over 127'"),
+        ("lesion_values", "over 1, 2", "such as"),
+        ("ignore_values", "255", "cannot be left out .* lesion_values"),
+    ],
+)
+def test_an_option_that_names_no_values_is_refused(option, value, words):
+    with pytest.raises(ConfigError, match=words):
+        PrepareConfig(**{option: value})
+
+
+def test_notes_of_a_dropped_case_are_kept(mine):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    save(mine / "images" / "case_004.png", picture(4), exif=exif)
+    mask(mine, 4, lesion(0))
+    expected = "no lesion (normals = drop); turned according to its EXIF orientation"
+    assert reason(prepared(mine), "case_004").startswith(expected)
 
 
 def test_lesions_black_on_white_are_a_warning_with_the_option_that_inverts(mine):
@@ -119,7 +134,24 @@ def test_lesions_black_on_white_are_a_warning_with_the_option_that_inverts(mine)
     assert warning.startswith("the median lesion covers 96% of its image") and "invert" in warning
     data = prepared(mine, invert_masks=True)
     assert areas(data).tolist() == [(6 + n) ** 2 for n in range(12)]
-    assert data.summary["warnings"] == [] and reason(data, "case_003") == "inverted (invert_masks)"
+    assert data.summary["warnings"] == []
+    assert data.summary["masks"] == "masks: values 0, 255; lesion: 0 (invert_masks)"
+
+
+def test_a_few_lesions_black_on_white_are_a_warning_that_names_them(mine):
+    for number in (1, 5):
+        mask(mine, number, ~lesion(6 + number))
+    [warning] = prepared(mine).summary["warnings"]
+    assert warning.startswith("2 masks are lesion along the border and nearly everywhere, those of")
+    assert "case_001.png, case_005.png" in warning and "invert" in warning
+
+
+def test_masks_that_hardly_differ_are_a_warning(mine):
+    for number in range(12):
+        mask(mine, number, lesion(40, left=number // 6))
+    [warning] = prepared(mine).summary["warnings"]
+    assert warning.startswith("the masks of different images hardly differ (correlation")
+    assert "fields of view" in warning
 
 
 def test_a_mask_of_one_stray_pixel_among_large_ones_is_a_warning(mine):
@@ -256,13 +288,6 @@ def test_two_ways_to_pair_are_refused(mine):
         own_pairs(mine)
 
 
-@pytest.mark.parametrize("suffix", [".heic", ".jp2", ".avif"])
-def test_formats_that_are_not_read_are_named_as_such(mine, suffix):
-    (mine / "images" / f"new{suffix}").write_bytes(b"x")
-    found = reason(prepared(mine), f"new{suffix}")
-    assert found == f"new{suffix}: {suffix} files are not read; convert it to PNG or TIFF"
-
-
 def test_a_dicom_file_without_suffix_is_named_as_such(mine):
     dicom(mine / "images" / "IM0001", np.zeros(SIZE, np.int16))
     assert "a DICOM file; give it the suffix .dcm" in reason(prepared(mine), "IM0001")
@@ -280,19 +305,6 @@ def listed(folder, patients):
             name = f"case_{number:03d}.png"
             table.writerow((f"images/{name}", f"masks/{name}", f"P{patient}"))
     return folder / "list.csv"
-
-
-@pytest.mark.parametrize(("patients", "train"), [(3, 1), (4, 2), (5, 3)])
-def test_three_to_five_patients_fill_every_split(mine, patients, train):
-    data = prepared(listed(mine, [n % patients for n in range(12)]))
-    groups = data.cases.groupby("split")["group"].nunique().to_dict()
-    assert groups == {"train": train, "val": 1, "test": 1}
-    assert data.path.name.startswith("mine-")  # a manifest has the name of its folder
-
-
-def test_too_few_patients_are_refused_with_the_options_that_matter(mine):
-    with pytest.raises(SplitError, match=r"2 groups.*\n.*val_fraction.*test_fraction"):
-        prepared(listed(mine, [n % 2 for n in range(12)]))
 
 
 def test_a_split_error_says_what_was_dropped_and_where_the_report_is(mine, runs):

@@ -1,4 +1,4 @@
-"""The command `lesionkd`: notebooks, stages, students, results; errors without a traceback."""
+"""The command `lesionkd`: parameters, refusals, stages, students and results, each to its end."""
 
 import os
 import re
@@ -12,12 +12,17 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from lesionkd_core import __version__, cli, results
+from lesionkd_core import ExportConfig, __version__, cli, results
 from lesionkd_core.cli import main
-from lesionkd_core.config import AblationConfig, DistillConfig, TeacherConfig
+from lesionkd_core.config import (
+    AblationConfig,
+    DistillConfig,
+    PrepareConfig,
+    TeacherConfig,
+)
 from lesionkd_core.data.prepare import prepare
-from lesionkd_core.export import ExportConfig
 from tests.conftest import ROOT, copy_of
+from tests.fixed import fixed_run
 from tests.test_predict import finished
 from tests.tiny import OPTIONS, image_folder, picture, save
 
@@ -41,24 +46,17 @@ def as_words(options):
     ("kind", "words", "expected"),
     [
         (DistillConfig, ["-p", "seed", "3", "-p", "lr", "1e-3"], {"seed": 3, "lr": 0.001}),
-        (DistillConfig, ["-p", "stem", "2", "-p", "margin", "bn"], {"stem": 2, "margin": "bn"}),
-        (TeacherConfig, ["-p", "deterministic", "True"], {"deterministic": True}),
+        (DistillConfig, ["-p", "grid", "2", "-p", "margin", "bn"], {"grid": 2, "margin": "bn"}),
+        (DistillConfig, ["-p", "invert_masks", "True"], {"invert_masks": True}),
         (AblationConfig, ["-p", "seeds", "2"], {"seeds": (0, 1)}),
         (AblationConfig, ["-r", "seeds", "2"], {"seeds": (2,)}),
         (AblationConfig, ["-p", "arms", "alone, kd"], {"arms": ("alone", "kd")}),
         (DistillConfig, ["-p", "dataset", "2024"], {"dataset": "2024"}),
-        (
-            DistillConfig,
-            ["-p", "losses", "feat=2, kd"],
-            {"losses": {"seg": 1, "feat": 2, "kd": 3}},
-        ),
-        (
-            DistillConfig,
-            ["-y", "{seed: 3, losses: kd}"],
-            {"seed": 3, "losses": {"seg": 1, "kd": 3}},
-        ),
+        (DistillConfig, ["-p", "test_dataset", "2024"], {"test_dataset": ("2024",)}),
+        (DistillConfig, ["-p", "losses", "feat=2, kd"], {"losses": {"feat": 2, "kd": None}}),
+        (DistillConfig, ["-y", "{seed: 3, losses: kd}"], {"seed": 3, "losses": {"kd": None}}),
         (DistillConfig, ["-y", "seed: 3", "-p", "seed", "4"], {"seed": 4}),
-        (DistillConfig, ["-f", "FILE"], {"epochs": 7, "width": 8}),
+        (DistillConfig, ["-f", "FILE", "-p", "pixels", "None"], {"epochs": 7, "pixels": 64}),
         (
             ExportConfig,
             ["-p", "sizes", "64", "-p", "threshold", "0.4"],
@@ -74,8 +72,8 @@ def test_parameters_become_values_of_the_options_types(tmp_path, kind, words, ex
 
     @click.command()
     @cli.parameters
-    def probe(given, raw):
-        seen.append(kind(**cli.read(kind, given, raw)))
+    def probe(given):
+        seen.append(given.read(kind))
 
     done = CliRunner().invoke(probe, words)
     assert done.exit_code == 0, done.output
@@ -86,36 +84,58 @@ def test_parameters_become_values_of_the_options_types(tmp_path, kind, words, ex
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["distill", "-p", "sede", "1"],
-            "ConfigError: unknown parameter 'sede': did you mean 'seed'",
-        ),
-        (["distill", "-p", "seed", "one"], "seed = 'one'"),
-        (["distill", "-p", "pixels", "64.5"], "pixels = 64.5"),
-        (["prepare", "-p", "seed", "1"], "unknown parameter 'seed'"),
-        (["prepare", "-y", "{a"], "cannot be read as YAML"),
-        (["prepare", "-f", "/no/such.yaml"], "cannot be read as YAML: .*No such file"),
-        (["prepare", "-p", "dataset", "bussi"], "DatasetNotFound: .*did you mean 'busi'"),
-        (["run", "04_destil"], "did you mean '04_distill'"),
-        (["run", "04_distill", "-p", "sede", "1"], "did you mean 'seed'"),
-        (["list", "distil"], "did you mean 'distill'"),
-        (["show", "nowhere"], "is not the folder or the name of a run"),
+        ("distill -p sede 1", "ConfigError: unknown parameter 'sede': did you mean 'seed'"),
+        ("distill -p seed one", "seed = 'one'.*valid integer"),
+        ("distill -p losses egde", "names the term 'egde': did you mean 'edge'"),
+        ("prepare -p pixels 100", "pixels = 100.*multiple of 32"),
+        ("prepare -p seed 1", "unknown parameter 'seed'"),
+        ("prepare -y {a", "cannot be read as YAML"),
+        ("prepare -y text", "cannot be read as YAML"),
+        ("prepare -f /no/such.yaml", "cannot be read as YAML: .*No such file"),
+        ("prepare -p dataset bussi", "DatasetNotFound: .*did you mean 'busi'"),
+        ("train-teacher -p epochs 3", "did you mean 'teacher_epochs'"),
+        ("train-teacher -p teacher unet46", "no network 'unet46': did you mean 'unet64'"),
+        ("distill -p levels decoder.stride1", "decoder.stride1"),
+        ("ablate -p arms alone,methd", "arms names 'methd': did you mean 'method'"),
+        ("ablate -p arms alone*x", r"arms names 'alone\*x'; after \* give"),
+        ("export -p formats onx", "did you mean 'onnx'"),
+        ("export -p run nowhere", "nowhere is not the folder or the name of a run"),
+        ("run 04_destil", "did you mean '04_distill'"),
+        ("run 9", "no notebook '9': known are: 01_data_prep"),
+        ("run 4 -p sede 1", "did you mean 'seed'"),
+        ("run 04 -p losses egde", "did you mean 'edge'"),
+        ("run 05_ablations -p arms methd", "did you mean 'method'"),
+        ("score nowhere busi", "is not the folder or the name of a run"),
+        ("predict nowhere . --out out", "is not the folder or the name of a run.*Published"),
+        ("download bussi", "did you mean 'busi'"),
+        ("list distil", "did you mean 'distill'"),
+        ("show nowhere", "is not the folder or the name of a run"),
+        ("clean nowhere", "is not the folder or the name of a run"),
+        ("clean .", "is not a result in"),
     ],
-    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
 def test_a_wrong_command_is_refused_before_anything_starts(runs, words, message):
-    code, _, errors = command(*words)
+    code, out, errors = command(*words.split())
     assert code == 1 and re.search(message, errors), errors
-    assert not runs.exists()
+    assert len(errors.splitlines()) <= 2 and out == "" and not runs.exists()
 
 
 def test_help_and_version():
     code, text, _ = command("--help")
-    assert code == 0 and all(name in text for name in ("run", "distill", "predict", "sweep"))
-    code, text, _ = command("run", "04_distill", "--help")
+    assert code == 0 and all(f"\n  {name} " in text for name in main.commands)
+    code, text, _ = command("run", "4", "--help")
     assert code == 0 and "Parameters:" in text and "split_seed = 0" in text
     assert __version__ in command("--version")[1]
     assert command("run")[0] == 2
+
+
+def test_an_interrupted_command_says_how_to_resume(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lesionkd_core.data.prepare.prepare", interrupted)
+    code, _, errors = command("prepare", "-p", "cases", 20)
+    assert code == 130 and "the same command resumes" in errors
 
 
 # Notebooks ----------------------------------------------------------------------------------------
@@ -143,53 +163,69 @@ def test_a_notebook_is_executed_with_parameters_and_kept_beside_its_results(tmp_
     code, out, errors = command("run", path, *words)
     assert code == 0, errors
     data = prepare(DistillConfig(cases=30, pixels=32))
-    assert f"results: {data.path}" in out
+    assert out.endswith(f"\nresults: {data.path}\n")
     assert (tmp_path / "out.txt").read_text() == f"{data.path.resolve()}\n"
     [kept] = (runs / "notebooks").glob("01_small-*.ipynb")
     assert (data.path / "notebook.ipynb").read_bytes() == kept.read_bytes()
 
 
 @pytest.mark.fault
-def test_the_error_of_a_notebook_is_shown_and_the_exit_code_is_1(tmp_path, runs):
-    path = notebook(tmp_path / "01_small.ipynb", *PREPARES)
-    code, out, errors = command("run", path, "-p", "cases", 4, "-p", "pixels", 32)
-    assert code == 1 and "LesionKDError: phantom:" in errors and "usable cases" in errors
-    assert "executed notebook: " in out and "Traceback" not in errors
+@pytest.mark.parametrize(
+    ("cells", "cases", "message"),
+    [
+        (PREPARES, 4, r"LesionKDError: phantom: .*usable cases.*"),
+        (["{}['absent']"], 30, "KeyError: 'absent'"),
+        (["import os\nos._exit(3)"], 30, "DeadKernelError: Kernel died"),
+        (["1"], 30, "LesionKDError: 01_small.ipynb names no results: .*"),
+    ],
+)
+def test_a_failed_notebook_ends_with_its_error_in_one_sentence(
+    tmp_path, runs, cells, cases, message
+):
+    path = notebook(tmp_path / "01_small.ipynb", *cells)
+    words = ["-p", "cases", cases, "-p", "pixels", 32, "--link", tmp_path / "link"]
+    code, out, errors = command("run", path, *words)
+    assert code == 1 and re.fullmatch(message, errors.strip()), errors
+    assert out.splitlines()[-1].startswith("executed notebook: ")
+    assert not (tmp_path / "link").exists()
 
 
 # Stages -------------------------------------------------------------------------------------------
 
 
-def test_stages_find_the_results_of_the_same_options(data, teacher, student):
-    for stage, result in (("prepare", data), ("train-teacher", teacher), ("distill", student)):
-        own = {n: v for n, v in OPTIONS.items() if n in cli.config.PrepareConfig.model_fields}
-        code, out, errors = command(
-            stage, *as_words(own if stage == "prepare" else options_of(stage))
-        )
-        assert code == 0, errors
-        assert out.splitlines()[-2:] == [str(result), f"results: {result.path}"]
-
-
-def options_of(stage):
-    kind = TeacherConfig if stage == "train-teacher" else DistillConfig
+def options_of(kind):
     return {name: value for name, value in OPTIONS.items() if name in kind.model_fields}
 
 
+def test_stages_find_the_results_of_the_same_options(data, teacher, student):
+    for stage, kind, result in (
+        ("prepare", PrepareConfig, data),
+        ("train-teacher", TeacherConfig, teacher),
+        ("distill", DistillConfig, student),
+    ):
+        code, out, errors = command(stage, *as_words(options_of(kind)))
+        assert (code, errors) == (0, "")
+        assert out.splitlines()[-2:] == [str(result), f"results: {result.path}"]
+
+
 def test_ablate_prints_its_results(runs):
-    options = OPTIONS | {"epochs": 1, "arms": "alone", "seeds": 1}
-    code, out, errors = command("ablate", *as_words(options))
-    assert code == 0, errors
+    code, out, errors = command("ablate", *as_words(OPTIONS | {"epochs": 1, "arms": "alone"}))
+    assert (code, errors) == (0, "")
     [path] = runs.glob("ablation/*/DONE")
-    assert f"results: {path.parent}" in out
+    assert out.endswith(f"\nresults: {path.parent}\n")
 
 
-def test_an_interrupted_command_says_how_to_resume(monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lesionkd_core.data.prepare.prepare", interrupted)
-    code, _, errors = command("prepare", "-p", "cases", 20)
-    assert code == 130 and "the same command resumes" in errors
+def test_score_prints_the_dice_on_another_data_set(tmp_path, student, data, runs):
+    copied = copy_of(student.path, runs)
+    copy_of(data.path, runs)
+    folder = image_folder(tmp_path / "theirs", 12)
+    code, out, _ = command("score", copied.name, folder)
+    [path] = runs.glob("external/*/DONE")
+    assert code == 0 and re.fullmatch(
+        rf"theirs: Dice 0\.\d+.*; results: {path.parent}", out.splitlines()[-1]
+    )
+    code, _, errors = command("score", copied.name, tmp_path / "absent")
+    assert code == 1 and "absent" in errors
 
 
 # Students -----------------------------------------------------------------------------------------
@@ -199,8 +235,7 @@ def test_predict_writes_masks_and_lists_what_could_not_be_read(tmp_path, runs):
     folder, run = tmp_path / "images", finished(runs, constant=0.2)
     save(folder / "a.png", picture(0))
     code, out, errors = command("predict", run, folder, "--out", tmp_path / "out")
-    assert (code, errors) == (0, "") and out.splitlines()[-1] == f"masks: {tmp_path / 'out'}"
-    assert out.count("/1 images") == 1
+    assert (code, errors, out) == (0, "", f"masks, image 1/1\nmasks: {tmp_path / 'out'}\n")
     (folder / "b.png").write_text("no image")
     code, _, errors = command("predict", run, folder, "--out", tmp_path / "two", "--threshold", 0.1)
     assert code == 1 and "not read: b.png" in errors
@@ -223,10 +258,11 @@ def test_predict_writes_masks_and_lists_what_could_not_be_read(tmp_path, runs):
     [
         (["images", "--out", "images"], "choose another folder"),
         (["images", "--out", "images/../images"], "choose another folder"),
-        (["absent", "--out", "out"], "give a folder of images"),
+        (["absent", "--out", "out"], "absent"),
         (["images", "--out", "a_file"], "a_file"),
         (["images", "--out", "out", "--threshold", "128"], "128"),
         (["images", "--out", "out", "--threshold", "nan"], "nan"),
+        (["images", "--out", "out", "--device", "tpu"], "device = 'tpu' cannot be used here"),
     ],
 )
 def test_wrong_folders_and_thresholds_are_refused(tmp_path, runs, monkeypatch, words, message):
@@ -239,49 +275,34 @@ def test_wrong_folders_and_thresholds_are_refused(tmp_path, runs, monkeypatch, w
     assert os.listdir(tmp_path / "images") == ["a.png"]
 
 
-def test_score_prints_the_dice_on_another_data_set(tmp_path, student, data, runs):
-    copied = copy_of(student.path, runs)
-    copy_of(data.path, runs)
-    folder = image_folder(tmp_path / "theirs", 12)
-    code, out, errors = command("score", copied.name, folder)
-    assert code == 0, errors
-    assert out.splitlines()[-1].startswith("theirs: Dice ") and "results: " in out
-
-
-def test_list_and_show_report_on_finished_runs(student, runs):
-    assert command("list")[1] == f"no finished run in {runs}\n"
-    path = copy_of(student.path, runs)
-    code, out, _ = command("list")
-    assert code == 0 and path.name in out and f"{student.test_dice:.3f}"[:4] in out
-    assert "no finished run" in command("list", "teacher")[1]
-    code, out, _ = command("show", path.name)
-    assert code == 0 and out == results.report(path) + "\n"
+def test_export_prints_the_folder_of_the_files():
+    options = {"run": fixed_run().path, "formats": "onnx", "sizes": 64}
+    code, out, _ = command("export", *as_words(options))
+    place = results.Path(out.splitlines()[-1].removeprefix("results: "))
+    assert code == 0 and (place / "student.onnx").is_file() and results.is_done(place)
 
 
 def test_download_lists_the_catalogue(tmp_path, monkeypatch):
     monkeypatch.setenv("LESIONKD_DATA", str(tmp_path))
     code, out, _ = command("download", "--list")
-    assert code == 0 and "kvasir-seg" in out and "licence" in out
+    assert code == 0 and re.search(r"kvasir-seg .* no$", out, re.M) and "licence" in out
 
 
-# In a process of its own --------------------------------------------------------------------------
+# Results ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "out", "errors"),
-    [
-        (["show", "STUDENT"], 0, "all intact", ""),
-        (["distill", "-p", "sede", "1"], 1, "", "did you mean 'seed'"),
-    ],
-)
-def test_the_module_is_the_command(student, words, code, out, errors):
-    words = [student.path.name if word == "STUDENT" else word for word in words]
-    done = subprocess.run(
-        [sys.executable, "-m", "lesionkd_core", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == code and out in done.stdout and errors in done.stderr
-    assert "Traceback" not in done.stderr
+def test_list_and_show_report_on_finished_runs(student, runs):
+    assert command("list") == (0, f"no finished run in {runs}\n", "")
+    path = copy_of(student.path, runs)
+    code, out, _ = command("list")
+    row = out.splitlines()[2]
+    assert code == 0 and f"runs/distill/{path.name}" in row and f"{student.test_dice:.3f}" in row
+    assert row.endswith("kB") and out.splitlines()[-1].startswith("1 runs, ")
+    assert "no finished run" in command("list", "teacher")[1]
+    assert command("show", path.name) == (0, results.report(path) + "\n", "")
+
+
+def test_the_module_is_the_command(student):
+    words = [sys.executable, "-m", "lesionkd_core", "show", student.path.name]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0 and done.stdout == results.report(student.path) + "\n"

@@ -233,6 +233,20 @@ def test_monochrome1_masks_are_read_as_shown(tmp_path):
     same(read(case(image, mask), WINDOW), windowed(HU[2:3]), LESION[2:3])
 
 
+@pytest.mark.parametrize(
+    ("ground", "more", "words"),
+    [
+        ((255, 255, 255), {}, "what is the background"),
+        ((0, 0, 0), {"LossyImageCompression": "01"}, "give lesion_values = 'over"),
+    ],
+)
+def test_dicom_masks_in_colour_or_changed_by_compression_are_refused(tmp_path, ground, more, words):
+    pixels = np.where(LESION[0][..., None], (255, 0, 0) if not more else 90, ground)
+    mask = dicom(tmp_path / "b.dcm", pixels.astype(np.uint8), **RGB, **more)
+    with pytest.raises(UnreadableFile, match=words):
+        [*read(case(dicom(tmp_path / "a.dcm", HU[0]), mask))]
+
+
 def test_dicom_seg_is_refused_with_the_recipe(tmp_path):
     frames = {"NumberOfFrames": 5, "Rows": 7, "Columns": 6}
     segmentation = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.4", **frames}

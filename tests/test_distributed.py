@@ -14,7 +14,7 @@ import pytest
 from lesionkd_core import results
 from lesionkd_core.config import AblationConfig, LesionKDError
 from lesionkd_core.data.prepare import Prepared
-from lesionkd_core.pipeline import Graph, Run, ablate, distill_arms
+from lesionkd_core.pipeline import Graph, Run, ablate, arm_config, distill_arms
 from lesionkd_core.train import start_fabric
 from tests.conftest import ROOT
 from tests.tiny import CFG, OPTIONS
@@ -93,7 +93,7 @@ def test_two_processes_train_what_one_does(two, tmp_path, monkeypatch):
     cfg = AblationConfig(**VALUES)
     data = Prepared(only(two.runs, "prepare"))
     teacher, graph = Run(only(two.runs, "teacher")), Graph(only(two.runs, "graph"))
-    one = distill_arms(teacher, graph, data, [cfg.arm(arm, 0) for arm in ARMS])
+    one = distill_arms(teacher, graph, data, [arm_config(cfg, arm, 0) for arm in ARMS])
     for arm, run, other, close in zip(ARMS, one, arms_of(two.runs), (1e-3, 0.05)):
         assert run.digest == other.digest  # the number of processes does not count
         losses = [x.history["loss_total"].to_numpy() for x in (run, other)]
@@ -114,8 +114,8 @@ def test_one_process_finds_what_two_have_made(two, monkeypatch, messages):
 
 
 def test_one_process_prints_for_all(two):
-    lines = "training the teacher", "teacher 1/2:", "fitting the graph", "training 2 students"
-    for line in (*lines, "2 students 3/3:", "results: "):
+    started = "training the teacher", "fitting the graph", "training 2 students"
+    for line in (*started, "teacher, epoch 1/2:", "2 students, epoch 3/3:", "results: "):
         assert two.out.count(line) == 1, (line, two.out)
 
 

@@ -116,7 +116,7 @@ def test_the_command_line_understands_every_command(command):
     else:
         return
     assert given["p"]
-    kind(**cli.read(kind, dict(given["p"]), dict(given["r"])))
+    cli.Parameters(dict(given["p"]), dict(given["r"])).read(kind)
 
 
 @pytest.mark.parametrize("command", sorted(c for c in ALL if c.startswith("papermill ")))
@@ -124,7 +124,7 @@ def test_the_notebook_takes_the_parameters_of_every_command(command):
     words = shlex.split(command)
     given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
     kind = configuration(find_notebook(words[1]))
-    kind(**cli.read(kind, given, {}))
+    cli.Parameters(given, {}).read(kind)
 
 
 @pytest.mark.parametrize("command", sorted(c for c in ALL if c.startswith("make ")))

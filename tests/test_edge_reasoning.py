@@ -13,12 +13,11 @@ from lesionkd_core.losses import (
     EdgeGraph,
     EdgeHead,
     EdgeReasoning,
-    EdgeRelation,
     Step,
     derange,
     grid_cells,
 )
-from lesionkd_core.losses.edge_reasoning import JointEdgeReasoning, ShuffledEdgeReasoning
+from lesionkd_core.losses.edge_reasoning import ShuffledEdgeReasoning
 from lesionkd_core.models import ResNet34UNet, UNet
 from tests.tiny import drawn, step_of
 
@@ -37,10 +36,7 @@ def reasoning(pair, kind=EdgeReasoning, graph=None, std=None):
     """L_edge at stride 4 with a student that is already connected: 12 channels on both sides."""
     torch.manual_seed(3)
     graph = graph or EdgeGraph(12, states=5, grid=2)
-    if kind is JointEdgeReasoning:
-        loss = kind(*pair, graph, LEVEL)
-    else:
-        loss = kind(*pair, graph, torch.ones(5) if std is None else std, LEVEL)
+    loss = kind(*pair, graph, torch.ones(5) if std is None else std, LEVEL)
     loss.connector = nn.Identity()
     return loss
 
@@ -65,32 +61,13 @@ def edges(n=2, cells=((4, 4), (20, 24))):
 # Cells and anchors --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frame", ["image", "lesion"])
 @pytest.mark.parametrize("grid", [2, 3, 4])
-def test_cells_equal_a_loop_over_pixels(grid, frame):
-    edge = (torch.rand(12, 1, 7, 9, generator=torch.Generator().manual_seed(grid)) < 0.05).float()
-    edge[:3] = 0
-    edge[0, 0, 6, 8] = 1  # the last pixel alone
-    edge[1, 0, 3, 2] = edge[1, 0, 6, 8] = 1  # a box that begins late
-    edge[2, 0, 2, 3] = 1  # a box of one pixel
-    found = grid_cells(edge, grid, frame).argmax(1).view(12, 7, 9)
-    for image, cells in zip(edge[:, 0], found):
-        marked, box = image.nonzero(), [(0, 6), (0, 8)]
-        if frame == "lesion":
-            if not len(marked):
-                continue
-            box = list(zip(marked.amin(0).tolist(), marked.amax(0).tolist()))
-        for y, x in np.ndindex(7, 9):
-            row, column = (
-                min(max((at - low) * grid // (high - low + 1), 0), grid - 1)
-                for at, (low, high) in zip((y, x), box)
-            )
-            assert cells[y, x] == row * grid + column
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (4, 1), (5, 6)])
-def test_without_an_edge_every_pixel_still_has_one_cell(shape):
-    assert (grid_cells(torch.zeros(2, 1, *shape), 2, "lesion").sum(1) == 1).all()
+@pytest.mark.parametrize("shape", [(7, 9), (1, 4), (8, 8)])
+def test_cells_equal_a_loop_over_pixels(grid, shape):
+    found = grid_cells(*shape, grid)
+    assert (found.sum(0) == 1).all()
+    for (y, x), cell in np.ndenumerate(found.argmax(0).view(shape).numpy()):
+        assert cell == y * grid // shape[0] * grid + x * grid // shape[1]
 
 
 def test_anchor_is_the_mean_key_of_the_cells_edge_pixels():
@@ -276,14 +253,11 @@ def test_the_graph_stays_frozen_and_passes_gradients_to_student_and_connector():
     assert student.encoder[0][0].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", [EdgeReasoning, JointEdgeReasoning, EdgeRelation])
-def test_the_teachers_map_gets_no_gradient(kind, pair):
-    relation = EdgeRelation(*pair, LEVEL, grid=2, frame="image")
-    loss = relation if kind is EdgeRelation else reasoning(pair, kind)
+def test_the_teachers_map_gets_no_gradient(pair):
+    loss = reasoning(pair)
     student, teacher = maps().requires_grad_(), maps(seed=1)
     loss(step(student, teacher, edges())).backward()
     assert student.grad.abs().sum() > 0 and not teacher.requires_grad
-    assert not any(p.requires_grad for p in relation.parameters())
 
 
 # The control --------------------------------------------------------------------------------------
@@ -324,86 +298,16 @@ def test_the_control_is_the_loss_with_anothers_edge_on_both_sides(pair):
     assert found != pytest.approx(right(step(x, target, edge)).item(), rel=1e-5)
 
 
-# A graph that learns along ------------------------------------------------------------------------
-
-
-def test_joint_loss_by_hand_with_its_gradient(pair):
-    """Distance over the batch's spread (constant), and the edge head's BCE on both sides."""
-    loss, edge, live = reasoning(pair, JointEdgeReasoning), edges(), [0, 3]
-    small, x, target = edge_at_stride(edge, 4), maps(), maps(seed=1)
-    student, teacher = (loss.graph(value, small) for value in (x, target))
-    spread = teacher[:, :, live].detach().transpose(1, 2).reshape(4, 5).numpy().std(0)
-    apart = (student - teacher)[:, :, live] / torch.from_numpy(spread).view(1, 5, 1)
-    along = loss.head(loss.graph, x, small) + loss.head(loss.graph, target, small)
-    expected, found = apart.square().mean() + along, loss(step(x, target, edge))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    for p in (loss.graph.phi.weight, loss.graph.state_mixing.weight, loss.head.head.weight):
-        got, wanted = (torch.autograd.grad(v, p, retain_graph=True)[0] for v in (found, expected))
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_joint_loss_of_a_student_equal_to_its_teacher_is_the_heads_alone(pair):
-    loss, edge = reasoning(pair, JointEdgeReasoning), edges()
-    expected = 2 * loss.head(loss.graph, maps(), edge_at_stride(edge, 4)).item()
-    assert loss(step(maps(), maps(), edge)).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_joint_loss_is_finite_with_one_node_and_0_with_none(pair):
-    loss, student = reasoning(pair, JointEdgeReasoning), maps().requires_grad_()
-    assert torch.isfinite(loss(step(maps(1), maps(1), edges(1, [(4, 4)]))))
-    found = loss(step(student, maps(seed=1), torch.zeros(2, 1, 32, 32)))
-    found.backward()
-    assert found.item() == 0 and (student.grad == 0).all()
-
-
-# Relations without a graph ------------------------------------------------------------------------
-
-
-def test_relation_compares_cosines_between_cells(pair):
-    loss = EdgeRelation(*pair, LEVEL, grid=2, frame="image")
-    edge = torch.zeros(1, 1, 64, 64)
-    edge[..., 8, 8] = edge[..., 8, 40] = edge[..., 40, 8] = 1  # three of four cells, 1 px each
-    cosines, both = [], [drawn(1, channels, 16, 16, seed=channels) for channels in (8, 12)]
-    for x in both:
-        nodes = np.stack([x[0, :, r, c].numpy() for r, c in ((2, 2), (2, 10), (10, 2))])
-        nodes /= np.linalg.norm(nodes, axis=1, keepdims=True)
-        cosines.append(nodes @ nodes.T)
-    expected = ((cosines[0] - cosines[1])[~np.eye(3, dtype=bool)] ** 2).mean()
-    assert loss(step(*both, edge)).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_relation_is_a_mean_over_images_and_ignores_scale(pair):
-    loss = EdgeRelation(*pair, LEVEL, grid=2, frame="image")
-    x, target = maps(), maps(seed=1)
-    both = loss(step(x, target, edges()))
-    each = [loss(step(x[[i]], target[[i]], edges(1))) for i in (0, 1)]
-    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
-    torch.testing.assert_close(loss(step(1e-3 * x, target, edges())), both)
-
-
-def test_relation_of_one_cell_is_0(pair):
-    loss = EdgeRelation(*pair, LEVEL, grid=2, frame="image")
-    assert loss(step(maps(1), maps(1, seed=1), edges(1, [(4, 4)]))) == 0
-
-
-# All variants -------------------------------------------------------------------------------------
-
-
 def test_maps_in_half_precision_are_compared_in_single(pair):
     edge = torch.zeros(2, 1, 64, 32)
     edge[:, 0, 8:40, 5] = edge[:, 0, 8, 5:20] = 1
     made = step_of(*pair, height=64, width=32)
     half = [x[LEVEL].detach().bfloat16() for x in (made.maps, made.teacher_maps)]
     graph = EdgeGraph(12, states=5, grid=2)
-    losses = [
-        EdgeReasoning(*pair, graph, torch.ones(5), LEVEL),
-        JointEdgeReasoning(*pair, graph, LEVEL),
-        EdgeRelation(*pair, LEVEL, grid=2, frame="image"),
-    ]
-    for loss in losses:
-        got = loss.eval()(step(*half, edge.double()))
-        assert got.dtype == torch.float32 and torch.isfinite(got) and got > 0
-        assert torch.equal(got, loss(step(*(x.float() for x in half), edge)))
+    loss = EdgeReasoning(*pair, graph, torch.ones(5), LEVEL)
+    got = loss.eval()(step(*half, edge.double()))
+    assert got.dtype == torch.float32 and torch.isfinite(got) and got > 0
+    assert torch.equal(got, loss(step(*(x.float() for x in half), edge)))
 
 
 @pytest.mark.fault

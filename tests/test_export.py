@@ -218,7 +218,9 @@ def test_an_export_of_another_network_is_refused_and_left_unfinished(student, mo
     cfg = ExportConfig(formats="onnx")
     with pytest.raises(ParityError, match="student.onnx"):
         export_student(cfg, student)
-    path = results.folder(cfg, results.read_json(student.path / "config.json")["digest"])
+    path = results.folder(
+        results.Wanted(cfg, results.read_json(student.path / "config.json")["digest"])
+    )
     assert (path / "parity.csv").exists()
     assert not results.is_done(path)
 

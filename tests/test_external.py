@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lesionkd_core import results
 from lesionkd_core.config import AblationConfig, DistillConfig
 from lesionkd_core.data.layouts import DatasetNotFound
 from lesionkd_core.data.prepare import prepare
 from lesionkd_core.evaluate import held_out_scores, score_external, score_masks
 from lesionkd_core.pipeline import ablate, distill
 from lesionkd_core.predict import load_network, probabilities
+from lesionkd_core.results import Result
+from tests.conftest import copy_of
 from tests.tiny import OPTIONS, image_folder, lesion, picture, save
 
 
@@ -47,6 +50,16 @@ def run(folders, split_file):
     return distill(None, None, prepare(cfg), cfg)
 
 
+def prepared_beside(run):
+    """The folder of the arrays that a run was made from."""
+    [path] = (
+        path
+        for path in (run.path.parents[1] / "prepare").iterdir()
+        if path.is_dir() and results.Result(path).digest == run.summary["data"]
+    )
+    return path
+
+
 def test_all_cases_of_another_data_set_are_scored_as_the_run_was_prepared(folders, run, split_file):
     found = score_external(run, (str(folders[1]), "phantom"))
     assert list(found) == ["theirs", "phantom"]
@@ -72,6 +85,7 @@ def test_scores_are_found_again_and_further_test_data_train_nothing(folders, run
 
 
 def test_copies_of_training_images_are_counted_with_a_warning(folders, run, runs, messages):
+    copy_of(prepared_beside(run), runs)
     found = score_external(run, (str(folders[1]),))["theirs"]
     assert found.summary["near_training"] == 2  # number 27 is a test case
     assert any(
@@ -97,6 +111,15 @@ def test_an_ablation_is_scored_on_every_test_data_set_as_it_is_now(folders, runs
     assert again.path != ablation.path and len(list(runs.glob("distill/*/DONE"))) == 2
     found = again.per_case.query("id == 'x5'")["lesion_pixels"]
     assert (found != ablation.per_case.query("id == 'x5'")["lesion_pixels"].to_numpy()).all()
+
+
+def test_the_training_images_are_not_needed(folders, run, runs, tmp_path):
+    """Copies of training images are not counted where the prepared ones are gone, too."""
+    moved = Result(copy_of(run.path, runs))
+    prepared = results.with_digest("prepare", run.summary["data"])
+    assert prepared is None  # this folder of results has none
+    scored = score_external(moved, (str(folders[1]),))["theirs"]
+    assert scored.summary["near_training"] is None and len(scored.per_case) == 12
 
 
 @pytest.mark.fault

@@ -85,6 +85,19 @@ def compressed(d, bytes_kept=None):
     return cut(d / "b.dcm", bytes_kept or 1)
 
 
+def with_icon(path):
+    """A small picture of its own before the pixels."""
+    header = pydicom.dcmread(path)
+    icon = pydicom.Dataset()
+    icon.Rows = icon.Columns = 8
+    icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
+    icon.BitsAllocated = icon.BitsStored = 8
+    icon.HighBit, icon.PixelRepresentation, icon.PixelData = 7, 0, bytes(range(64))
+    header.IconImageSequence = [icon]
+    header.save_as(path)
+    return path
+
+
 def report(d):
     header = pydicom.dcmread(dicom(d / "b.dcm", HU[0]))
     del header.PixelData, header.Rows, header.Columns
@@ -135,32 +148,14 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
     "image missing": (lambda d: image_is(d, d / "gone.nii.gz"), ["gone.nii.gz", "missing"]),
     "mask missing": (lambda d: mask_is(d, d / "gone.nii"), ["gone.nii", "missing"]),
     "NIfTI that is text": (lambda d: image_is(d, text(d / "b.nii")), ["b.nii", NOT_NIFTI]),
-    "gzip that is text": (lambda d: image_is(d, text(d / "b.nii.gz")), ["b.nii.gz", NOT_NIFTI]),
     "gzip of zeros": (lambda d: image_is(d, zeros(d / "b.nii.gz")), ["b.nii.gz", NOT_NIFTI]),
-    "NIfTI that is empty": (lambda d: image_is(d, text(d / "b.nii", "")), ["b.nii", NOT_NIFTI]),
     "NIfTI-2": (
         lambda d: image_is(d, save_nifti_2(d / "b.nii")),
         ["b.nii", NOT_NIFTI, "NIfTI-2"],
     ),
-    "NIfTI cut": (
-        lambda d: image_is(d, cut(nifti(d / "b.nii", HU))),
-        ["b.nii", NOT_NIFTI, "bytes are missing"],
-    ),
-    "NIfTI cut in its header": (
-        lambda d: image_is(d, cut(nifti(d / "b.nii", HU), 0.2)),
-        ["b.nii", NOT_NIFTI],
-    ),
-    "packed NIfTI cut": (
-        lambda d: image_is(d, cut(nifti(d / "b.nii.gz", HU))),
-        ["b.nii.gz", NOT_NIFTI],
-    ),
     "packed NIfTI with a wrong byte": (
         lambda d: image_is(d, flipped(nifti(d / "b.nii.gz", HU), -100)),
         ["b.nii.gz", NOT_NIFTI],
-    ),
-    "NRRD cut": (
-        lambda d: image_is(d, cut(converted(d, ".nrrd"), 0.9)),
-        ["b.nrrd", "cannot be read as NRRD"],
     ),
     "MetaImage cut": (
         lambda d: image_is(d, cut(converted(d, ".mha", True), 0.9)),
@@ -204,7 +199,7 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
     ),
     "negative mask values": (
         lambda d: mask_is(d, nifti(d / "b.nii", LESION - 1.0)),
-        ["b.nii", "values -1, 0: 0 must mean no lesion"],
+        ["b.nii", "values -1, 0: negative values"],
     ),
     "PNG mask of a NIfTI volume": (
         lambda d: mask_is(d, as_pngs(d / "p") / "k.png"),
@@ -248,10 +243,6 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
         lambda d: alone(d, cut(dicom(d / "b.dcm", HU[0]), 0.9)),
         ["b.dcm", NOT_DICOM, "cut off"],
     ),
-    "DICOM cut in its header": (
-        lambda d: alone(d, cut(dicom(d / "b.dcm", HU[0]), 0.4)),
-        ["b.dcm", NOT_DICOM],
-    ),
     "compressed DICOM cut": (
         lambda d: alone(d, compressed(d, 0.95)),
         ["b.dcm", NOT_DICOM, "cut off"],
@@ -259,10 +250,6 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
     "compressed DICOM that is not": (lambda d: alone(d, compressed(d)), ["b.dcm", NOT_DICOM]),
     "slice cut": (
         lambda d: image_is(d, cut(series(d / "s") / "e.dcm", 0.9).parent),
-        ["e.dcm", NOT_DICOM],
-    ),
-    "slice cut in its header": (
-        lambda d: image_is(d, cut(series(d / "s") / "e.dcm", 0.4).parent),
         ["e.dcm", NOT_DICOM],
     ),
     "DICOM without pixels": (lambda d: alone(d, dicom(d / "b.dcm", HU[0][:0])), ["b.dcm"]),
@@ -336,6 +323,7 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
         nifti(tmp_path / "a.nii", HU),
         nifti(tmp_path / "a.nii.gz", HU),
         dicom(tmp_path / "a.dcm", HU[0]),
+        with_icon(dicom(tmp_path / "b.dcm", np.tile(HU[0], (8, 8)))),
         converted(tmp_path, ".nrrd"),
     ):
         whole, refused = path.read_bytes(), 0

@@ -109,11 +109,13 @@ PREPARED = SimpleNamespace(
     images=np.stack([picture()] * 3),
     masks=np.stack([np.eye(32)] * 3),
     cases=pd.DataFrame({"id": ["case_a", "case_b", "case_c"], "split": ["train"] * 3}),
+    summary={"joined": {"largest": [["case_a", "case_c"]]}},
 )
 POINTS = pd.DataFrame(
     {"dataset": "busi", "model": ["alone", "method", "unet64"], "dice": [0.6, 0.65, 0.7]}
 ).assign(low=[0.5, 0.55, 0.6], high=[0.7, 0.75, 0.8], macs=[1e7, 1e7, 1e10])
-PAIR = pd.DataFrame({"first": [0], "second": [2], "bits": [5], "correlation": [0.7]})
+PAIR = pd.DataFrame({"first": [0], "second": [2], "bits": [5], "correlation": [0.9]})
+PAIR["content"] = 0.7
 EYE = np.eye(32)
 
 DRAWINGS = {
@@ -127,6 +129,7 @@ DRAWINGS = {
     "forest": lambda: figures.forest(compared()),
     "gradients": lambda: figures.gradients(history()),
     "latency": lambda: figures.latency(tables.committed("cost")),
+    "joined_groups": lambda: figures.joined_groups(PREPARED),
     "learning_curves": lambda: figures.learning_curves(
         statistics.learning_curves(history(ALL_ARMS, dataset="busi"))
     ),

@@ -1,4 +1,4 @@
-"""Groups that mean patients: rules, copies confirmed in detail, frames of a scene, few groups."""
+"""Groups: copies confirmed by their content, names that are patients, frames of a scene."""
 
 import numpy as np
 import pandas as pd
@@ -7,10 +7,11 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from lesionkd_core.config import ConfigError, PrepareConfig
 from lesionkd_core.data import layouts, splits
-from lesionkd_core.data.layouts import ManifestError, data_root
-from lesionkd_core.data.pixels import hash_thumbnails, perceptual_hash, thumbnail
+from lesionkd_core.data.images import Case
+from lesionkd_core.data.layouts import ManifestError
+from lesionkd_core.data.pixels import perceptual_hash, thumbnail
 from lesionkd_core.data.prepare import prepare
-from lesionkd_core.data.splits import SplitError
+from lesionkd_core.data.splits import group_cases
 from tests.tiny import SIZE, lesion, picture, save
 
 
@@ -18,9 +19,16 @@ def config(folder, **options):
     return PrepareConfig(**{"dataset": str(folder), "pixels": 32, **options})
 
 
-def groups_of(images, bits=12, sequence=False) -> list[str]:
-    thumbnails = np.stack([thumbnail(np.asarray(image)) for image in images])
-    return splits.group_cases(pd.Series([""] * len(images)), thumbnails, bits, sequence)
+def thumbnails_of(images):
+    return np.stack([thumbnail(np.asarray(image)) for image in images])
+
+
+def grouped(images, names=None, **how):
+    return group_cases(pd.Series(names or [""] * len(images)), thumbnails_of(images), **how)
+
+
+def groups_of(images, **how) -> list[str]:
+    return grouped(images, **how).codes
 
 
 def smooth(rng, shape, width):
@@ -40,18 +48,10 @@ def retina(seed: int) -> Image.Image:
     grey = 130 * (1 - 0.3 * (radius / 135) ** 2) + 70 * disc - 35 * macula
     grey += 3 * smooth(rng, (height, width), 6)
     vessels = Image.new("L", (width, height))
-    draw = ImageDraw.Draw(vessels)
-
-    def branch(x, y, angle, thickness, steps):
-        for _ in range(steps):
-            end = x + 5 * np.cos(angle), y + 5 * np.sin(angle)
-            draw.line((x, y, *end), fill=255, width=max(1, round(thickness)))
-            (x, y), angle = end, angle + rng.normal(0, 0.15)
-            if thickness > 1 and rng.random() < 0.12:
-                branch(x, y, angle + rng.choice([-1, 1]) * 0.7, thickness * 0.7, steps // 2)
-
-    for angle in (-1.3, -0.6, 0.6, 1.3, 2.5, -2.5):
-        branch(60, 146, angle + rng.normal(0, 0.2), 2.5, 45)
+    for start in np.tile((-1.3, -0.6, 0.6, 1.3, 2.5, -2.5), 2):
+        angles = start + np.cumsum(rng.normal(0, 0.2, 45))
+        walk = np.cumsum(5 * np.array([np.cos(angles), np.sin(angles)]), axis=1).T + (60, 146)
+        ImageDraw.Draw(vessels).line(list(map(tuple, walk)), fill=255, width=2)
     grey -= np.asarray(vessels.filter(ImageFilter.GaussianBlur(0.7))) / 255 * 45
     grey[radius > 135] = 0
     return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -62,75 +62,119 @@ def retinas():
     return [retina(seed) for seed in range(40)]
 
 
+def skin(seed: int, shape=(96, 128)) -> np.ndarray:
+    """A dark spot of its own place, size and outline on speckled skin, (H, W) float."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    y, x = y - shape[0] / 2 - rng.normal(0, 8), x - shape[1] / 2 - rng.normal(0, 12)
+    outline = rng.uniform(10, 18) * (1 + 0.2 * np.cos(rng.integers(3, 7) * np.arctan2(y, x)))
+    return 175 + rng.normal(0, 5, shape) - rng.uniform(30, 70) * (np.hypot(y, x) < outline)
+
+
+def rim(width):
+    y, x = np.mgrid[:96, :128]
+    away = np.minimum.reduce([y, x, 95 - y, 127 - x])
+    return lambda skin: skin * np.clip(away / width, 0, 1)
+
+
+def vignette(skin):
+    y, x = np.mgrid[:96, :128]
+    return skin * np.clip((1.35 - np.hypot((y - 48) / 48, (x - 64) / 64)) / 0.6, 0, 1)
+
+
+def marked(*boxes):
+    """Black boxes (top, bottom, left, right): a line, a ruler, a logo."""
+
+    def mark(skin):
+        found = skin.copy()
+        for top, bottom, left, right in boxes:
+            found[top:bottom, left:right] = 10
+        return found
+
+    return mark
+
+
+RULER = [(80, 82, 10, 118)] + [(74, 80, at, at + 2) for at in range(10, 118, 6)]
+TEXT = [
+    (6 + 7 * line, 10 + 7 * line, 4 + 6 * k, 7 + 6 * k) for line in (0, 1, 11) for k in range(20)
+]
+STRANGERS = {
+    "a rim": rim(10),
+    "a rim and a black line": lambda skin: marked((88, 96, 0, 128))(rim(8)(skin)),
+    "a vignette": vignette,
+    "a ruler": marked(*RULER),
+    "text": marked(*TEXT),
+}
 COPIES = {
     "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
     "half as large": lambda image: image.reduce(2),
     "cropped by 1 %": lambda image: ImageOps.crop(image, 3),
     "turned by 1 degree": lambda image: image.rotate(1),
+    "mirrored": ImageOps.mirror,
+    "upside down": ImageOps.flip,
+    "turned by 90 degrees": lambda image: image.rotate(90, expand=True),
+    "mirrored and turned": lambda image: ImageOps.mirror(image.rotate(90, expand=True)),
 }
 
 
 # Copies -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("share", [1, 0.5])
+@pytest.mark.parametrize("what", STRANGERS)
+def test_what_strangers_share_makes_no_copies_of_them(what, share):
+    common = STRANGERS[what]
+    skins = [common(skin(k)) if k < 24 * share else skin(k) for k in range(24)]
+    images = [np.repeat(s.clip(0, 255).astype(np.uint8)[..., None], 3, 2) for s in skins]
+    alike = splits.compare_pairs(thumbnails_of(images))["correlation"] >= splits.SAME
+    assert alike.any() or share < 1  # the correlation of the whole would join them
+    assert len(set(groups_of(images))) == 24
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_copies_under_what_strangers_share_are_found(what):
+    skins = [STRANGERS[what](skin(k)) for k in range(16)]
+    skins += [skins[k] * 0.9 + 8 for k in (3, 7)]
+    images = [np.repeat(s.clip(0, 255).astype(np.uint8)[..., None], 3, 2) for s in skins]
+    groups = groups_of(images)
+    assert groups[16:] == [groups[3], groups[7]] and len(set(groups)) == 16
+
+
 def test_different_retinas_in_the_same_view_are_no_copies(retinas):
-    hashes = np.stack([perceptual_hash(np.asarray(image)) for image in retinas])
-    near = np.concatenate([*splits.near_pairs(hashes, 12)])
-    assert len(near) > 100  # by the hash alone, most of them would be one group
-    assert len(set(groups_of(retinas))) == len(set(groups_of(retinas, bits=16))) == 40
+    table = splits.compare_pairs(thumbnails_of(retinas))
+    hashes = [perceptual_hash(np.asarray(image)) for image in retinas]
+    upright = table[table["turn"] == 0].itertuples()
+    assert all(row.bits == (hashes[row.first] != hashes[row.second]).sum() for row in upright)
+    assert len(table) > 100  # by the hash alone, most of them would be one group
+    assert len(set(groups_of(retinas))) == 40
 
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_changed_copy_shares_the_group_of_its_original(retinas, copy):
-    groups = groups_of([*retinas[:10], *map(COPIES[copy], retinas[:10])])
-    assert groups[:10] == groups[10:] and len(set(groups)) == 10
-
-
-def test_a_ruler_at_the_same_place_makes_no_copy_of_two_skins():
-    images = []
-    for seed in range(12):
-        rng = np.random.default_rng(seed)
-        grey = 170 + 4 * smooth(rng, (192, 256), 3)
-        y, x = np.mgrid[:192, :256]
-        spot = np.hypot((x - 128 - rng.normal(0, 4)) / 26, (y - 88) / 22) + 0.15 * smooth(
-            rng, (192, 256), 12
-        )
-        grey -= 90 / (1 + np.exp(12 * (spot - 1)))
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-        draw = ImageDraw.Draw(image)
-        draw.line((60, 165, 200, 165), fill=(20, 20, 20), width=2)
-        for tick in range(60, 201, 10):
-            draw.line((tick, 158, tick, 165), fill=(20, 20, 20))
-        images.append(image)
-    hashes = hash_thumbnails(np.stack([thumbnail(np.asarray(image)) for image in images]))
-    assert len(np.concatenate([*splits.near_pairs(hashes, 12)])) > 10
-    assert len(set(groups_of(images))) == 12
-
-
-def test_both_numbers_of_a_pair_are_in_the_table(retinas):
-    images = [retinas[0], retinas[1], COPIES["brighter"](retinas[0])]
-    thumbnails = np.stack([thumbnail(np.asarray(image)) for image in images])
-    table = splits.compare_pairs(thumbnails, 16).set_index(["first", "second"])
-    assert table.loc[(0, 2), "same"] and table.loc[(0, 2), "correlation"] > 0.9
-    assert not table.loc[(0, 1), "same"] and table.loc[(0, 1), "correlation"] < 0.45
-    distance = (
-        perceptual_hash(np.asarray(images[0])) != perceptual_hash(np.asarray(images[1]))
-    ).sum()
-    assert table.loc[(0, 1), "bits"] == distance
+    found = grouped([*retinas[:10], *map(COPIES[copy], retinas[:10])])
+    assert found.codes[:10] == found.codes[10:] and len(set(found.codes)) == 10
+    assert found.joined.all() and not grouped(retinas[:10]).joined.any()
+    others = [*retinas[20:26], COPIES[copy](retinas[5])]
+    assert splits.copies(thumbnails_of(retinas[:8]), thumbnails_of(others)).tolist() == [6]
 
 
 def test_the_correlation_of_an_image_with_itself_is_1_and_of_unlike_ones_small():
-    thumbnails = np.stack([thumbnail(np.asarray(picture(seed))) for seed in range(30)])
+    thumbnails = thumbnails_of([picture(seed) for seed in range(30)])
     i, j = np.triu_indices(30)
-    found = splits.detail_correlation(thumbnails, i, j)
+    found, shift = splits.detail_correlation(thumbnails, thumbnails, i, j)
     assert np.allclose(found[i == j], 1, atol=1e-3) and found[i != j].max() < 0.45
+    assert not shift[i == j].any()
 
 
 def test_a_shift_within_reach_is_found():
-    wide = np.asarray(Image.fromarray(picture(3)).resize((80, 64)).convert("L"))
-    thumbnails = np.stack([wide[:, :64], wide[:, 3:67], wide[:, 14:78]])
-    near, far = splits.detail_correlation(thumbnails, np.array([0, 0]), np.array([1, 2]))
-    assert near > 0.9 and far < 0.45
+    wide = np.asarray(Image.fromarray(picture(3)).resize((80, 68)).convert("L"))
+    base = wide[2:66, 3:67][None]
+    for y, x in ((0, 0), (2, -3), (-2, 1)):
+        moved = wide[2 + y : 66 + y, 3 + x : 67 + x][None]
+        found, shift = splits.detail_correlation(base, moved, np.array([0]), np.array([0]))
+        assert found[0] > 0.9 and shift.tolist() == [[y, x]]
+    far = wide[2:66, 14:78][None]
+    assert splits.detail_correlation(base, far, np.array([0]), np.array([0]))[0][0] < 0.45
 
 
 def test_black_and_flat_thumbnails_match_nothing():
@@ -138,92 +182,119 @@ def test_black_and_flat_thumbnails_match_nothing():
     assert len(set(groups_of(flat))) == 4
 
 
-@pytest.mark.skipif(not (data_root() / "busi").is_dir(), reason="BUSI is not here")
-def test_groups_of_busi_are_near_those_of_matched_features():
-    """Feature matching (SIFT and RANSAC, 12 inliers) finds 588 groups of all 780 images."""
-    cases = layouts.find("busi")[0].cases(layouts.find("busi")[1])
-    images = [Image.open(case.image).convert("RGB") for case in cases]
-    assert 588 <= len(set(groups_of(images))) <= 600
+def test_near_pairs_equal_a_loop():
+    hashes = np.random.default_rng(1).random((300, 63)) < 0.9
+    hashes[[7, 9]] = False  # flat images match nothing
+    rows = [row for row in range(300) if row not in (7, 9)]
+    apart = {(i, j): int((hashes[i] != hashes[j]).sum()) for i in rows for j in rows if i < j}
+    expected = {(i, j, bits) for (i, j), bits in apart.items() if bits <= 5}
+    for across in (0, 120):
+        blocks = splits.near_pairs(hashes, hashes, 5, across)
+        found = {tuple(pair) for block in blocks for pair in block.tolist()}
+        assert found == {p for p in expected if not across or p[0] < across <= p[1]} and found
 
 
-# Frames of a scene --------------------------------------------------------------------------------
+def test_a_copy_is_found_however_far_away():
+    thumbnails = np.random.default_rng(0).integers(0, 256, (600, 64, 64)).astype(np.uint8)
+    thumbnails[590] = thumbnails[3]
+    groups = group_cases(pd.Series([""] * 600), thumbnails).codes
+    assert groups[590] == groups[3] and len(set(groups)) == 599
+    apart = group_cases(pd.Series([""] * 600), thumbnails, join_copies=False).codes
+    assert len(set(apart)) == 600
 
 
-def film(scene: int, frames: int):
-    """Frames of a camera that moves over a scene."""
-    rng = np.random.default_rng(scene)
-    wide = 120 + 30 * smooth(rng, (300, 420), 18) + 14 * smooth(rng, (300, 420), 6)
-    x, y = np.cumsum(rng.integers(-24, 25, (frames, 2)), axis=0).T + [[80], [50]]
-    for left, top in zip(x.clip(0, 160), y.clip(0, 100)):
-        part = wide[top : top + 200, left : left + 260] + rng.normal(0, 3, (200, 260))
-        yield Image.fromarray(part.clip(0, 255).astype(np.uint8)).convert("RGB")
+# Names --------------------------------------------------------------------------------------------
 
 
-def test_consecutive_frames_of_a_scene_are_grouped_in_a_sequence():
-    lengths = (6, 9, 5, 8)
-    frames = [frame for scene, n in enumerate(lengths) for frame in film(scene, n)]
-    groups = groups_of(frames, sequence=True)
-    ends = np.cumsum(lengths)
-    found = [set(groups[end - n : end]) for n, end in zip(lengths, ends)]
-    assert [len(scene) for scene in found] == [1] * 4 and len(set(groups)) == 4
-    assert len(set(groups_of(frames))) > 10  # without the order: copies alone
+def test_groups_with_names_are_never_joined_and_images_without_one_are(tmp_path):
+    images = [picture(i) for i in range(7)]
+    for copy in (2, 4):  # of v1, in v2 and without a name
+        images[copy] = np.clip(images[1].astype(int) + copy, 0, 255).astype(np.uint8)
+    found = grouped(images, ["v1", "v1", "v2", "v2", "", "", "v3"])
+    sets = {frozenset(np.flatnonzero(np.array(found.codes) == g)) for g in set(found.codes)}
+    assert sets == {frozenset(g) for g in ({0, 1, 4}, {2, 3}, {5}, {6})}
+    assert found.apart[0] == (1, 2) and found.joined.tolist() == [k in (1, 4) for k in range(7)]
+    assert len(set(group_cases(pd.Series(["v1", "", "v1", ""]), None).codes)) == 3
 
 
-@pytest.mark.parametrize("name", ["etis-larib", "cvc-colondb"])
-def test_polyp_frames_without_known_videos_are_sequences(name):
-    assert layouts.sequence_of(PrepareConfig(dataset=name))
-    assert not layouts.sequence_of(PrepareConfig(dataset=name, group_by="number"))
-    assert layouts.sequence_of(PrepareConfig(dataset="x", group_by="sequence"))
+def test_what_was_joined_and_what_stayed_apart_is_said(tmp_path, runs, messages):
+    rows = [(f"{k}.png", f"{k}.png", f"P{k}" if k < 12 else "") for k in range(24)]
+    for k in range(24):
+        copied = {11: 0, 23: 20}.get(k, k)  # patients P0 and P11; two without a name
+        save(tmp_path / f"{k}.png", picture(copied))
+    for k in range(24):
+        save(tmp_path / "masks" / f"{k}.png", lesion(6 + k))
+    lines = [f"{image},masks/{mask},{group}" for image, mask, group in rows]
+    (tmp_path / "list.csv").write_text("\n".join(["image,mask,group", *lines]))
+    found = prepare(config(tmp_path / "list.csv"))
+    assert found.summary["joined"] == {"images": 2, "groups": 1, "largest": [["20", "23"]]}
+    assert found.cases["joined"].sum() == 2
+    assert found.path.name.startswith(tmp_path.name)  # a manifest has the name of its folder
+    assert any("2 images show the same as another and form 1 groups" in m for m in messages())
+    [warning] = found.summary["warnings"]
+    assert "groups with different names, such as 0.png and 11.png" in warning
 
 
-# Rules --------------------------------------------------------------------------------------------
-
-
-def patients(root, numbered="patient{:02d}_{:03d}", count=7, slices=4):
+def patients(root, numbered="patient{:02d}_{:03d}", count=7, slices=4, below=""):
     names = [numbered.format(p, 40 + s) for p in range(count) for s in range(slices)]
     for i, name in enumerate(names):
-        save(root / "images" / f"{name}.png", picture(i))
-        save(root / "masks" / f"{name}.png", lesion(6 + i))
+        save(root / "images" / below.format(i) / f"{name}.png", picture(i))
+        save(root / "masks" / below.format(i) / f"{name}.png", lesion(6 + i))
     return root
 
 
-def test_a_numbered_series_in_several_splits_is_a_warning_that_names_the_rule(
-    tmp_path, runs, messages
-):
-    found = prepare(config(patients(tmp_path / "mine")))
-    [warning] = found.summary["warnings"]
-    assert "numbered series" in warning and "patient0" in warning and "'number'" in warning
-    assert any(warning in message for message in messages())
-    grouped = prepare(config(tmp_path / "mine", group_by="number"))
-    assert grouped.summary["warnings"] == [] and grouped.summary["groups"] == 7
+NAMES = {  # names of files, the rule that unites them, number of groups; or no hint at a patient
+    "numbered series": (["p{0}_{1}"], "number", 9),
+    "left and right": (["{0}_left", "{0}_right"], r"([^\W_]+)[^/]*$", 9),
+    "two frames": (["patient{0:03d}_frame01", "patient{0:03d}_frame12"], "number", 9),
+    "tiles": (["slide{0}_x{1}_y512", "slide{0}_x{1}_y0"], r"(slide\d+)", 9),
+    "sides behind a number": (["bus_{0:04d}-l", "bus_{0:04d}-r"], r"(bus_\d+)", 9),
+    "two parts": (["{0}-a_{1}", "{0}-b_{1}"], r"([^\W_]+)[^/]*$", 9),
+    "the same in two clinics": (["north/{0}_{1}", "south/{0}_{1}"], "number", 18),
+    "folders of patients": (["case{0}/{1}"], "folder", 9),
+    "no separator": (["p{0}frame{1}"], "number", 9),
+    "one series": (["IMG_{0}{1}"], None, 1),
+    "numbers alone": (["{0}{1}"], None, 1),
+    "classes": (["benign ({0}{1})", "malignant ({0}{1})"], None, 2),
+    "clinics": (["north/{0}{1}", "south/{0}{1}"], None, 2),
+    "identifiers": (["a{0}{1}f-9c{1}{0}"], None, 27),
+}
 
 
-@pytest.mark.parametrize("numbered", ["c{0:02d}{1}", "IMG_{0}{1:04d}", "{1}{0:02d}"])
-def test_one_series_for_the_whole_data_set_is_no_warning(tmp_path, runs, numbered):
-    found = prepare(config(patients(tmp_path / "mine", numbered)))
-    assert found.summary["warnings"] == []
-
-
-def test_classes_in_names_are_no_patients():
-    names = [f"{kind} ({i}).png" for kind in ("benign", "malignant", "normal") for i in range(40)]
-    table = pd.DataFrame({"file": names, "split": ["train", "val", "test"] * 40})
-    assert splits.series_across(table) == []
+@pytest.mark.parametrize("what", NAMES)
+def test_names_that_hint_at_patients_give_a_rule_that_unites_them(what, tmp_path):
+    forms, rule, count = NAMES[what]
+    names = sorted({f.format(p, s) for f in forms for p in range(1, 10) for s in range(3)})
+    cases = [Case(name, tmp_path / "images" / f"{name}.png", ()) for name in names]
+    found = layouts.suggested_groups(cases, tmp_path)
+    assert (found and found[0]) == rule
+    if rule:
+        regrouped = layouts._regrouped(cases, tmp_path, rule)
+        partition = {(case.group, found[1][case.id]) for case in regrouped}
+        assert len(partition) == len({case.group for case in regrouped}) == count
 
 
 @pytest.mark.parametrize(
-    ("rule", "groups"),
-    [
-        ("number", 7),
-        ("folder", 1),
-        (r"patient(\d+)", 7),
-        (r"(\d)_", 7),
-        (r"_(\d+)", 4),
-        ("patient0[0-2]|patient0[3-6]", 7),
-    ],
+    ("numbered", "rule"), [("patient{:02d}_{:03d}", "number"), ("s{}_x{}_y0", r"(s\d+)")]
 )
-def test_rules_name_the_groups(tmp_path, runs, rule, groups):
+def test_the_advice_about_names_is_followed_and_the_warning_is_gone(
+    tmp_path, runs, messages, numbered, rule
+):
+    found = prepare(config(patients(tmp_path / "mine", numbered)))
+    [warning] = found.summary["warnings"]
+    assert f"give group_by = '{rule}', which makes 7 groups" in warning
+    assert any(warning in message for message in messages())
+    followed = prepare(config(tmp_path / "mine", group_by=rule))
+    assert followed.summary["warnings"] == [] and followed.summary["groups"] == 7
+
+
+RULES = {"number": 7, "folder": 1, r"patient(\d+)": 7, r"_(\d+)": 4, "patient0[0-2]|patient0.": 7}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_name_the_groups(tmp_path, rule):
     cases = layouts.fingerprint(config(patients(tmp_path / "mine"), group_by=rule))[1]
-    assert len({case.group for case in cases}) == groups
+    assert len({case.group for case in cases}) == RULES[rule]
 
 
 def test_a_column_of_the_manifest_names_the_groups(tmp_path, runs):
@@ -253,34 +324,45 @@ def test_a_rule_that_does_not_fit_is_refused(tmp_path, runs):
         prepare(config(folder, group_by="column:patient"))
 
 
-# Few groups ---------------------------------------------------------------------------------------
+# Frames of a scene --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(
-    "sizes", [(4,) * 5, (6,) * 3, (5,) * 4, (9, 3, 1), (20, 2, 2, 2), (8, 7, 3, 2, 1)]
-)
-def test_three_to_five_groups_fill_every_split(sizes, seed):
-    table = pd.DataFrame({"group": np.repeat([f"p{i}" for i in range(len(sizes))], sizes)})
-    table = table.assign(id=table.index, lesion_share=0.1, empty=False, official="", volume="")
-    found = splits.split_cases(table, PrepareConfig(split_seed=seed))
-    counts = table["group"].groupby(found).nunique()
-    assert (counts["train"], counts["val"], counts["test"]) == (len(sizes) - 2, 1, 1)
+def film(scene: int, frames: int):
+    """Frames of a camera that moves over a scene."""
+    rng = np.random.default_rng(scene)
+    wide = 120 + 30 * smooth(rng, (300, 420), 18) + 14 * smooth(rng, (300, 420), 6)
+    x, y = np.cumsum(rng.integers(-24, 25, (frames, 2)), axis=0).T + [[80], [50]]
+    for left, top in zip(x.clip(0, 160), y.clip(0, 100)):
+        part = wide[top : top + 200, left : left + 260] + rng.normal(0, 3, (200, 260))
+        yield Image.fromarray(part.clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
-@pytest.mark.parametrize("fold", range(5))
-def test_five_blocks_in_five_folds_are_three_one_and_one(fold):
-    table = pd.DataFrame({"group": np.repeat([f"sections-{i}" for i in range(5)], 6)})
-    table = table.assign(id=table.index, lesion_share=0.7, empty=False, official="", volume="")
-    found = splits.split_cases(table, PrepareConfig(folds=5, fold=fold))
-    assert table["group"].groupby(found).nunique().to_dict() == {"train": 3, "val": 1, "test": 1}
+def test_consecutive_frames_of_a_scene_are_grouped_in_a_sequence():
+    lengths = (6, 9, 5, 8)
+    frames = [frame for scene, n in enumerate(lengths) for frame in film(scene, n)]
+    groups = groups_of(frames, sequence=True)
+    ends = np.cumsum(lengths)
+    found = [set(groups[end - n : end]) for n, end in zip(lengths, ends)]
+    assert [len(scene) for scene in found] == [1] * 4 and len(set(groups)) == 4
+    assert len(set(groups_of(frames))) > 10  # without the order: copies alone
 
 
-@pytest.mark.fault
-def test_two_groups_are_refused_with_the_options_that_matter():
-    table = pd.DataFrame({"group": ["a"] * 9 + ["b"] * 9})
-    table = table.assign(id=table.index, lesion_share=0.1, empty=False, official="", volume="")
-    with pytest.raises(
-        SplitError, match=r"(?s)18 cases in 2 groups.*val_fraction.*test_fraction.*group_by"
-    ):
-        splits.split_cases(table, PrepareConfig())
+@pytest.mark.parametrize("place", ["etis-larib", "ETIS-LaribPolypDB", "ColonDB"])
+def test_polyp_frames_without_known_videos_leak_and_the_log_says_so(
+    tmp_path, runs, monkeypatch, messages, place
+):
+    folder = {"etis-larib": "ETIS-Larib"}.get(place, place)
+    for k, frame in enumerate(film(0, 6), 1):
+        save(tmp_path / folder / "images" / f"{k}.png", frame)
+        save(tmp_path / folder / "masks" / f"{k}.png", lesion(40, size=(200, 260)))
+    for k in range(7, 20):
+        save(tmp_path / folder / "images" / f"{k}.png", picture(k))
+        save(tmp_path / folder / "masks" / f"{k}.png", lesion(9))
+    monkeypatch.setenv("LESIONKD_DATA", str(tmp_path))
+    found = prepare(config(place))
+    assert found.cases["group"][:6].nunique() == 1 and found.summary["groups"] == 14
+    assert (
+        "nothing in this release says which frames show one scene" in found.summary["warnings"][0]
+    )
+    assert prepare(config(place, split="test")).summary["warnings"] == []
+    assert (place == "etis-larib") != any("this folder is the release" in m for m in messages())

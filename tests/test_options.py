@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from lesionkd_core.config import (
-    ARMS,
     LEVELS,
     PROFILES,
-    UNHASHED,
     AblationConfig,
     ConfigError,
     DistillConfig,
@@ -17,10 +15,12 @@ from lesionkd_core.config import (
     ExternalConfig,
     GraphConfig,
     PrepareConfig,
+    Role,
     TeacherConfig,
-    loss_terms,
 )
 from lesionkd_core.export import ExportConfig
+from lesionkd_core.losses import TERMS, resolve
+from lesionkd_core.pipeline import ARMS, arm_config
 
 CHANGED = {  # every hashed option, with a value that is not the smoke profile's
     "pixels": 96,
@@ -37,62 +37,40 @@ CHANGED = {  # every hashed option, with a value that is not the smoke profile's
     "val_fraction": 0.1,
     "test_fraction": 0.3,
     "group_by": "number",
-    "duplicate_bits": 0,
+    "join_copies": False,
     "edge_width": 2,
     "edge_level": "encoder.stride16",
     "grid": 6,
-    "grid_frame": "lesion",
-    "background_node": False,
     "teacher": "unet64",
     "teacher_seed": 1,
     "teacher_epochs": 3,
     "teacher_lr": 0.002,
     "batch_size": 4,
     "weight_decay": 0.0,
-    "clip_grad": 1.0,
     "augment": "none",
     "seg_loss": "bce",
     "precision": "bf16-mixed",
     "encoder_weights": __file__,
     "teacher_checkpoint": __file__,
-    "test_dataset": "ph2",
     "states": 8,
     "anchors": "masked_mean",
     "teacher_bn": "batch",
     "graph_epochs": 4,
-    "graph_lr": 0.02,
     "losses": "kd",
     "seed": 1,
     "student": "tests.tiny:small_teacher",
     "width": 8,
-    "stem": 2,
     "epochs": 3,
     "lr": 0.001,
     "label_fraction": 0.5,
-    "unlabelled": "images",
-    "teacher_views": 3,
+    "label_seed": 1,
     "connector_lr": 0.1,
-    "connector_warmup": 1,
     "levels": "patent",
     "level_weights": "halving",
     "margin": "empirical",
     "arms": "alone, method",
-    "long_factor": 4,
     "seeds": 2,
 }
-OF_GRAPH = {
-    "edge_width",
-    "edge_level",
-    "grid",
-    "grid_frame",
-    "states",
-    "anchors",
-    "background_node",
-}
-OF_GRAPH |= {"graph_epochs", "graph_lr"}
-OF_FEAT = {"levels", "level_weights", "margin", "connector_warmup"}
-OF_TEACHER = {name for name in TeacherConfig.model_fields if name.startswith("teacher")}
-OF_TEACHER |= {"teacher_bn", "encoder_weights"}
 STAGES = [PrepareConfig, ExternalConfig, TeacherConfig, GraphConfig, DistillConfig, AblationConfig]
 
 
@@ -110,13 +88,12 @@ def counted(cfg):
 
 def test_every_option_is_covered_here():
     fields = {name for stage in STAGES for name in stage.model_fields}
-    assert fields - {"fold"} == set(CHANGED) | set(UNHASHED)
+    assert fields - {"fold"} == set(CHANGED) | AblationConfig.options(Role.RUN)
 
 
-@pytest.mark.parametrize("stage", [PrepareConfig, TeacherConfig, GraphConfig])
+@pytest.mark.parametrize("stage", [PrepareConfig, TeacherConfig, GraphConfig, DistillConfig])
 def test_every_option_counts_but_those_of_device_and_place(stage):
-    expected = set(stage.model_fields) - set(UNHASHED) - {"fold", "test_dataset"}
-    assert counted(stage()) == expected
+    assert counted(stage()) == set(stage.model_fields) - stage.options(Role.RUN) - {"fold"}
     assert stage(folds=5, fold=2).digest("u") != stage(folds=5, fold=3).digest("u")
 
 
@@ -124,38 +101,13 @@ def test_device_place_and_name_of_the_data_do_not_count():
     values = {"profile": "paper", "device": "cpu", "threads": 3, "dataset": "elsewhere/busi"}
     usual = DistillConfig(label_fraction=1.0)
     kept = {name: getattr(usual, name) for name in PROFILES["smoke"]}
-    other = DistillConfig(
-        **kept, **values, deterministic=True, weak_teacher="allow", tracker="tensorboard"
-    )
+    other = DistillConfig(**kept, **values, weak_teacher="allow", test_dataset="ph2")
     assert other.digest("u") == usual.digest("u")
 
 
-@pytest.mark.parametrize(
-    ("losses", "idle"),
-    [
-        ("feat, edge", set()),
-        ("feat", OF_GRAPH),
-        ("edge", OF_FEAT),
-        ("kd", OF_GRAPH | OF_FEAT | {"connector_lr", "losses"}),
-        ("", OF_GRAPH | OF_FEAT | OF_TEACHER | {"connector_lr"}),
-    ],
-)
-def test_options_of_absent_terms_do_not_count(losses, idle):
-    expected = (
-        set(DistillConfig.model_fields)
-        - set(UNHASHED)
-        - {"fold", "test_dataset", "unlabelled"}
-        - idle
-    )
-    assert counted(DistillConfig(losses=losses)) == expected
-
-
-def test_the_order_of_losses_does_not_count_and_their_weights_do():
-    one, same, other = (
-        DistillConfig(losses=text).digest("u")
-        for text in ("edge, feat", "feat=1, edge=0.1", "feat=2, edge")
-    )
-    assert one == same != other
+def test_options_that_are_not_used_do_not_count():
+    one, other = DistillConfig(grid=4), DistillConfig(grid=8)
+    assert one.digest("u", {"grid"}) == other.digest("u", {"grid"}) != one.digest("u")
 
 
 def test_the_digest_follows_upstream_stage_and_version(monkeypatch):
@@ -208,7 +160,7 @@ def test_upstream_keeps_exactly_what_concerns_the_stage(stage):
         "encoder_weights": "",
         "teacher": "unet",
     }
-    values |= {"folds": 0, "teacher_views": 0, "split": "groups"}
+    values |= {"folds": 0, "split": "groups"}
     own = {name: value for name, value in values.items() if name in DistillConfig.model_fields}
     kept = DistillConfig(**own).upstream(stage)
     assert kept == stage(**{n: v for n, v in own.items() if n in stage.model_fields})
@@ -226,14 +178,14 @@ def test_seeds_are_counted_or_listed(given, seeds):
     ("text", "weights"),
     [
         ("", {}),
-        ("feat", {"feat": 1.0}),
+        ("feat", {"feat": None}),
         ("edge=0, feat=2.5", {"feat": 2.5, "edge": 0.0}),
-        ({"kd": None, "seg": 2.0}, {"seg": 2.0, "kd": 3.0}),
-        (["feat=3", "edge"], {"feat": 3.0, "edge": 0.1}),
+        ({"kd": None, "seg": 2}, {"kd": None, "seg": 2.0}),
+        (["feat=3", "edge"], {"feat": 3.0, "edge": None}),
     ],
 )
 def test_losses_name_terms_with_optional_weights(text, weights):
-    assert DistillConfig(losses=text).losses == {"seg": 1.0} | weights
+    assert DistillConfig(losses=text).losses == weights
 
 
 def test_named_levels_are_lists_of_maps():
@@ -247,6 +199,10 @@ def test_the_table_of_parameters_has_every_option_with_help():
     table = AblationConfig.parameters()
     assert set(table["parameter"]) == set(AblationConfig.model_fields)
     assert table["help"].str.len().min() > 5
+    shown = dict(zip(table["parameter"], table["default"]))
+    usual = AblationConfig()
+    assert shown == {name: getattr(usual, name) for name in shown}
+    assert shown["label_fraction"] == 0.1  # with the smoke profile, on the phantom
 
 
 # Arms ---------------------------------------------------------------------------------------------
@@ -266,14 +222,28 @@ def test_arms_differ_in_their_losses_alone():
     }
     assert cfg.arms == tuple(expected)
     for name, losses in expected.items():
-        arm = cfg.arm(name, 7)
+        arm = arm_config(cfg, name, 7)
         assert (arm.losses, arm.seed, arm.width) == ({"seg": 1.0} | losses, 7, 8)
 
 
-def test_every_loss_term_is_an_arm():
-    names = [name for name in loss_terms() if name != "seg"]
-    cfg = AblationConfig(arms=names)
-    assert all(cfg.arm(name, 0).terms == (name,) for name in names if name not in ARMS)
+def test_every_loss_term_is_an_arm_and_an_arm_can_be_longer():
+    names = [name for name in TERMS if name not in ("seg", *ARMS)]
+    cfg = AblationConfig(arms=names, epochs=7)
+    assert all(arm_config(cfg, name, 0).terms == (name,) for name in names)
+    assert resolve(arm_config(cfg, "method*3", 0).losses) == arm_config(cfg, "method", 0).losses
+    assert arm_config(cfg, "method*3", 0).epochs == 21
+    both = arm_config(AblationConfig(losses="kd=2, feat=9"), "feat=0.5+kd", 0)
+    assert both.losses == {"seg": 1.0, "feat": 0.5, "kd": 2.0}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [("metod", "did you mean 'method'"), ("seg", "did you mean"), ("alone*0", "how many times")],
+)
+def test_an_arm_that_does_not_exist_is_refused(arm, words):
+    with pytest.raises(ConfigError, match=words):
+        arm_config(AblationConfig(), arm, 0)
 
 
 # Refused ------------------------------------------------------------------------------------------
@@ -291,7 +261,6 @@ WRONG = [  # options, words of the message
     ({"lr": float("nan")}, ["lr = nan"]),
     ({"profile": "fast"}, ["profile = 'fast'", "'smoke', 'cpu' or 'paper'"]),
     ({"dataset": ""}, ["dataset = ''", "at least 1 character"]),
-    ({"losses": "feat, egde"}, ["'egde'", "did you mean 'edge'?"]),
     ({"losses": "feat, feat"}, ["losses", "twice"]),
     ({"losses": "feat=much"}, ["'much'", "give a number"]),
     ({"losses": "feat=-1"}, ["'feat' is -1.0", "0 or more"]),
@@ -299,7 +268,6 @@ WRONG = [  # options, words of the message
     ({"levels": "decoder.stride3"}, ["levels", "decoder.stride3"]),
     ({"edge_level": "stride4"}, ["edge_level = 'stride4'"]),
     ({"margin": "mean"}, ["margin = 'mean'", "'bn' or 'empirical'"]),
-    ({"arms": "method, metod"}, ["'metod'", "did you mean 'method'?"]),
     ({"arms": "method, method"}, ["arms", "twice"]),
     ({"arms": ""}, ["arms", "at least 1"]),
     ({"seeds": 4000}, ["seeds", "give the string '4000'"]),
@@ -325,9 +293,6 @@ def test_a_wrong_option_is_refused_with_its_name_and_what_fits(values, words):
     [
         ({"encoder_weights": "x", "teacher": "unet64"}, "need teacher = 'resnet34_unet'"),
         ({"encoder_weights": "x", "teacher_checkpoint": "y"}, "give one of the two"),
-        ({"anchors": "eagr", "grid_frame": "lesion"}, "grid_frame must be 'image'"),
-        ({"connector_warmup": 10}, "L_feat would never reach the student in 10 epochs"),
-        ({"teacher_views": 2, "teacher_bn": "batch"}, "cannot be stored"),
         ({"split": "test"}, "leaves no training cases"),
         ({"dataset": "busi", "test_dataset": "busi"}, "names 'busi', the training data"),
         ({"test_dataset": "a/theirs, b/theirs"}, "two data sets are called 'theirs'"),

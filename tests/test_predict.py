@@ -18,17 +18,13 @@ from lesionkd_core.config import DistillConfig, LesionKDError, TeacherConfig
 from lesionkd_core.data.batches import normalize
 from lesionkd_core.models import UNet
 from lesionkd_core.predict import build, load_student, predict, predict_folder, probabilities
-from tests.tiny import lesion, picture, save
+from tests.test_dicom import dicom
+from tests.tiny import image_folder, lesion, picture, save
 
 CFG = DistillConfig(losses="", pixels=32, width=2)
 ORANGE = (238, 119, 51)
-SIZES = {
-    "a.png": (48, 64),
-    "odd.jpg": (33, 47),
-    "grey.tif": (40, 40),
-    "alpha.png": (61, 35),
-    "tiny.bmp": (2, 3),
-}
+SIZES = {"a.png": (48, 64), "odd.jpg": (33, 47), "grey.tif": (40, 40)}
+SIZES |= {"alpha.png": (61, 35), "tiny.bmp": (2, 3)}
 
 
 def finished(root, cfg=CFG, constant=None, **files):
@@ -54,7 +50,7 @@ def finished(root, cfg=CFG, constant=None, **files):
             for name, write in files.items():
                 write(path / name)
 
-    [run] = results.find_or_make([cfg], ["upstream"], make, results.Result)
+    [run] = results.find_or_make([results.Wanted(cfg, "upstream")], make, results.Result)
     return run.path
 
 
@@ -114,19 +110,12 @@ def test_probabilities_are_the_sigmoid_of_the_logits_in_any_batch(runs):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    "image",
-    [
-        np.zeros((40, 50), np.uint8),
-        np.zeros((40, 50, 4), np.uint8),
-        np.zeros((40, 50, 3)),
-        lesion(9),
-    ],
-)
-def test_arrays_that_are_no_rgb_images_are_refused(runs, image):
+@pytest.mark.parametrize("shape", [(40, 50), (40, 50, 4), (40, 50, 3)])
+def test_arrays_that_are_no_rgb_images_are_refused(runs, shape):
     student = load_student(finished(runs))
+    wrong = np.zeros(shape, np.float64 if shape[-1] == 3 else np.uint8)
     with pytest.raises(LesionKDError, match=r"image 1 has shape .* expected \(H, W, 3\) uint8"):
-        predict(student, [picture(0), image])
+        predict(student, [picture(0), wrong])
     assert predict(student, []) == []
 
 
@@ -188,10 +177,68 @@ def test_a_threshold_of_0_marks_everything_also_in_the_overlay(tmp_path, images)
     assert np.array_equal(overlay, pixels(images / "a.png"))  # no contour
 
 
-def test_images_of_one_stem_get_masks_of_their_own(tmp_path, images):
-    save(images / "a.jpg", picture(9))
-    predict_folder(load_student(finished(tmp_path)), images, tmp_path / "out")
-    assert {"a.png.png", "a.jpg.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+NAMES = {  # images (stack.tif has two pages), and files that are written for them
+    "a.png a.jpg": "a.png a.jpg",
+    "a.png A.jpg": "a.png A.jpg",
+    "lesion.png lesion_overlay.png": "lesion lesion_overlay.png",
+    "stack.tif stack_page001.png": "stack_page000 stack_page001 stack_page001.png",
+    "a.png a.jpg a.png.jpg": "a.png a.jpg a.png.jpg",
+    "a_overlay.png a_overlay_overlay.png": "a_overlay a_overlay_overlay.png",
+    "p1/a.png p2/a.png a.png": "p1/a p2/a a",
+}
+
+
+@pytest.mark.parametrize("given", NAMES)
+def test_every_file_that_is_written_has_a_name_of_its_own(tmp_path, runs, given):
+    pages = [Image.fromarray(picture(seed)) for seed in range(2)]
+    for name in given.split():
+        save(tmp_path / "in" / name, picture(5))
+        if name == "stack.tif":
+            pages[0].save(tmp_path / "in" / name, save_all=True, append_images=pages[1:])
+    student, out = load_student(finished(runs)), tmp_path / "in" / "out"
+    for _ in range(2):  # masks inside the folder of the images are no images
+        assert predict_folder(student, tmp_path / "in", out, overlays=True) == []
+    expected = {f"{name}{end}" for name in NAMES[given].split() for end in (".png", "_overlay.png")}
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == expected
+
+
+def test_sub_folders_are_segmented_and_what_is_not_read_there_is_named(tmp_path, images):
+    save(images / "deep" / "er" / "c.png", picture(7))
+    for name in ("deep/d.ppm", "deep/er/e.heic", "deep/f.txt"):
+        (images / name).write_bytes(b"x")
+    unreadable = predict_folder(load_student(finished(tmp_path)), images, tmp_path / "out")
+    assert (tmp_path / "out" / "deep" / "er" / "c.png").is_file()
+    report = results.read_table(tmp_path / "out" / "report.csv").query("action == 'not read'")
+    assert set(report["file"]) == {"broken.png", "deep/d.ppm", "deep/er/e.heic"}
+    assert report["reason"].tolist() == unreadable
+    assert "deep/er/c.png" in set(pd.read_csv(tmp_path / "out" / "areas.csv")["file"])
+
+
+def test_one_picture_is_enough(tmp_path, images):
+    student = load_student(finished(tmp_path))
+    assert predict_folder(student, images / "a.png", tmp_path / "out") == []
+    [mask] = (tmp_path / "out").glob("*.png")
+    assert mask.name == "a.png" and pixels(mask).shape == SIZES["a.png"]
+
+
+def test_the_folder_of_one_dicom_series_is_one_volume_and_files_of_several_are_not(tmp_path, runs):
+    student, slices = load_student(finished(runs)), [picture(s)[..., 0] for s in range(3)]
+    for z, plane in enumerate(slices):
+        about = {"InstanceNumber": z + 1, "ImagePositionPatient": [0, 0, 2.5 * z]}
+        dicom(
+            tmp_path / "one" / f"{z}.dcm", plane.astype(np.int16), SeriesInstanceUID="1.2", **about
+        )
+        uid = f"1.{z + 2}"
+        dicom(
+            tmp_path / "many" / f"{z}.dcm", plane.astype(np.int16), SeriesInstanceUID=uid, **about
+        )
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above" / "one").symlink_to(tmp_path / "one")
+    for folder in ("one", "above", "many"):
+        assert predict_folder(student, tmp_path / folder, tmp_path / f"out {folder}") == []
+    read = [sitk.GetArrayFromImage(sitk.ReadImage(p)) for p in tmp_path.glob("out*/one.nii.gz")]
+    assert len(read) == 2 and len(read[0]) == 3 and (read[0] == read[1]).all()
+    assert len(list((tmp_path / "out many").glob("*.nii.gz"))) == 3
 
 
 def test_every_page_of_a_stack_gets_a_mask(tmp_path, images):
@@ -249,7 +296,6 @@ def test_volumes_among_the_images_get_masks_in_their_space(tmp_path, runs, thres
     (folder / "way 2.nii.gz").rename(folder / "way 2.NII.GZ")
     save(folder / "a.png", picture(0))
     (folder / "broken.nii.gz").write_bytes(b"broken")
-    save(folder / "thumbnails" / "b.png", picture(1))  # a folder, but no series
     student = load_student(finished(tmp_path, constant=0.2))
     unreadable = predict_folder(student, folder, tmp_path / "out", threshold)
     assert len(unreadable) == 1 and "broken.nii.gz" in unreadable[0]
@@ -266,17 +312,7 @@ def test_volumes_among_the_images_get_masks_in_their_space(tmp_path, runs, thres
 def test_every_slice_is_segmented_in_the_window_of_the_run(tmp_path, runs, monkeypatch):
     monkeypatch.setattr(module, "BATCH", 4)  # more slices than are in memory at a time
     voxels = np.stack([picture(seed)[..., 0].astype(np.int16) * 3 - 300 for seed in range(6)])
-    identity = (
-        1.0,
-        0.0,
-        0.0,
-        0.0,
-        1.0,
-        0.0,
-        0.0,
-        0.0,
-        1.0,
-    )  # columns to the left, rows to the back
+    identity = tuple(np.eye(3).ravel())  # columns to the left, rows to the back
     scan(tmp_path / "scans" / "a.nii.gz", voxels, identity)
     student = load_student(finished(tmp_path, CFG.with_values(window="40, 400")))
     predict_folder(student, tmp_path / "scans", tmp_path / "out", overlays=True)
@@ -292,18 +328,20 @@ def test_every_slice_is_segmented_in_the_window_of_the_run(tmp_path, runs, monke
     assert contour.any() and (drawn != contour).mean() < 0.02
 
 
+NO_FOLDER = {
+    "empty": "has no images",
+    "absent": "does not exist; give a folder of images, or one image",
+    "images/notes.txt": "no image of a format that is read",
+    "pairs": r"folders of their own; give .*pairs/images$",
+}
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    ("folder", "words"),
-    [
-        ("empty", "has no images"),
-        ("absent", "give a folder of images"),
-        ("images/a.png", "is a file; give a folder"),
-    ],
-)
-def test_a_folder_without_images_is_refused(tmp_path, images, folder, words):
+@pytest.mark.parametrize("folder", NO_FOLDER)
+def test_a_folder_without_images_is_refused(tmp_path, images, folder):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LesionKDError, match=words):
+    image_folder(tmp_path / "pairs", 2)
+    with pytest.raises(LesionKDError, match=NO_FOLDER[folder]):
         predict_folder(load_student(finished(tmp_path)), tmp_path / folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -393,9 +431,8 @@ def test_areas_of_pictures_and_slices_are_those_of_the_masks(tmp_path, runs):
             mask = sitk.GetArrayFromImage(sitk.ReadImage(tmp_path / "out" / file))[int(z)] > 0
         else:
             mask = np.asarray(Image.open(tmp_path / "out" / file)) > 0
-        assert row["lesion_px"] == mask.sum() and row["lesion_fraction"] == pytest.approx(
-            mask.mean()
-        )
+        assert row["lesion_px"] == mask.sum()
+        assert row["lesion_fraction"] == pytest.approx(mask.mean())
         assert row["components"] == ndimage.label(mask, np.ones((3, 3)))[1]
         assert np.isnan(row["centre_probability"]) == (not mask.any())
     pictures = areas.loc[["a.png", "b.png"]]

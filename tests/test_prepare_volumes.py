@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lesionkd_core.data import prepare as module
+from lesionkd_core.data.masks import UnclearMasks
 from lesionkd_core.data.prepare import prepare
 from lesionkd_core.data.splits import SPLITS
 from lesionkd_core.evaluate import near_training
@@ -45,7 +46,7 @@ def test_slices_of_a_volume_stay_together_and_those_of_two_patients_do_not(
     assert (cases.groupby("volume")["split"].nunique() == 1).all()
     assert set(cases["split"]) == set(SPLITS)
     assert cases["id"].iloc[0] == ("p00_z001" if normals == "drop" else "p00_z000")
-    assert near_training(data, data, bits=4) == 0
+    assert near_training(data, data) == 0
 
 
 def test_a_killed_preparation_resumes_on_a_machine_with_other_cores(tmp_path, monkeypatch):
@@ -78,19 +79,18 @@ def test_dicom_files_of_one_patient_stay_together(tmp_path):
     assert (cases["group"].groupby(patient).nunique() == 1).all()
 
 
-SOFT = np.where(MASK > 0, 0.9, 0).astype(np.float32)
-SOFT[4, 6:14, 1:4] = 0.3
-MASKS = {  # of one volume: its voxels, whether it is kept, words of the report
-    "class 3": (MASK * 3, True, "values 0, 3: 3 read as lesion"),
+MASKS = {  # of one volume among 14 of 0 and 1: its voxels, whether it is kept, words of the report
+    "class 3": (MASK * 3, True, ""),
     "float 0 and 1": (MASK.astype(np.float32), True, ""),
-    "soft": (SOFT, True, "values 0, 0.3, 0.9: cut at half, 1.00% of the pixels between"),
-    "background -1": (MASK - 1.0, False, "values -1, 0: 0 must mean no lesion"),
-    "background 3": (3.0 + 255 * MASK, True, "values 3, 258: 258 read as lesion"),
+    "classes with a scale factor": (MASK * 2.9999, True, ""),
+    "0 and 255": (MASK * 255, False, "values 0, 255: most masks have other values"),
+    "background -1": (MASK - 1.0, False, "values -1, 0: negative values"),
+    "background 3": (3.0 + 255 * MASK, False, "the background of the other masks (0) is not in it"),
 }
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_the_mask_of_a_volume_is_decided_by_its_values_or_refused(tmp_path, kind):
+def test_the_mask_of_a_volume_fits_the_others_or_is_refused(tmp_path, kind):
     voxels, kept, words = MASKS[kind]
     root = scans(tmp_path / "mine", 14)
     nifti(root / "masks" / "p03.nii.gz", voxels)
@@ -101,3 +101,16 @@ def test_the_mask_of_a_volume_is_decided_by_its_values_or_refused(tmp_path, kind
         assert (data.masks[rows][:3] == data.masks[rows][3:]).all()
     about = data.report[data.report["id"].str.startswith("p03")]
     assert words in " ".join(about["reason"])
+
+
+def test_probabilities_are_refused_until_a_threshold_is_given(tmp_path):
+    root = scans(tmp_path / "mine")
+    ramp = np.linspace(0, 1, MASK.size).reshape(SHAPE).astype(np.float32)
+    for path in (root / "masks").iterdir():
+        nifti(path, ramp)
+    with pytest.raises(UnclearMasks, match="12 of 12 masks do not tell .* 'over 0.5'"):
+        prepare(config(root))
+    data = prepare(config(root, lesion_values="over 0.5"))
+    share = data.cases.groupby("volume")["lesion_share"].sum()
+    assert np.allclose(share, (ramp > 0.5).mean((0, 1)).sum())
+    assert data.summary["masks"].endswith("lesion: over 0.5 (lesion_values)")

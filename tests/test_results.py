@@ -25,14 +25,14 @@ from lesionkd_core.config import (
 from lesionkd_core.data.prepare import Prepared
 from lesionkd_core.pipeline import Run
 from lesionkd_core.predict import load_network
-from lesionkd_core.results import DamagedResult, Result, UnfinishedRun, find_or_make
+from lesionkd_core.results import DamagedResult, Result, UnfinishedRun, Wanted, find_or_make
 from tests.conftest import ROOT, copy_of
 
 # Folders ------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_named_by_data_profile_seed_and_digest():
-    path = results.folder(PrepareConfig(split_seed=7), "upstream")
+    path = results.folder(Wanted(PrepareConfig(split_seed=7), "upstream"))
     assert path.parent == results.runs_root() / "prepare"
     assert re.fullmatch(r"phantom-smoke-s7-[0-9a-f]{8}", path.name)
     assert path.name.endswith(PrepareConfig(split_seed=7).digest("upstream")[:8])
@@ -46,10 +46,11 @@ def test_a_folder_is_named_by_data_profile_seed_and_digest():
         (DistillConfig(seed=5, teacher_seed=9), "distill/phantom-smoke-s5-"),
         (PrepareConfig(dataset="/data/my scans (v2)/"), "prepare/my_scans_v2_-smoke-s0-"),
         (PrepareConfig(dataset="../läsionen"), "prepare/l_sionen-smoke-s0-"),
+        (PrepareConfig(dataset="lists/clinic-a.csv"), "prepare/lists-clinic-a-smoke-s0-"),
     ],
 )
 def test_each_stage_shows_its_own_seed_and_a_plain_name(cfg, start):
-    assert results.short(results.folder(cfg, "u")).startswith(f"runs/{start}")
+    assert results.short(results.folder(Wanted(cfg, "u"))).startswith(f"runs/{start}")
 
 
 def made(paths):
@@ -66,7 +67,7 @@ def made(paths):
 def test_a_missing_result_is_made_and_then_found(runs):
     calls, cfg = [], PrepareConfig()
     for _ in range(2):
-        [found] = find_or_make([cfg], ["u"], made(calls), Result)
+        [found] = find_or_make([Wanted(cfg, "u")], made(calls), Result)
     assert calls == [[found.path]] and results.is_done(found.path)
     assert found.digest == cfg.digest("u") and found.config["upstream"] == "u"
     assert set(results.read_json(found.path / "DONE")) == {"content", "config.json", "env.json"}
@@ -74,8 +75,9 @@ def test_a_missing_result_is_made_and_then_found(runs):
 
 def test_only_what_is_missing_is_made_and_equal_configurations_once(runs):
     calls, cfgs = [], [PrepareConfig(cases=n) for n in (20, 30, 40)]
-    find_or_make(cfgs[:1], ["u"], made(calls), Result)
-    found = find_or_make([*cfgs, cfgs[1]], ["u"] * 4, made(calls), Result)
+    wanted = [Wanted(cfg, "u") for cfg in cfgs]
+    find_or_make(wanted[:1], made(calls), Result)
+    found = find_or_make([*wanted, wanted[1]], made(calls), Result)
     assert [r.digest for r in found] == [cfg.digest("u") for cfg in (*cfgs, cfgs[1])]
     assert calls[1] == [found[1].path, found[2].path]
 
@@ -88,10 +90,10 @@ def test_an_unfinished_folder_is_resumed_or_emptied(runs, resume):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        find_or_make([PrepareConfig()], ["u"], interrupted, Result)
+        find_or_make([Wanted(PrepareConfig(), "u")], interrupted, Result)
     [path] = runs.glob("prepare/*smoke-s0-????????")
     assert not results.is_done(path)
-    [found] = find_or_make([PrepareConfig()], ["u"], made([]), Result, resume=resume)
+    [found] = find_or_make([Wanted(PrepareConfig(), "u")], made([]), Result, resume=resume)
     assert found.path == path and (path / "half").exists() == resume
     assert len(results.read_json(path / "env.json")["resumed_from"]) == resume
 
@@ -99,7 +101,7 @@ def test_an_unfinished_folder_is_resumed_or_emptied(runs, resume):
 def test_another_profile_with_the_same_options_finds_the_result(runs):
     calls, small = [], PrepareConfig(cases=30)
     same = PrepareConfig(profile="cpu", pixels=64, cases=30)
-    found = [find_or_make([cfg], ["u"], made(calls), Result)[0].path for cfg in (small, same)]
+    found = [find_or_make([Wanted(cfg, "u")], made(calls), Result)[0].path for cfg in (small, same)]
     assert found[0] == found[1] and len(calls) == 1
 
 
@@ -107,13 +109,13 @@ def test_another_profile_with_the_same_options_finds_the_result(runs):
 def test_the_full_digest_is_compared_not_the_eight_letters_of_the_name(runs, done):
     """Another result whose digest begins with the same letters: a longer name is taken."""
     cfg, calls = PrepareConfig(), []
-    other = results.folder(cfg, "u")
+    other = results.folder(Wanted(cfg, "u"))
     digest = cfg.digest("u")[:8] + "0" * 56
     results.write_json(other / "config.json", {"stage": "prepare", "digest": digest})
     if done:
         results.write_json(other / "DONE", {})
     for _ in range(2):
-        [found] = find_or_make([cfg], ["u"], made(calls), Result)
+        [found] = find_or_make([Wanted(cfg, "u")], made(calls), Result)
     assert found.path.name == f"phantom-smoke-s0-{cfg.digest('u')[:16]}"
     assert len(calls) == 1 and found.digest == cfg.digest("u")
     assert results.read_json(other / "config.json")["digest"] == digest
@@ -129,7 +131,7 @@ def test_of_several_processes_on_one_training_the_first_writes(runs):
                 made([])(missing)
 
         how = {"leader": rank == 0, "wait": barrier.wait}
-        found[rank] = find_or_make([PrepareConfig()], ["u"], make, Result, **how)[0].path
+        found[rank] = find_or_make([Wanted(PrepareConfig(), "u")], make, Result, **how)[0].path
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -426,7 +428,7 @@ def test_a_report_names_options_scores_and_state(student, runs):
     path = copy_of(student.path, runs)
     text, test = results.report(path), student.summary["test"]
     assert text.startswith(f"runs/distill/{path.name}\n")
-    assert f"test, {test['cases']} cases: dice {test['dice']['mean']:.3f} [" in text
+    assert f"test, {test['cases']} cases: dice {test['dice']['mean']:.3f}" in text
     assert "pixels = 32" in text and "all intact" in text and "split_seed" not in text
     (path / "DONE").unlink()
     assert "unfinished; the same options resume it" in results.report(path)

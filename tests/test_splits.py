@@ -7,9 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lesionkd_core.config import ConfigError, PrepareConfig
-from lesionkd_core.data.pixels import thumbnail
-from lesionkd_core.data.splits import SPLITS, crossing, group_cases, near_pairs, split_cases
-from tests.tiny import picture
+from lesionkd_core.data.splits import SPLITS, SplitError, crossing, split_cases
 
 properties = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 CVC_CLINICDB = (
@@ -36,41 +34,6 @@ tables = st.builds(
 
 def whole(splits, table) -> bool:
     return bool((splits.groupby(table["group"]).nunique() == 1).all())
-
-
-# Groups -------------------------------------------------------------------------------------------
-
-
-def partition(groups):
-    return {frozenset(np.flatnonzero(np.array(groups) == g)) for g in set(groups)}
-
-
-def test_groups_of_the_release_and_duplicates_are_united():
-    images = [picture(i) for i in range(7)]
-    images[2] = np.clip(images[1].astype(int) + 4, 0, 255).astype(np.uint8)  # a frame of v1 in v2
-    thumbnails = np.stack([thumbnail(image) for image in images])
-    groups = group_cases(pd.Series(["v1", "v1", "v2", "v2", "", "", "v3"]), thumbnails, bits=4)
-    assert partition(groups) == {frozenset(g) for g in ({0, 1, 2, 3}, {4}, {5}, {6})}
-    groups = group_cases(pd.Series(["v1", "", "v1", ""]), None, 4)
-    assert partition(groups) == {frozenset(g) for g in ({0, 2}, {1}, {3})}
-
-
-def test_a_duplicate_is_found_however_far_away():
-    thumbnails = np.random.default_rng(0).integers(0, 256, (1100, 64, 64)).astype(np.uint8)
-    thumbnails[1090] = thumbnails[3]
-    groups = group_cases(pd.Series([""] * 1100), thumbnails, bits=0)
-    assert groups[1090] == groups[3] and len(set(groups)) == 1099
-
-
-def test_near_pairs_equal_a_loop():
-    hashes = np.random.default_rng(1).random((300, 63)) < 0.9
-    hashes[7] = False  # flat images match nothing
-    hashes[9] = False
-    every = ((i, j) for i in range(300) for j in range(i + 1, 300) if not {i, j} & {7, 9})
-    apart = {(i, j, int((hashes[i] != hashes[j]).sum())) for i, j in every}
-    expected = {pair for pair in apart if pair[2] <= 5}
-    found = {tuple(pair) for block in near_pairs(hashes, 5) for pair in block.tolist()}
-    assert found == expected and expected
 
 
 # Drawn splits -------------------------------------------------------------------------------------
@@ -173,6 +136,34 @@ def test_a_random_split_lets_groups_cross_and_counts_them():
     assert crossing(table) == {"val": 0, "test": 0}
 
 
+# Few groups ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "sizes", [(4,) * 5, (6,) * 3, (5,) * 4, (9, 3, 1), (20, 2, 2, 2), (8, 7, 3, 2, 1)]
+)
+def test_three_to_five_groups_fill_every_split(sizes, seed):
+    table = table_of(sizes, empty_fraction=0)
+    found = split_cases(table, PrepareConfig(split_seed=seed))
+    counts = table["group"].groupby(found).nunique()
+    assert (counts["train"], counts["val"], counts["test"]) == (len(sizes) - 2, 1, 1)
+
+
+@pytest.mark.parametrize("fold", range(5))
+def test_five_blocks_in_five_folds_are_three_one_and_one(fold):
+    table = table_of([6] * 5, empty_fraction=0)
+    found = split_cases(table, PrepareConfig(folds=5, fold=fold))
+    assert table["group"].groupby(found).nunique().to_dict() == {"train": 3, "val": 1, "test": 1}
+
+
+@pytest.mark.fault
+def test_two_groups_are_refused_with_the_options_that_matter():
+    words = r"(?s)18 cases in 2 groups, the largest with 9, leave no.*val_fraction.*test_.*group_by"
+    with pytest.raises(SplitError, match=words):
+        split_cases(table_of([9, 9]), PrepareConfig())
+
+
 # Official splits ----------------------------------------------------------------------------------
 
 
@@ -197,23 +188,23 @@ def test_validation_cases_drawn_from_an_official_split_keep_their_groups_whole()
     assert whole(splits, table) and set(splits[:80]) == {"train", "val"}
 
 
+CONTRADICTIONS = {  # words of the error: options
+    "at least 2": {"folds": 1},
+    "fold = 1: the last is 0": {"fold": 1},
+    "fold = 5: the last is 4": {"folds": 5, "fold": 5},
+    "folds split by group": {"folds": 3, "split": "random"},
+    "/no/such.csv": {"split_file": "/no/such.csv"},
+    "'centre, width'": {"window": "lung"},
+    "must be positive": {"window": "40, 0"},
+    "folds already decides": {"folds": 3, "normals": "test"},
+    "split_file already decides": {"split_file": __file__, "normals": "test"},
+    "'stretch' or 'pad'": {"fit": "crop"},
+    "'groups', 'official', 'random' or 'test'": {"split": "offical"},
+}
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"folds": 1}, "at least 2"),
-        ({"fold": 1}, "fold = 1: the last is 0"),
-        ({"folds": 5, "fold": 5}, "fold = 5: the last is 4"),
-        ({"folds": 3, "split": "random"}, "folds split by group"),
-        ({"split_file": "/no/such.csv"}, "/no/such.csv"),
-        ({"window": "lung"}, "'centre, width'"),
-        ({"window": "40, 0"}, "must be positive"),
-        ({"folds": 3, "normals": "test"}, "folds already decides"),
-        ({"split_file": __file__, "normals": "test"}, "split_file already decides"),
-        ({"fit": "crop"}, "'stretch' or 'pad'"),
-        ({"split": "offical"}, "'groups', 'official', 'random' or 'test'"),
-    ],
-)
-def test_options_that_contradict_each_other_are_refused(options, words):
+@pytest.mark.parametrize("words", CONTRADICTIONS)
+def test_options_that_contradict_each_other_are_refused(words):
     with pytest.raises(ConfigError, match=words):
-        PrepareConfig(**options).digest("u")
+        PrepareConfig(**CONTRADICTIONS[words]).digest("u")

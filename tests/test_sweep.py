@@ -1,6 +1,7 @@
 """Many runs: what a sweep file asks for; made, found and failed runs on local Dask workers."""
 
 import re
+import sys
 
 import nbformat
 import pandas as pd
@@ -10,7 +11,7 @@ import yaml
 
 from lesionkd_core import results
 from lesionkd_core import sweep as module
-from lesionkd_core.config import ConfigError, LesionKDError
+from lesionkd_core.config import ConfigError, LesionKDError, MissingExtra
 from lesionkd_core.sweep import MEMORY, executed, find_notebook, named_results, read_sweep, sweep
 from tests.conftest import ROOT
 from tests.test_cli import PREPARES, command, notebook
@@ -35,62 +36,53 @@ def test_every_combination_and_every_included_run_is_there_once(sweep_of):
     content = {
         "parameters": {"profile": "cpu", "epochs": 3},
         "product": {"teacher": ["resnet34_unet", "unet64"], "seeds": ["0", "1", "2"]},
-        "include": [{"arms": "alone, method", "epochs": 7}, {"teacher": "unet64", "seeds": "1"}],
+        "include": [{"arms": "alone, method", "lr": "2E-2"}, {"teacher": "unet64", "seeds": "1"}],
     }
-    runs = read_sweep(sweep_of(content))
+    _, runs = read_sweep(sweep_of(content))
     assert len(runs) == 2 * 3 + 1  # the second included run is one of the product
     common = {"profile": "cpu", "epochs": 3}
     teachers = ("resnet34_unet", "unet64")
     assert runs[:6] == [common | {"teacher": t, "seeds": s} for t in teachers for s in "012"]
-    assert runs[6] == {"profile": "cpu", "epochs": 7, "arms": "alone, method"}
+    assert runs[6] == common | {"arms": "alone, method", "lr": 0.02}  # YAML reads 2E-2 as text
 
 
 def test_one_configuration_written_in_several_ways_is_one_run(sweep_of):
     same = [{}, {"seeds": 1}, {"seeds": "0"}, {"pixels": 64, "profile": "smoke"}]
     other = [{"test_dataset": "busi"}, {"seeds": 2}, {"losses": "feat=0.001"}]
-    assert len(read_sweep(sweep_of({"include": same + other}))) == 4
-
-
-def test_numbers_with_an_exponent_are_numbers(sweep_of):
-    [run] = read_sweep(sweep_of("include:\n  - {lr: 1e-3, teacher_lr: 2E-2, seeds: '0'}"))
-    assert run == {"lr": 0.001, "teacher_lr": 0.02, "seeds": "0"}
+    assert len(read_sweep(sweep_of({"include": same + other}))[1]) == 4
 
 
 def test_the_example_of_the_documentation_is_a_sweep(sweep_of):
     [example] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.S)
-    assert len(read_sweep(sweep_of(example))) == 13
+    assert len(read_sweep(sweep_of(example))[1]) == 13
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (
-            {"product": {"teachr": ["unet64"]}},
-            ["unknown parameter 'teachr'", "did you mean 'teacher'"],
-        ),
-        ({"product": {"epochs": [1, "many"]}}, ["epochs = 'many'", "'epochs': 'many'"]),
-        ({"product": {"epochs": [0], "seeds": [-1]}}, ["epochs = 0", "seeds = "]),
-        ({"prodct": {}}, ["unknown key 'prodct'", "did you mean 'product'"]),
-        ({"product": {"epochs": []}}, ["no runs"]),
-        ({"parameters": {"epochs": 1}}, ["no runs"]),
-        ({"include": [3]}, ["include lists such mappings"]),
-        ({"product": [1]}, ["must map names to values"]),
-        ({"include": [{1: 2}]}, ["unknown parameter '1'"]),
-        ("", ["expected the keys"]),
-        ([1, 2], ["expected the keys notebook, parameters, product, include"]),
-        ("product: {epochs: [1, 2}", ["cannot be read as YAML"]),
-        (
-            {"notebook": "05_ablation", "include": [{}]},
-            ["no notebook '05_ablation'", "did you mean '05_ablations'"],
-        ),
-        ({"notebook": "03_teacher", "include": [{"epochs": 3}]}, ["unknown parameter 'epochs'"]),
+        ("product: {teachr: [unet64]}", "unknown parameter 'teachr': did you mean 'teacher'"),
+        ("product: {epochs: [1, many]}", "run {'epochs': 'many'}: epochs = 'many'"),
+        ("product: {epochs: [0], seeds: [-1]}", "epochs = 0.*\nseeds = "),
+        ("product: {losses: [kd, kdd]}", "run {'losses': 'kdd'}: .*did you mean 'kd'"),
+        ("include: [{arms: 'alone, methd'}]", "did you mean 'method'"),
+        ("include: [{teacher: unet46}]", "did you mean 'unet64'"),
+        ("prodct: {}", "unknown key 'prodct'; did you mean 'product'"),
+        ("product: {epochs: []}", "no runs"),
+        ("parameters: {epochs: 1}", "no runs"),
+        ("include: [3]", "include lists such mappings"),
+        ("product: [1]", "must map names to values"),
+        ("include: [{1: 2}]", "unknown parameter '1'"),
+        ("", "expected the keys"),
+        ("[1, 2]", "expected the keys notebook, parameters, product, include"),
+        ("product: {epochs: [1, 2}", "cannot be read as YAML"),
+        ("{notebook: 05_ablation, include: [{}]}", "no notebook '05_ablation': did you mean"),
+        ("{notebook: '3', include: [{epochs: 3}]}", "unknown parameter 'epochs'"),
     ],
-    ids=str,
 )
 def test_a_wrong_sweep_file_is_refused_before_anything_starts(sweep_of, runs, content, words):
     code, _, errors = command("sweep", sweep_of(content))
-    assert code == 1 and all(word in errors for word in words), errors
+    assert code == 1 and re.search(words, errors), errors
     assert "Traceback" not in errors and not runs.exists()
 
 
@@ -105,6 +97,9 @@ def test_an_absent_file_and_an_absent_scheduler_are_named(sweep_of, tmp_path, mo
     monkeypatch.setattr("distributed.Client", absent)
     with pytest.raises(LesionKDError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         sweep(sweep_of({"include": [{}]}), scheduler="tcp://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(MissingExtra, match=r"a sweep needs the extra 'cluster'.*pip install"):
+        sweep(sweep_of({"include": [{}]}))
 
 
 # Executed notebooks -------------------------------------------------------------------------------
@@ -112,7 +107,8 @@ def test_an_absent_file_and_an_absent_scheduler_are_named(sweep_of, tmp_path, mo
 
 def test_notebooks_are_found_by_name_and_by_path(tmp_path):
     assert find_notebook("05_ablations") == ROOT / "notebooks" / "05_ablations.ipynb"
-    assert find_notebook("05_ablations.ipynb") == find_notebook("05_ablations")
+    for name in ("05_ablations.ipynb", "05", "5"):
+        assert find_notebook(name) == find_notebook("05_ablations")
     own = notebook(tmp_path / "mine.ipynb")
     assert find_notebook(str(own)) == own
 

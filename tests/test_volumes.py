@@ -178,15 +178,11 @@ def test_a_flat_volume_is_black(tmp_path):
 
 def test_every_value_of_a_mask_but_0_is_lesion_and_several_masks_are_united(tmp_path):
     labels, one = LESION * RNG.integers(1, 5, SHAPE), np.zeros(SHAPE, np.float32)
-    one[4, 6, 5] = 0.2
+    one[4, 6, 5] = 3
     image = nifti(tmp_path / "a.nii", HU)
     masks = nifti(tmp_path / "m1.nii", labels.astype(np.int16)), nifti(tmp_path / "m2.nii", one)
     readings = same(read(case(image, *masks), WINDOW), windowed(HU), LESION | (one > 0))
-    assert [note for r in readings for note in r.notes] == [
-        "values 0, 1, 2, 3, 4: all but 0 read as lesion",
-        "values 0, 0.2: 0.2 read as lesion",
-        "2 masks united",
-    ]
+    assert [note for r in readings for note in r.notes] == ["2 masks united"]
 
 
 @pytest.mark.parametrize(

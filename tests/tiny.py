@@ -35,7 +35,7 @@ def small_teacher() -> UNet:
     return UNet(width=8)
 
 
-def small_student(width: int, stem: int) -> UNet:
+def small_student(width: int) -> UNet:
     return UNet(width=2)
 
 
@@ -50,7 +50,7 @@ class FixedNormUNet(UNet):
         return self
 
 
-def fixed_norm_student(width: int, stem: int) -> UNet:
+def fixed_norm_student(width: int) -> UNet:
     return FixedNormUNet(width=width)
 
 

@@ -29,8 +29,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .. import results
-from ..config import LesionKDError, loss_terms
+from ..config import LesionKDError
 from ..evaluate import HIGHER_IS_BETTER, bootstrap_mean
+from ..losses import TERMS
 from .statistics import (
     FAMILY,
     SIGNIFICANT,
@@ -76,7 +77,6 @@ STYLES = {  # Tol's colour-blind safe colours
     "edge": Style("#117733", "^", (3, 1, 1, 1, 1, 1)),
     "method": Style("#CC3311", "D", ""),
     "shuffled": Style("#AA3377", "v", (1, 1)),
-    "stem2": Style("#AA4499", (4, 1, 0), (12, 2)),
     "kd": Style("#CCBB44", "P", (8, 2)),
     "boundary_kd": Style("#999933", "p", (10, 1, 1, 1)),
     "cwd": Style("#332288", ">", (1, 2.5)),
@@ -105,7 +105,7 @@ def style_of(name: str) -> Style:
     """The style of an arm or network; another loss term or name gets one of the spare styles."""
     if name in STYLES:
         return STYLES[name]
-    own = [term for term in loss_terms() if term not in STYLES]
+    own = [term for term in TERMS if term not in STYLES]
     place = own.index(name) if name in own else zlib.crc32(name.encode())
     return Style(*(choices[place % len(choices)] for choices in SPARE))
 
@@ -403,11 +403,30 @@ def pairs(prepared: Prepared, table: pd.DataFrame) -> Figure:
     ids, said = prepared.cases["id"], []
     for (top, bottom), row in zip(axes.T, table.itertuples()):
         draw_image(top, prepared.images[row.first], _short(ids[row.first]))
-        alike = f"{row.bits} bits, r {row.correlation:.2f}"
+        alike = f"{row.bits} bits, r {min(row.correlation, row.content):.2f}"
         draw_image(bottom, prepared.images[row.second], f"{_short(ids[row.second])}\n{alike}")
         said.append(f"{ids[row.first]} and {ids[row.second]}, {alike}")
     what = "Pairs of images, the distance of their hashes and the correlation r of their details"
     return _described(fig, f"{what}: {'; '.join(said) or 'none'}.")
+
+
+@styled()
+def joined_groups(prepared: Prepared, count: int = 4) -> Figure:
+    """Up to six images of each of the largest groups that were joined because they show the same.
+
+    They are the groups of `Prepared.summary["joined"]`; groups that names make are not drawn.
+    """
+    largest = prepared.summary["joined"]["largest"][:count]
+    if not largest:
+        return _nothing()
+    rows = {case_id: row for row, case_id in enumerate(prepared.cases["id"])}
+    fig, axes = panels(len(largest), 6, ratio=1.14)
+    for line, ids in zip(axes, largest):
+        for axis, case_id in zip(line, ids):
+            draw_image(axis, prepared.images[rows[case_id]], _short(case_id))
+    sizes = [f"{len(ids)} images" for ids in largest]
+    _row_labels(axes, sizes)
+    return _described(fig, f"The largest groups of images that show the same: {', '.join(sizes)}.")
 
 
 @styled()
@@ -904,7 +923,7 @@ def gradients(history: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("Norm of gradient")
     axes[count].set_ylabel("Cosine with that of\n" + _typeset("L_seg"))
     _whole_epochs(axes)
-    shown = _names(term for term in terms if term in loss_terms())
+    shown = _names(term for term in terms if term in TERMS)
     who = _names(filter(None, in_order(history))) or "one run"
     where = _on(name for name, _ in _parts(history))
     what = f"Gradients by epoch{where}: norms of {shown}, and cosines with L_seg; {who}"
@@ -915,7 +934,7 @@ def _term_style(term: str) -> tuple[str, Style]:
     """A loss term is drawn as the arm that has it alone; two terms have their cosine."""
     if term == "seg":
         return _label("seg"), Style("#000000", ".", "")
-    if term in loss_terms():
+    if term in TERMS:
         return _label(term).removeprefix("+ "), style_of(term)
     return _typeset(" and ".join(f"L_{part}" for part in term.split("_"))), style_of(term)
 

@@ -23,7 +23,7 @@ from ..data.splits import compare_pairs
 from ..edges import edge_at_stride, edge_label_batch
 from ..losses import EdgeGraph, EdgeReasoning, FittedGraph, Measured, build_terms, margin_relu
 from ..losses.edge_reasoning import live_in
-from ..models import Network, channels_of, stride_of
+from ..models import Network, stride_of
 from ..predict import TrainedNetwork, load_network
 
 BATCH = 16
@@ -55,7 +55,7 @@ def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
     return chosen
 
 
-def example_pairs(prepared: Prepared, bits: int, count: int) -> pd.DataFrame:
+def example_pairs(prepared: Prepared, count: int) -> pd.DataFrame:
     """Pairs of images on both sides of the threshold for near-duplicates.
 
     Of the pairs whose hashes are near, the `count` least alike that share a group, and the `count`
@@ -64,11 +64,12 @@ def example_pairs(prepared: Prepared, bits: int, count: int) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        first, second (rows of `prepared`), bits (distance of their hashes), correlation (of their
-        details), same.
+        As `splits.compare_pairs` returns it; rows are those of `prepared`. Sorted by the lesser of
+        the two correlations.
     """
-    table = compare_pairs(prepared.thumbnails, bits)
-    table = table.sort_values("correlation", ascending=False, kind="stable")
+    table = compare_pairs(prepared.thumbnails)
+    alike = table[["correlation", "content"]].min(axis=1)
+    table = table.loc[alike.sort_values(ascending=False, kind="stable").index]
     same = table["same"]
     return pd.concat([table[same].tail(count), table[~same].head(count)], ignore_index=True)
 
@@ -124,9 +125,9 @@ def edge_survival(
 def live_nodes(cfg: Any, masks: np.ndarray) -> np.ndarray:
     """Cells of the grid with an edge pixel, for each mask: (N, S, S) 0/1 -> (N,).
 
-    `cfg` has edge_level, edge_width, grid and grid_frame.
+    `cfg` has edge_level, edge_width and grid.
     """
-    graph = EdgeGraph(1, 1, cfg.grid, frame=cfg.grid_frame)
+    graph = EdgeGraph(1, 1, cfg.grid)
     stride = stride_of(cfg.edge_level.partition(":")[0])
     edge = graph.edge_at(_edges(masks, cfg.edge_width), stride)
     count: np.ndarray = graph.live_nodes(edge).sum(1).numpy()
@@ -211,14 +212,14 @@ def restored(run: results.Result, teacher: TrainedNetwork) -> tuple[TrainedNetwo
     `checkpoint_best` has the student alone.
     """
     student = load_network(run)
-    cfg, names = student.cfg, teacher.network.feature_norms()
+    cfg, channels = student.cfg, teacher.network.feature_channels()
     if not isinstance(cfg, DistillConfig):
         raise LesionKDError(f"{results.short(run.path)} is a teacher; give the run of a student")
     level = cfg.edge_level.rpartition(":")[2]
-    graph = EdgeGraph.build(channels_of(teacher.network, level), cfg)
+    graph = EdgeGraph.build(channels[level], cfg)
     measured = Measured(
         FittedGraph(graph, torch.ones(cfg.states)),
-        {name: torch.zeros(channels_of(teacher.network, name)) for name in names},
+        {name: torch.zeros(count) for name, count in channels.items()},
     )  # the right shapes; the checkpoint has the values
     terms = build_terms(cfg, student.network, teacher.network, measured)
     whole = nn.ModuleDict({"network": student.network, "terms": terms})

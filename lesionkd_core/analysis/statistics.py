@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..config import ARMS, LesionKDError, loss_terms
+from ..config import LesionKDError
 from ..evaluate import HIGHER_IS_BETTER, METRICS
+from ..losses import TERMS
+from ..pipeline import ARMS
 
 FAMILY = ("dataset", "test_dataset", "profile", "teacher", "seg_loss", "budget", "labels")
 """Columns in which the rows of one comparison agree; each combination is a Holm family of its own.
@@ -47,8 +49,8 @@ def families(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame
 
 
 def in_order(table: pd.DataFrame, without: str | None = None) -> list[str]:
-    """The arms of a table in the order of `config.ARMS` and of the loss terms, then by name."""
-    known = {arm: place for place, arm in enumerate(dict.fromkeys([*ARMS, *loss_terms()]))}
+    """The arms of a table in the order of `pipeline.ARMS` and of the loss terms, then by name."""
+    known = {arm: place for place, arm in enumerate(dict.fromkeys([*ARMS, *TERMS]))}
     return sorted(set(table["arm"]) - {without}, key=lambda arm: (known.get(arm, len(known)), arm))
 
 

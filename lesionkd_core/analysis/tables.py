@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 
 from .. import results
-from ..config import loss_terms
 from ..evaluate import score_external
+from ..losses import TERMS
 from .statistics import FAMILY, TEACHER, by_seed, case_mean, families
 
 METRIC_LABELS = {
@@ -31,7 +31,6 @@ LABELS = {
     "alone_long": "student alone, longer",
     "method": "both (method)",
     "shuffled": "both, edges shuffled",
-    "stem2": "student, stem 2",
     "otsu": "Otsu",
     "resnet34_unet": "ResNet34-UNet",
     "unet64": "U-Net 64",
@@ -45,7 +44,7 @@ def label(name: str) -> str:
     """The label of an arm, a loss term or a network; a name without one is its own label."""
     if name in LABELS:
         return LABELS[name]
-    return str(loss_terms()[name].label) if name in loss_terms() else str(name)
+    return str(TERMS[name].label) if name in TERMS else str(name)
 
 
 def markdown(table: pd.DataFrame, digits: int = 3) -> Any:

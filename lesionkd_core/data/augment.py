@@ -57,11 +57,15 @@ Columns = Any
 """A `Change` whose fields are arrays (N,)."""
 
 
-def draw(seed: int, epoch: int, case: int, augmentation: str) -> Change:
-    """The change of one case in one epoch; `augmentation` is 'none', 'flips' or 'full'."""
+def draw(seed: int, epoch: int, case: int, augmentation: str, copy: int = 0) -> Change:
+    """The change of one case in one epoch; `augmentation` is 'none', 'flips' or 'full'.
+
+    A case that is drawn again in the same epoch has another `copy`, and changes differently.
+    """
     if augmentation == "none":
         return Change()
-    rng = np.random.default_rng([seed, epoch, 1 + case])  # [seed, epoch, 0] is the batch order's
+    place = [seed, epoch, 1 + case]  # [seed, epoch, 0] is the batch order's
+    rng = np.random.default_rng([*place, copy] if copy else place)
     flips = Change(*map(bool, rng.random(3) < 0.5))
     if augmentation == "flips":
         return flips

@@ -1,4 +1,4 @@
-"""Cases, and reading their pictures and masks; every repair is noted for the report."""
+"""Cases, and reading their pictures; every repair is noted for the report."""
 
 from __future__ import annotations
 
@@ -6,40 +6,29 @@ import errno
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..config import LesionKDError
+
+if TYPE_CHECKING:
+    from .masks import Decision
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif"}
 VOLUME_SUFFIXES = {".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm"}
 MODES = {"1", "L", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "F"}
-CLASSES_UP_TO = 31
-"""Whole numbers up to this one are classes."""
-NEAR_INTEGER = 0.05
-"""Class numbers that were stored with a scale factor differ from integers by less than this."""
-SOLID = 0.1
-"""Fraction of the pixels of classes or instances whose neighbours have the same value."""
-SMALL_LESION = 600
-"""The soft border of a lesion of at most this many pixels may have two values alone."""
-MOST_BETWEEN, LEAST_BRIGHT = 0.1, 0.25
-"""In black and white with soft borders: largest fraction of the image between the ends, smallest
-fraction of bright pixels among those that are not dark."""
 PERCENTILES = (0.5, 99.5)
 """Shown as black and white if neither the user nor the file gives a window."""
 PADDING = 0.05
 """A lowest value that more than this fraction of the pixels have is not counted."""
 LOSSY = {"JPEG", "MPO", "JPEG2000", "WEBP"}
-"""Formats whose compression changes the values of a mask."""
-MANY_VALUES = 4096
-"""From this number of distinct values on, the values of a mask are rounded."""
+"""Formats whose compression changes the values of a mask; WebP unless it has a chunk VP8L."""
 ORIENTATION = 0x0112  # EXIF tag
 MACHINE_FAILED = (errno.EIO, errno.EMFILE, errno.ENFILE)
 """Errors that say nothing about the file."""
@@ -67,8 +56,8 @@ class Case:
         Class, and the release's own train, val or test; may be empty.
     page : int, optional
         Page of image and mask, for stacks in one TIFF file.
-    window, lesion_values, inverted
-        The options `window`, `lesion_values` and `invert_masks`.
+    window : str
+        The option of this name.
     one_mask : bool
         Two masks of one name are a mistake in this layout, not two lesions.
     unlabelled : bool
@@ -77,6 +66,8 @@ class Case:
         The position in the header of the mask is not reliable; voxels correspond by index.
     problem : str
         Why the case cannot be used, if the layout alone shows it.
+    decision : Decision, optional
+        Which values of the masks are lesion; without it the masks of this case alone decide.
     """
 
     id: str
@@ -87,12 +78,11 @@ class Case:
     split: str = ""
     page: int | None = None
     window: str = ""
-    lesion_values: tuple[int, ...] = ()
-    inverted: bool = False
     one_mask: bool = False
     unlabelled: bool = False
     by_index: bool = False
     problem: str = ""
+    decision: Decision | None = field(default=None, repr=False, compare=False)
 
     def check_masks(self) -> None:
         """Raise UnreadableFile if the case has a problem, no mask, or too many masks."""
@@ -258,31 +248,46 @@ def _composed(stem: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A decoded picture, upright; `orientation` is what EXIF said (1: not turned).
+class Picture:
+    """A decoded picture, upright.
 
-    `deep`: colours of 16 bits, of which Pillow keeps the upper 8.
+    Parameters
+    ----------
+    page, pages : int
+        The page that was read (from 0), and how many there are to choose from.
+    orientation : int
+        What EXIF said; 1: not turned.
+    lossy : bool
+        Compression changed the values.
+    deep : bool
+        Colours of 16 bits, of which Pillow keeps the upper 8.
     """
 
     image: Image.Image
-    orientation: int
+    page: int
     pages: int
+    orientation: int
     lossy: bool
     deep: bool
 
 
-def _open(path: Path, page: int | None = None) -> _Picture:
-    with reading(path, "an image"), Image.open(path) as image:
+def open_picture(path: Path, page: int | None = None) -> Picture:
+    """Decode a picture file, or one page of it."""
+    # by its path, Pillow 13 maps grey TIFF into memory and mixes up rows if it is turned
+    with reading(path, "an image"), open(path, "rb") as file, Image.open(file) as image:
         if page:
             image.seek(page)
         deep = ";16" in str(image.tile) and not image.mode.startswith("I")
         pages = getattr(image, "n_frames", 1) if page is None else 1
-        lossy, orientation = image.format in LOSSY, image.getexif().get(ORIENTATION, 1)
+        lossy = image.format in LOSSY or image.info.get("compression") == "jpeg"
+        if image.format == "WEBP":
+            lossy = b"VP8L" not in path.read_bytes()[:4096]
+        orientation = image.getexif().get(ORIENTATION, 1)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         known = image.mode in MODES or image.mode.startswith("I")
         upright: Image.Image = image if known else image.convert("RGB")
-        return _Picture(upright, orientation, pages, lossy, deep)
+        return Picture(upright, page or 0, pages, orientation, lossy, deep)
 
 
 def count_pages(path: Path) -> int:
@@ -300,7 +305,7 @@ def noted_image(
     path: Path, page: int | None = None, window: str = ""
 ) -> tuple[np.ndarray, tuple[str, ...], int]:
     """Image, notes, and the EXIF orientation that was applied."""
-    picture = _open(path, page)
+    picture = open_picture(path, page)
     image = picture.image
     notes: tuple[str, ...] = ()
     if picture.pages > 1:
@@ -308,7 +313,8 @@ def noted_image(
     if picture.orientation in range(2, 9):
         notes += ("turned according to its EXIF orientation",)
     if picture.deep or image.mode.startswith("I") or image.mode == "F":
-        values = _finite(picture, path)
+        values = finite_values(picture, path).astype(np.float64)
+        values = values[..., :3] if picture.deep else values
         low, high = window_limits(window) if window else contrast_limits(values)
         kind = ("float" if image.mode == "F" else "16-bit") + (" colour" if values.ndim > 2 else "")
         notes += (f"{kind} values {low:g} to {high:g} stretched to black and white",)
@@ -338,251 +344,36 @@ def contrast_limits(values: np.ndarray) -> tuple[float, float]:
     return (float(low), float(high)) if low < high else (float(values.min()), float(values.max()))
 
 
-def _finite(picture: _Picture, path: Path) -> np.ndarray:
-    """(H, W), or (H, W, 3) if colours have 16 bits."""
-    values = np.asarray(picture.image, dtype=np.float64)
-    if picture.deep:  # Pillow keeps the upper 8 of 16 bits
-        import SimpleITK as sitk
-
+def finite_values(picture: Picture, path: Path) -> np.ndarray:
+    """(H, W), or (H, W, 3 or 4) if colours have 16 bits."""
+    values = np.asarray(picture.image)
+    if picture.deep:
         with reading(path, "an image of 16 bits"):
-            stored = sitk.GetArrayFromImage(sitk.ReadImage(path))[..., :3].astype(np.float32)
-            planes = (_turn(stored[..., i], picture.orientation) for i in range(3))
-            values = np.stack([*planes], axis=-1)
+            values = _deep_values(picture, path)
     if not np.isfinite(values).all():
         raise UnreadableFile(f"{path.name}: holds NaN or infinite values")
     return values
 
 
-# Masks --------------------------------------------------------------------------------------------
+def _deep_values(picture: Picture, path: Path) -> np.ndarray:
+    """(H, W, 3 or 4) uint16, upright; Pillow keeps the upper 8 of 16 bits."""
+    if suffix_of(path) in (".tif", ".tiff") and (picture.orientation, picture.pages) != (1, 1):
+        from skimage.io import imread  # ITK reads turned TIFF with 8 bits
 
-
-def count_values(planes: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values of a mask, ascending, and how many pixels have each.
-
-    If there are very many, as in a map of probabilities, values are rounded.
-    """
-    values, counts = np.empty(0), np.empty(0, int)
-    for plane in planes:
-        if plane.dtype == np.uint8:
-            number = np.bincount(plane.ravel(), minlength=256)
-            found = np.flatnonzero(number)
-            number = number[found]
-        else:
-            found, number = np.unique(plane, return_counts=True)
-        values = np.concatenate([values, found.astype(np.float64)])
-        counts = np.concatenate([counts, number])
-        if len(values) > MANY_VALUES:
-            step = 2 * np.abs(values).max() / MANY_VALUES
-            values = np.rint(values / step) * step
-        values, where = np.unique(values, return_inverse=True)
-        counts = np.bincount(where, counts).astype(int)
-    return values, counts
-
-
-def decide_mask(
-    planes: Sequence[np.ndarray] | np.ndarray, case: Case, full: float = 1, lossy: bool = False
-) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...]]:
-    """Decide from the values of a mask which pixels are lesion.
-
-    Two values: the background is 0, or else the smaller. Classes and instances: all but 0 is
-    lesion. Black and white with soft borders: cut at half. Anything else is refused.
-
-    Parameters
-    ----------
-    planes : sequence of (H, W)
-        One picture, or all slices of a volume.
-    case : Case
-        With the options `lesion_values` and `inverted`.
-    full : float
-        Usual value of a lesion, about which nothing is noted: 255 for 8-bit pictures, else 1.
-    lossy : bool
-        Compression changed the values (0 to 255).
-
-    Returns
-    -------
-    select : function of (H, W) -> (H, W) bool
-        The lesion in a plane.
-    notes : tuple of str
-        For the report.
-
-    Raises
-    ------
-    ValueError
-        The values do not tell which pixels are lesion.
-    """
-    values, counts = count_values(planes)
-    listed = "values " + ", ".join(f"{value:g}" for value in values)
-    if len(values) > 6:
-        listed = f"{len(values)} values from {values[0]:g} to {values[-1]:g}"
-    inverted, chosen = case.inverted, case.lesion_values
-    if chosen:
-        if lossy:
-            raise ValueError("compression changed its values, so lesion_values cannot be used")
-        note = f"{listed}: {', '.join(map(str, chosen))} read as lesion (lesion_values)"
-        return lambda x: np.isin(np.rint(x), chosen) != inverted, (note,)
-    try:
-        threshold, note = _threshold(planes, values, counts, full, lossy)
-    except ValueError as error:
-        raise ValueError(
-            f"{listed}: {error}; name those of the lesion in lesion_values, or convert "
-            "them to 0 and 255"
-        ) from None
-    notes = (f"{listed}: {note}",) * bool(note) + ("inverted (invert_masks)",) * inverted
-    return lambda x: (x > threshold) != inverted, notes
-
-
-def _threshold(
-    planes: Iterable[np.ndarray], values: np.ndarray, counts: np.ndarray, full: float, lossy: bool
-) -> tuple[float, str]:
-    """Value above which a pixel is lesion, and a note."""
-    low, top, total = float(values[0]), float(values[-1]), counts.sum()
-    if len(values) == 1 and not lossy:
-        if top not in (0, 1, 255, 65535):
-            raise ValueError("one value alone is neither lesion nor background")
-        return 0.5, "all of the image read as lesion" * (top > 0)
-    if low < 0 and top == 0:
-        raise ValueError("0 must mean no lesion")
-    if len(values) == 2 and not lossy:
-        return (low + top) / 2, f"{top:g} read as lesion" * (low != 0 or top not in (1, full))
-    if low == 0 and not lossy:
-        if top in (255, 65535) and values[-2] <= CLASSES_UP_TO:
-            raise ValueError(
-                f"{top:g} beside class numbers may mean 'ignore', and pixels cannot be left out of "
-                "loss and scores"
-            )
-        if _are_labels(planes, values, counts):
-            return min(values[1], 1) / 2, "all but 0 read as lesion"
-    top = 255 if lossy else top
-    if lossy and values[-1] < top / 4:
-        return top / 2, "all of the image read as background, since JPEG changes small values"
-    between = counts[(values > top / 8) & (values < top * 7 / 8)].sum()
-    bright, lighter = (counts[values > top * part].sum() for part in (7 / 8, 1 / 4))
-    if low < 0 or between > MOST_BETWEEN * total or bright < LEAST_BRIGHT * lighter:
-        raise ValueError("neither two values, nor classes, nor black and white with soft borders")
-    inner = counts[(values > low) & (values < top)].sum()
-    note = f"cut at half, {inner / total:.2%} of the pixels between {low:g} and {top:g}"
-    return top / 2, note * bool(inner)
-
-
-def _are_labels(planes: Iterable[np.ndarray], values: np.ndarray, counts: np.ndarray) -> bool:
-    """Whether the values number classes or instances: whole numbers, few, small or in solid areas.
-
-    A pixel is solid if its 8 neighbours have the same value. At a soft border hardly any is, and in
-    noise beside black and white only the extreme values are.
-    """
-    top, whole = values[-1], bool(np.abs(values - np.rint(values)).max() < NEAR_INTEGER)
-    if whole and (len(values) <= 4 or top <= CLASSES_UP_TO):
-        if len(values) == 4 and top > CLASSES_UP_TO and counts[1:].sum() <= SMALL_LESION:
-            raise ValueError("two values between black and white may be classes or a soft border")
-        return True
-    if len(values) > MANY_VALUES // 2:
-        return False
-    solid = np.zeros(len(values), int)
-    for plane in planes:
-        across, down = plane[:, 1:] == plane[:, :-1], plane[1:] == plane[:-1]
-        rows = across[:, 1:] & across[:, :-1]
-        same = rows[:-2] & rows[1:-1] & rows[2:] & down[:-1, 1:-1] & down[1:, 1:-1]
-        inside = plane[1:-1, 1:-1][same]
-        solid += np.bincount(np.searchsorted(values, inside), minlength=len(values))
-    between = (values > top / 8) & (values < top * 7 / 8)
-    lesion = counts[1:].sum()
-    areas = counts[1:][solid[1:] > SOLID * counts[1:]].sum()
-    if solid[between].sum() <= SOLID * counts[between].sum() or areas < 0.8 * lesion:
-        return False
-    if not whole or counts[values > top * 7 / 8].sum() > lesion / 2:
-        raise ValueError("areas between black and white may be classes or an enlarged soft border")
-    return True
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """(H, W) bool: the lesion, as `decide_mask` decides it."""
-    return noted_mask(path, Case("", path, ()))[0]
-
-
-def noted_mask(path: Path, case: Case) -> tuple[np.ndarray, tuple[str, ...], int]:
-    """Mask, notes, and the EXIF orientation that was applied."""
-    picture = _open(path, case.page)
-    with reading(path, "a mask"):
-        if picture.pages > 1:
-            raise ValueError(f"it holds {picture.pages} pages; a mask must have one")
-        if picture.image.mode.startswith("I") or picture.image.mode == "F":
-            grey, full = _finite(picture, path), 1
-        else:
-            grey, full = _grey_mask(picture, case), 255
-        select, notes = decide_mask([grey], case, full, picture.lossy)
-    if notes and grey.dtype == np.int64 and not case.lesion_values:
-        notes = ("colours other than black read as lesion", *notes[1:])
-    return select(grey), notes, picture.orientation
-
-
-def _grey_mask(picture: _Picture, case: Case) -> np.ndarray:
-    """(H, W): classes of a palette, codes of a few colours, or the brightest channel."""
-    image = picture.image
-    if image.mode == "P" and "transparency" not in image.info:
-        palette, used = (
-            np.reshape(image.getpalette() or 3 * [1], (-1, 3)),
-            np.unique(np.asarray(image)),
-        )
-        others = palette[used[used > 0]]
-        if not palette[0].any() and others.any(1).all() and np.ptp(others, axis=1).any():
-            return np.asarray(image)  # black is 0, and the numbers of colours are classes
-    if image.mode in ("LA", "P", "PA", "RGBA"):
-        *bands, alpha = image.convert("RGBA").split()
-        bands = [alpha] if all(map(_flat, bands)) and not _flat(alpha) else bands
-    elif image.mode == "L":
-        bands = [image]
+        stored = imread(path)
+        stored = stored[picture.page] if stored.ndim == 4 else stored
     else:
-        bands = list(image.convert("L" if image.mode == "1" else "RGB").split())
-    grey = reduce(ImageChops.lighter, bands)  # a red mask is a mask too
-    if len(bands) == 3 and ImageChops.difference(grey, reduce(ImageChops.darker, bands)).getbbox():
-        shown = Image.merge("RGB", bands)
-        colours: Any = shown.getcolors(CLASSES_UP_TO + 1)  # None if there are more
-        if colours and not picture.lossy:
-            if not case.lesion_values and all(any(colour) for _, colour in colours):
-                raise ValueError("its colours are not on black; convert it to 0 and 255")
-            return np.asarray(shown).astype(np.int64) @ (65536, 256, 1)
-    return np.asarray(grey)
+        import SimpleITK as sitk
+
+        stored = sitk.GetArrayFromImage(sitk.ReadImage(path))
+    if stored.shape[-1] == 2:  # grey and transparency
+        stored = stored[..., [0, 0, 0, 1]]
+    channels = [turned(stored[..., i], picture.orientation) for i in range(stored.shape[-1])]
+    return np.stack(channels, axis=-1)
 
 
-def _flat(band: Image.Image) -> bool:
-    low, high = band.getextrema()
-    return low == high
-
-
-# Cases --------------------------------------------------------------------------------------------
-
-
-def read_case(case: Case, window: str = "") -> Reading:
-    """Read the picture of a case and the union of its masks.
-
-    Raises
-    ------
-    UnreadableFile
-        A file is missing or damaged, or a mask has another size than its image.
-    """
-    case.check_masks()
-    image, notes, turned = noted_image(case.image, case.page, window)
-    union: np.ndarray = np.zeros(image.shape[:2], dtype=bool)
-    for path in case.masks:
-        mask, said, mask_turned = noted_mask(path, case)
-        if turned in range(2, 9) and mask_turned == 1:  # drawn on the stored or the shown pixels?
-            if mask.shape != union.shape and turned > 4 and mask.shape == union.shape[::-1]:
-                mask = _turn(mask, turned)
-                said += ("mask turned like its image",)
-            elif turned <= 4 or union.shape[0] == union.shape[1]:
-                said += ("image turned by EXIF; its mask has no EXIF and is taken as upright",)
-        if mask.shape != union.shape:
-            (height, width), (rows, columns) = mask.shape, union.shape
-            sizes = f"mask is {width} x {height} px, its image {columns} x {rows} px"
-            raise UnreadableFile(f"{path.name}: {sizes}")
-        union |= mask
-        notes += said
-    if len(case.masks) > 1:
-        notes += (f"{len(case.masks)} masks united",)
-    return Reading(case.id, image, union, notes)
-
-
-def _turn(plane: np.ndarray, orientation: int) -> np.ndarray:
+def turned(plane: np.ndarray, orientation: int) -> np.ndarray:
+    """A plane (H, W) as the EXIF orientation says."""
     image = Image.fromarray(plane)
     image.getexif()[ORIENTATION] = orientation
     return np.asarray(ImageOps.exif_transpose(image))

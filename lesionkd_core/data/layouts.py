@@ -8,13 +8,16 @@ import io
 import os
 import re
 import tomllib
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from ..config import ConfigError, LesionKDError, PrepareConfig, UnlabelledConfig, nearest
 from ..results import CHECKOUT
@@ -31,11 +34,12 @@ from .images import (
     is_volume,
     natural,
     pair,
-    read_case,
     sources_in,
     stem_of,
+    suffix_of,
     unpacked,
 )
+from .masks import read_case
 
 
 class DatasetNotFound(LesionKDError):
@@ -62,6 +66,22 @@ def busi(folder: Path) -> list[Case]:
     return found
 
 
+def bus_bra(folder: Path) -> list[Case]:
+    """BUS-BRA: `Images/bus_0001-l.png` with `Masks/mask_0001-l.png`; a table names patients."""
+    patients, labels = {}, {}
+    with open(folder / "bus_data.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            patients[row["ID"]] = f"patient-{int(row['Case']):04d}"
+            labels[row["ID"]] = row["Pathology"]
+    masks = by_stem(images_in(folder / "Masks"))
+    masks = {re.sub("^mask_", "bus_", stem): paths for stem, paths in masks.items()}
+    found = pair(images_in(folder / "Images"), masks)
+    return [
+        replace(case, group=patients.get(case.id, ""), label=labels.get(case.id, ""))
+        for case in found
+    ]
+
+
 def covid_ct(folder: Path, images: str, masks: str) -> list[Case]:
     """COVID-19 CT: NIfTI volumes and masks of equal names.
 
@@ -83,15 +103,40 @@ def cvc_clinicdb(folder: Path) -> list[Case]:
     return [replace(case, group=videos.get(case.id, "")) for case in found]
 
 
-def em_stacks(folder: Path, images: str, masks: str, block: int) -> list[Case]:
-    """Sections of two multi-page TIFF files; the group is a block of consecutive sections."""
+def em_stacks(folder: Path, images: str, masks: str, blocks: list[int]) -> list[Case]:
+    """Sections of two multi-page TIFF files; the group is a block of consecutive sections.
+
+    `blocks` are the first sections of the blocks.
+    """
     pages, cases = count_pages(folder / images), []
     for page in range(pages):
-        first = page - page % block
-        group = f"sections-{first:02d}-{min(first + block, pages) - 1:02d}"
+        first = max(start for start in blocks if start <= page)
+        last = min([start for start in blocks if start > page] + [pages]) - 1
+        group = f"sections-{first:02d}-{min(last, pages - 1):02d}"
         files = folder / images, (folder / masks,)
         cases.append(Case(f"section-{page:02d}", *files, group, page=page, one_mask=True))
     return cases
+
+
+def ham10000(folder: Path, images: list[str], masks: str, table: list[str]) -> list[Case]:
+    """HAM10000: two folders of images, `ISIC_0024306_segmentation.png` in a third.
+
+    The table, if it is there, names the lesion (the group) and the diagnosis of each image.
+    """
+    lesions, labels = {}, {}
+    for path in [folder / name for name in table if (folder / name).is_file()][:1]:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header = file.readline()
+            file.seek(0)
+            for row in csv.DictReader(file, delimiter="\t" if "\t" in header else ","):
+                lesions[row["image_id"]], labels[row["image_id"]] = row["lesion_id"], row["dx"]
+    places = [unpacked(folder / name) for name in images if (folder / name).is_dir()]
+    photos = sorted((path for place in places for path in images_in(place)), key=natural)
+    found = pair(photos, by_stem(images_in(unpacked(folder / masks))), "{}_segmentation")
+    return [
+        replace(case, group=lesions.get(case.id, ""), label=labels.get(case.id, ""))
+        for case in found
+    ]
 
 
 def isic(folder: Path, images: str, masks: str, parts: dict[str, str]) -> list[Case]:
@@ -108,6 +153,13 @@ def isic(folder: Path, images: str, masks: str, parts: dict[str, str]) -> list[C
             labelled = by_stem(images_in(unpacked(labels)))
             found += pair(photos, labelled, "{}_segmentation", split=split)
     return found
+
+
+def kvasir_seg(folder: Path) -> list[Case]:
+    """Kvasir-SEG: images/ and masks/; a table beside its card names scenes that are there twice."""
+    with open(CHECKOUT / "data" / "kvasir-seg-scenes.csv", newline="") as file:
+        scenes = {row["image"]: row["scene"] for row in csv.DictReader(file)}
+    return [replace(case, group=scenes.get(case.id, "")) for case in paired(folder)]
 
 
 def nih_pancreas(folder: Path, labels: str, withdrawn: list[str]) -> list[Case]:
@@ -130,7 +182,7 @@ def nih_pancreas(folder: Path, labels: str, withdrawn: list[str]) -> list[Case]:
 
 def paired(folder: Path) -> list[Case]:
     """Images and masks of your own, as `own_pairs` finds them."""
-    return own_pairs(folder)[0]
+    return own_pairs(folder).cases
 
 
 def ph2(folder: Path) -> list[Case]:
@@ -197,72 +249,238 @@ NAMINGS = {
     "the lack of": r"(?P<stem>.+)(?P<mark>)",  # _0000, the number of a channel, in nnU-Net's names
 }
 """How the name of a mask may follow from that of its image."""
-UNREAD = (".jp2", ".j2k", ".avif", ".heic", ".heif", ".svg", ".psd", ".dng", ".czi", ".npy", ".mat")
+UNREAD = {".jp2", ".j2k", ".avif", ".heic", ".heif", ".svg", ".psd", ".dng", ".czi", ".npy", ".mat"}
 OWN_NAMES = "give both the same stem, or mark the masks, as in a.jpg and a_mask.png (data/own.md)"
 
 
-def own_pairs(folder: Path) -> tuple[list[Case], str]:
-    """Cases of a folder of your own, and how they were paired if not by equal stems.
+@dataclass(frozen=True)
+class Listing:
+    """What is known of a data set before its images are read; of the phantom, nothing.
+
+    Parameters
+    ----------
+    how : str
+        How the masks of your own folder were found, if not by equal stems.
+    doubts : tuple of str
+        What may be wrong with the files.
+    folder, release
+        Where the data set is, and what; your own is a release too.
+    """
+
+    cases: list[Case]
+    how: str = ""
+    doubts: tuple[str, ...] = ()
+    folder: Path = Path()
+    release: Release | None = None
+
+    @property
+    def decision(self) -> str:
+        """What the masks mean, in one line; empty before that is decided, and without masks."""
+        first = self.cases[0].decision if self.cases else None
+        return first.line if first else ""
+
+    @property
+    def official(self) -> bool:
+        """Whether it is a release of the catalogue."""
+        return self.release is not None and self.release.name in CATALOGUE
+
+    def notes(self, dataset: str) -> list[str]:
+        """Lines for the log; `dataset` is the option."""
+        found = [self.how] if self.how else []
+        if self.release and self.official:
+            name, count = self.release.name, self.release.count
+            if dataset != name:
+                found.append(f"this folder is the release {name}; its rules are in data/{name}.md")
+            if len(self.cases) != count:
+                found.append(f"{len(self.cases)} of the release's {count} images are here")
+        return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where some of the images and their masks are; the name is that of the sub-folder.
+
+    `flat`: sub-folders are places of their own, and not DICOM series.
+    """
+
+    name: str
+    images: Path
+    masks: Path | None
+    flat: bool = False
+
+    @property
+    def split(self) -> str:
+        """The official split that the sub-folder is called after."""
+        return PARTS.get(self.name.lower(), "")
+
+    def files(self) -> tuple[list[Path], list[Path]]:
+        """Images and masks."""
+        if self.images == self.masks:
+            return _told_apart(_sources(self.images))
+        found = sources_in(self.images), sources_in(self.masks) if self.masks else []
+        images, masks = ([p for p in paths if p.is_file() or not self.flat] for paths in found)
+        return images, masks
+
+
+def own_pairs(folder: Path) -> Listing:
+    """Cases of a folder of your own.
 
     images/ with masks/ (or labels/, annotations/, ground truth/), perhaps both with the same
     sub-folders; train/, val/ and test/ with such folders; images and masks in one folder; or a
-    folder for each case. Sub-folders called train, val and test are the official split.
+    folder for each case. Sub-folders called train, val and test are the official split. The name of
+    another sub-folder is a label (a class, a clinic), never a patient.
 
     Raises
     ------
     DatasetNotFound
         There are images without any mask, or masks and none belongs to an image.
     """
-    parts = [part for part in _folders(folder) if _plain(part) in PARTS]
-    images, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
-    places: list[tuple[str, Path, Path]] = [("", folder, folder)]
-    if images and masks:
-        same = [(part, _inside(masks, [_plain(part)])) for part in _folders(images)]
-        places = [(part.name, part, m) for part, m in same if m and images_in(part)]
-        places = places or [("", images, masks)]
-    elif parts or not images_in(folder):
-        inner = parts or _folders(folder)
-        found = [(p, _inside(p, IMAGE_FOLDERS), _inside(p, MASK_FOLDERS)) for p in inner]
-        places = [(p.name, i or p, m or p) for p, i, m in found]
+    places = _places(folder)
+    found = [(place, *place.files()) for place in places]
+    one_each = all(
+        place.name and not place.split and len(images) == 1 for place, images, _ in found
+    )
     cases: list[Case] = []
-    said: set[str] = set()
-    for name, images, masks in places:
-        files, labels = sources_in(images), sources_in(masks)
-        if images == masks:
-            files, labels = _told_apart(images_in(images))
-        split = PARTS.get(name.lower(), "")
-        if name and not split and len(files) == 1:
-            here, how = [Case(name, files[0], tuple(labels))], "one folder for each case"
+    said = {"one folder for each case"} if one_each and found else set()
+    for place, images, masks in found:
+        if one_each:
+            cases.append(Case(place.name, images[0], tuple(masks)))
         else:
-            here, how = _matched(files, labels)
-            group = "" if split else name
-            here = [replace(c, id=f"{name}-{c.id}" if name else c.id, group=group) for c in here]
-        cases += [replace(case, split=split) for case in here] + unread({images, masks})
-        said |= {how, "sub-folders as official split"} if split else {how}
+            here, how = _paired_in(place, images, masks)
+            cases += here
+            said |= {how, "sub-folders as official split"} if place.split else {how}
+        cases += unread({place.images, place.masks or place.images})
     images_read = [case for case in cases if not case.problem]
     if images_read and not any(case.masks for case in images_read):
         raise DatasetNotFound(
             f"{folder} has images and no masks: put the mask of images/a.jpg into a folder 'masks' "
             "beside 'images' as masks/a.png, or mark it in its name, a_mask.png (data/own.md)"
         )
-    return cases, ", ".join(sorted(filter(None, said)))
+    how = ", ".join(sorted(filter(None, said)))
+    return Listing(cases, how, _not_read_beside(folder, places, len(images_read)))
+
+
+def _paired_in(place: _Place, images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
+    """Cases of a place, and how they were paired; a sub-folder that is no split is a label."""
+    if place.name and len(masks) == 1:
+        _refuse_channels(images, masks[0])
+    found, how = _matched(images, masks)
+    if not place.name:
+        return found, how
+    label = "" if place.split else place.name
+    return [
+        replace(case, id=f"{place.name}-{case.id}", split=place.split, label=label)
+        for case in found
+    ], how
+
+
+def _places(folder: Path) -> list[_Place]:
+    parts = [part for part in _folders(folder) if _plain(part) in PARTS]
+    images, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
+    if images and masks:
+        inner = [part for part in _folders(images) if images_in(part)]
+        places = [_Place(part.name, part, _inside(masks, [_plain(part)])) for part in inner]
+        if not any(place.masks for place in places):
+            return [_Place("", images, masks)]
+        if images_in(images):
+            places.append(_Place("", images, masks, flat=True))
+        return places
+    if parts or not any(path.is_file() for path in sources_in(folder)):
+        inner = parts or _folders(folder)
+        found = [(p, _inside(p, IMAGE_FOLDERS), _inside(p, MASK_FOLDERS)) for p in inner]
+        return [_Place(p.name, images or p, masks or p) for p, images, masks in found]
+    return [_Place("", folder, folder)]
+
+
+def _not_read_beside(folder: Path, places: list[_Place], count: int) -> tuple[str, ...]:
+    """Names the folders beside images and masks that may be the masks instead."""
+    masks = [place.masks for place in places if place.masks and not place.name]
+    read = {path for place in places for path in (place.images, place.masks)}
+    beside = [p for p in _folders(folder) if p not in read and len(images_in(p)) >= count / 2]
+    if not masks or masks == [folder] or not beside:
+        return ()
+    held = ", ".join(f"{path.name}/ ({len(images_in(path))} pictures)" for path in beside)
+    return (
+        f"the masks are read from {masks[0].name}/, and {held} is not read. If the lesions are "
+        "there, list images and masks in a CSV table and give that as dataset (data/own.md)",
+    )
+
+
+def _refuse_channels(files: list[Path], mask: Path) -> None:
+    """Several images of one case and its mask in one folder, as in BraTS."""
+    start = stem_of(mask)
+    if match := re.fullmatch(NAMINGS["the suffix"], start, re.I):
+        start = match["stem"]
+    if len(files) < 2 or (match and not all(stem_of(f).startswith(start) for f in files)):
+        return
+    names = ", ".join(file.name for file in files)
+    image, drawn = (Path(mask.parent.name) / path.name for path in (files[0], mask))
+    raise DatasetNotFound(
+        f"{mask.parent} holds {len(files)} images ({names}) and one mask ({mask.name}). One image "
+        "is read for each mask: choose a kind and list it for every folder in a CSV table, which "
+        f"you put into {mask.parent.parent} and give as dataset (data/own.md):\n"
+        f"image,mask\n{image},{drawn}"
+    )
 
 
 def images_alone(folder: Path) -> list[Case]:
     """Images, volumes and DICOM series of a folder and its sub-folders, which have no masks."""
-    from .volumes import is_dicom
-
-    inner = {path: images_in(path) for path in _folders(folder) if not is_dicom(path)}
-    sources = [file for path in sources_in(folder) for file in inner.get(path) or [path]]
+    sources, folders = sources_below(folder)
     if masks := _named_after_others(sources):
         raise DatasetNotFound(
             f"unlabelled: {folder} holds masks, such as {min(masks).name}; give a folder of images "
             "alone"
         )
-    paths = [file.relative_to(folder) for file in sources]
-    names = ["-".join([*path.parts[:-1], stem_of(path)]) for path in paths]
-    cases = [Case(name, file, (), unlabelled=True) for name, file in zip(names, sources)]
-    return cases + unread({folder, *inner})
+    cases = []
+    for file in sources:
+        name = "-".join([*file.relative_to(folder).parts[:-1], stem_of(file)])
+        pages = 1 if suffix_of(file) not in (".tif", ".tiff") else _pages(file)
+        numbers = [f"_page{page:03d}" for page in range(pages)] if pages > 1 else [""]
+        for page, number in enumerate(numbers):
+            case = Case(name + number, file, (), unlabelled=True)
+            cases.append(replace(case, page=page) if number else case)
+    return cases + unread(folders)
+
+
+def _pages(file: Path) -> int:
+    """Pages of a picture; 1 if it cannot be read, which reading the case will say."""
+    try:
+        return count_pages(file)
+    except LesionKDError:
+        return 1
+
+
+def sources_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Path], list[Path]]:
+    """Pictures, volume files and DICOM series of a folder and its sub-folders, and these folders.
+
+    A folder that holds one DICOM series is one source.
+    """
+    from .volumes import holds_series
+
+    if holds_series(folder):
+        return [folder], []
+    sources = [path for path in sources_in(folder) if path.is_file()]
+    folders = [folder]
+    above = (leave_out, folder.resolve(), *folder.resolve().parents)  # a link may lead there
+    for inner in sorted(_folders(folder), key=natural):
+        if inner.resolve() not in above:
+            found, below = sources_below(inner, leave_out)
+            sources += found
+            folders += below
+    return sources, folders
+
+
+def images_beside_masks(folder: Path) -> Path | None:
+    """The folder of images, if `folder` holds one and one of masks."""
+    images, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
+    return images if images and masks and not images_in(folder) else None
+
+
+def _sources(folder: Path) -> list[Path]:
+    """Pictures, volume files and DICOM series, but no other folders."""
+    from .volumes import is_dicom
+
+    return [path for path in sources_in(folder) if path.is_file() or is_dicom(path)]
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -284,6 +502,11 @@ def _told_apart(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """Images and masks of one folder."""
     masks = _named_after_others(files)
     masks |= {file for file in files if re.fullmatch(rf"{MARK}[ _-]?\d*", stem_of(file), re.I)}
+    if (
+        not masks
+    ):  # the one that is marked, if no other is, though no image has the rest of its name
+        marked = {f for f in files if re.fullmatch(NAMINGS["the suffix"], stem_of(f), re.I)}
+        masks = marked if len(marked) == 1 else set()
     return [file for file in files if file not in masks], [file for file in files if file in masks]
 
 
@@ -328,15 +551,17 @@ def _matched(images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
 
 def unread(folders: Collection[Path]) -> list[Case]:
     """A case with a problem for every image in a format that is not read."""
+    from .volumes import is_dicom
+
+    known = UNREAD | {suffix for suffix in Image.registered_extensions() if suffix != ".pdf"}
+    known -= IMAGE_SUFFIXES
     cases = []
     for path in sorted(file for folder in folders for file in _content(folder)):
-        suffix = path.suffix.lower()
-        why = f"{suffix} files are not read; convert it to PNG or TIFF" * (suffix in UNREAD)
-        if not suffix and path.is_file():
-            from .volumes import is_dicom
-
+        suffix, why = path.suffix.lower(), ""
+        if suffix in known:
+            why = f"{suffix} files are not read; convert it to PNG or TIFF"
+        elif not suffix and path.is_file() and is_dicom(path):
             why = "a DICOM file; give it the suffix .dcm, or a series its own folder"
-            why *= is_dicom(path)
         if why:
             cases.append(Case(path.name, path, (), problem=f"{path.name}: {why}"))
     return cases
@@ -345,13 +570,16 @@ def unread(folders: Collection[Path]) -> list[Case]:
 # Your own list of cases ---------------------------------------------------------------------------
 
 COLUMNS = ("image", "mask", "group", "split", "label", "id")
+INDEX = r"|unnamed: \d+"
+"""Header of the numbers of the rows, which pandas writes."""
 
 
-def manifest(path: Path, group_column: str = "group") -> list[Case]:
+def manifest(path: Path, group_column: str = "group") -> Listing:
     """Cases of a CSV table with the columns image, mask, and if needed group, split, label, id.
 
     Paths are relative to the table's folder. Several masks of an image are united: rows of the same
-    image, or paths with ';' between them. A missing file only rules out its own case.
+    image, or paths with ';' between them. A missing file only rules out its own case. Groups that
+    are equal as numbers, such as 7 and 7.0, are one. Without labels, folders of images are labels.
 
     Raises
     ------
@@ -360,10 +588,11 @@ def manifest(path: Path, group_column: str = "group") -> list[Case]:
     """
     images: dict[Path, dict[str, str]] = {}
     masks: dict[Path, list[Path]] = {}
+    on_disk: dict[Path, dict[str, Path]] = {}
     group_column = group_column.lower()
 
     def locate(cell: str) -> Path:
-        return Path(os.path.normpath(path.parent / cell.strip().replace("\\", "/")))
+        return _on_disk(path.parent / cell.strip().replace("\\", "/"), on_disk)
 
     for line, row in _rows(path, group_column):
         image = locate(row["image"])
@@ -374,17 +603,83 @@ def manifest(path: Path, group_column: str = "group") -> list[Case]:
                 "group, split, label or id"
             )
         masks.setdefault(image, []).extend(map(locate, filter(str.strip, row["mask"].split(";"))))
-    stems, cases = Counter(map(stem_of, images)), []
+    names, spellings = _names(list(images)), _spellings(said["group"] for said in images.values())
+    labelled = any(said["label"] for said in images.values())
+    above = os.path.commonpath([image.parent for image in images])
+    cases = []
     for image, said in images.items():
-        name = stem_of(image)
-        name = said["id"] or (name if stems[name] == 1 else f"{image.parent.name}_{name}")
-        missing = [file.name for file in (image, *masks[image]) if not file.exists()]
-        problem = f"{', '.join(missing)}: file is missing" * bool(missing)
-        files = image, tuple(dict.fromkeys(masks[image]))
-        cases.append(
-            Case(name, *files, said["group"], said["label"], said["split"], problem=problem)
-        )
-    return cases
+        place = image.relative_to(above).parts[:-1]  # of a clinic or a class, if there are several
+        label = said["label"] if labelled or not place else place[0]
+        missing = [file for file in (image, *masks[image]) if not file.exists()]
+        problem = ", ".join(f"{file.name}: file is missing in {file.parent}" for file in missing)
+        group = spellings[said["group"]][0]
+        case = Case(said["id"] or names[image], image, tuple(dict.fromkeys(masks[image])), group)
+        cases.append(replace(case, label=label, split=said["split"], problem=problem))
+    return Listing(cases, doubts=(*_written_differently(spellings), *_shared_masks(cases)))
+
+
+def _on_disk(path: Path, listed: dict[Path, dict[str, Path]]) -> Path:
+    """The path as the disk has it: accents may be encoded in another way (macOS, Unicode NFD)."""
+    path = Path(os.path.normpath(path))
+    if path.exists() or path == path.parent:
+        return path
+    folder = _on_disk(path.parent, listed)
+    if folder not in listed:
+        listed[folder] = {_composed(inner.name): inner for inner in _content(folder)}
+    return listed[folder].get(_composed(path.name), path)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _names(images: list[Path]) -> dict[Path, str]:
+    """The stem of every image, with as many folders before it as make the names different."""
+    names = {image: stem_of(image) for image in images}
+    for above in range(1, max((len(image.parts) for image in images), default=0)):
+        counts = Counter(names.values())
+        for image, name in names.items():
+            if counts[name] > 1:
+                names[image] = "_".join([*image.parts[-1 - above : -1], stem_of(image)])
+    counts = Counter(names.values())  # a.png and a.jpg of one folder stay equal
+    return {image: name if counts[name] == 1 else stem_of(image) for image, name in names.items()}
+
+
+def _spellings(groups: Iterable[str]) -> dict[str, list[str]]:
+    """For each group all its spellings: {'7': ['7', '7.0'], '7.0': ['7', '7.0']}."""
+    alike: dict[str, list[str]] = {}
+    found = list(dict.fromkeys(groups))
+    for group in found:
+        number = re.fullmatch(r"0*(\d+)(?:\.0*)?", group)
+        alike.setdefault(number[1] if number else group, []).append(group)
+    return {group: spelled for spelled in alike.values() for group in spelled}
+
+
+def _written_differently(spellings: dict[str, list[str]]) -> list[str]:
+    several = [spelled for spelled in spellings.values() if len(spelled) > 1]
+    if not several:
+        return []
+    example = " and ".join(map(repr, several[0]))
+    return [
+        f"groups are written in several ways, such as {example}; equal numbers are read as one "
+        "group. If they are different patients, give them different names"
+    ]
+
+
+def _shared_masks(cases: list[Case]) -> list[str]:
+    users: dict[Path, list[str]] = {}
+    for case in cases:
+        for mask in case.masks:
+            users.setdefault(mask, []).append(case.image.name)
+    shared = {mask: names for mask, names in users.items() if len(names) > 1}
+    if not shared:
+        return []
+    mask, names = next(iter(shared.items()))
+    more = ", ..." if len(names) > 4 else ""
+    return [
+        f"{len(shared)} mask(s) are given for several images: {mask.name} for {len(names)}, "
+        f"{', '.join(names[:4])}{more}. If that is a mistake, name the mask of each image"
+    ]
 
 
 def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -401,6 +696,7 @@ def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = f"cannot be read as a CSV table in UTF-8 ({error})"
         raise ManifestError(f"{path.name}: {why}") from None
+    names = [name for name in names if not re.fullmatch(INDEX, name)]
     columns = tuple(dict.fromkeys((*COLUMNS, group_column)))
     missing = sorted({"image", "mask", group_column} - {"group", *names})
     unknown = [name for name in names if name not in columns]
@@ -430,8 +726,8 @@ def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]
         yield line, cells
 
 
-READERS = (busi, covid_ct, cvc_clinicdb, em_stacks, isic, nih_pancreas, paired, ph2, polyps, wounds)
-OTHERS = (manifest, images_alone)
+READERS = (bus_bra, busi, covid_ct, cvc_clinicdb, em_stacks, ham10000, isic, kvasir_seg)
+OTHERS = (images_alone, nih_pancreas, paired, ph2, polyps, wounds)
 LAYOUTS: dict[str, Callable[..., list[Case]]] = {f.__name__: f for f in (*READERS, *OTHERS)}
 
 
@@ -457,6 +753,8 @@ class Release:
         Direct downloads; if there are none, `access` says how to get the release.
     window, group_by : str
         Defaults of the options of these names.
+    caution : str
+        What a user must know about its groups; said in the log unless all cases are for testing.
     """
 
     name: str
@@ -476,6 +774,7 @@ class Release:
     names: Sequence[str] = ()
     window: str = ""
     group_by: str = ""
+    caution: str = ""
 
     def fits(self, folder: Path) -> bool:
         """Whether `folder` is this release."""
@@ -488,6 +787,12 @@ class Release:
     def cases(self, folder: Path) -> list[Case]:
         """The cases of a folder."""
         return LAYOUTS[self.layout](folder, **self.options)
+
+    def listing(self, folder: Path, group_column: str = "group") -> Listing:
+        """The cases of a folder or of a CSV manifest, and what is to be said about them."""
+        if self.layout == "manifest":
+            return manifest(folder, group_column)
+        return own_pairs(folder) if self.layout == "paired" else Listing(self.cases(folder))
 
 
 _text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
@@ -543,10 +848,12 @@ def _own(dataset: str) -> tuple[Release, Path]:
     for path in places:
         if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
             return replace(own, layout="manifest"), path.resolve()
+        if release := _release_at(path.resolve()):
+            return release, path.resolve()
         if own.fits(path):
             return own, path.resolve()
     for path in places:
-        if path.is_dir() and own_pairs(path)[0]:
+        if path.is_dir() and own_pairs(path).cases:
             return own, path.resolve()
     for path in places:
         if path.is_dir():
@@ -566,6 +873,23 @@ def _own(dataset: str) -> tuple[Release, Path]:
     )
 
 
+def _release_at(folder: Path) -> Release | None:
+    """The release of the catalogue that a folder is, by its name or its number of cases.
+
+    Its window stays with the name of the release: a trained student knows no folder.
+    """
+    for release in CATALOGUE.values():
+        if not release.fits(folder):
+            continue
+        names = {name.lower() for name in (release.folder, *release.names)}
+        try:
+            if folder.name.lower() in names or len(release.cases(folder)) == release.count:
+                return replace(release, window="")
+        except OSError:
+            continue
+    return None
+
+
 def _without_masks(dataset: str) -> tuple[Release, Path]:
     for path in (Path(dataset).expanduser(), data_root() / dataset):
         if path.is_dir():
@@ -578,38 +902,51 @@ def _without_masks(dataset: str) -> tuple[Release, Path]:
     )
 
 
-def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
-    """A digest of the content of a data set, and its cases (none for the phantom).
+def listing(cfg: PrepareConfig) -> Listing:
+    """The data set that the options name.
 
-    Masks count with their content, since annotations are corrected, and so do images of your own.
-    Images of a release count with their name and size.
+    Raises
+    ------
+    DatasetNotFound, ConfigError
+        It is not there, holds no images, or the option `group_by` does not fit.
     """
     if cfg.dataset == phantom.NAME:
-        return f"{cfg.dataset} version {phantom.VERSION}", []
+        return Listing([])
     unlabelled = isinstance(cfg, UnlabelledConfig)
     release, folder = _without_masks(cfg.dataset) if unlabelled else find(cfg.dataset)
     column = cfg.group_by.partition("column:")[2]
     if column and release.layout != "manifest":
         raise ConfigError(f"group_by = {cfg.group_by!r}: {cfg.dataset} is no CSV manifest")
     try:
-        cases = release.cases(folder) if not column else manifest(folder, column)
+        found = release.listing(folder, column or "group")
     except OSError as error:
         why = f"{error.filename or folder} cannot be read ({error.strerror})"
         raise DatasetNotFound(f"{cfg.dataset}: {why}.") from None
-    if not cases:
+    if not found.cases:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES))
         raise DatasetNotFound(
             f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
             f"file that can be read ({kinds})."
         )
-    said: dict[str, Any] = {"lesion_values": cfg.lesion_values, "inverted": cfg.invert_masks}
-    cases = [replace(case, window=release.window, **said) for case in cases]
+    cases = [replace(case, window=release.window) for case in found.cases]
     if cfg.group_by not in ("", "sequence") and not column:
         cases = _regrouped(cases, folder, cfg.group_by)
-    official = release.name in CATALOGUE
+    return replace(found, cases=cases, folder=folder, release=release)
+
+
+def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
+    """A digest of the content of a data set, and its cases (none for the phantom).
+
+    Masks count with their content, since annotations are corrected, and so do images of your own.
+    Images of a release count with their name and size.
+    """
+    found = listing(cfg)
+    if not found.release:
+        return f"{cfg.dataset} version {phantom.VERSION}", []
+    release, official = found.release, found.official
     about_release = f"{release.name} {release.window} {release.group_by}"
     digest = hashlib.sha256(about_release.encode() if official else b"own")
-    for case in cases:
+    for case in found.cases:
         sizes = [path.stat().st_size for path in _files(case.image)]
         about = (case.id, case.group, case.label, case.split, case.problem, case.image.name, sizes)
         digest.update("|".join(map(str, about)).encode(errors="surrogateescape"))
@@ -619,36 +956,80 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
                 stat = path.stat()
                 if os.access(path, os.R_OK):  # otherwise reading the case will say so
                     digest.update(_hash_file(path, stat.st_size, stat.st_mtime_ns))
-    return digest.hexdigest(), cases
+    return digest.hexdigest(), found.cases
+
+
+def suggested_groups(cases: Sequence[Case], folder: Path) -> tuple[str, dict[str, str]] | None:
+    """A rule for `group_by` that unites files whose names begin alike, and the group of each case.
+
+    Names hint at patients, slides or videos if what stands before a separator, or the folder, has a
+    number in it and most files share it with others: slide1_x0_y512, 10_left, patient001_frame12,
+    p7/003. The rule is one that was tried: it makes exactly these groups.
+
+    Returns
+    -------
+    (rule, {id: group}) or None
+    """
+    paths = {case.id: Path(os.path.relpath(case.image, folder)) for case in cases}
+    hints: list[dict[str, str]] = [{}, {}, {}, {}]
+    for name, path in paths.items():
+        above, stem = path.parent.as_posix(), stem_of(path)
+        first, but_last = re.split(r"[\W_]+", stem)[0], re.sub(r"[\W_]+[^\W_]+[\W_]*$", "", stem)
+        for hint, start in zip(hints, (first, but_last, before_number(stem))):
+            hint[name] = f"{above}/{start}" if start != stem and re.search(r"\d", start) else ""
+        hints[3][name] = above if re.search(r"\d", above) else ""
+    for keys in hints:
+        sizes = Counter(filter(None, keys.values()))
+        if len(sizes) < 2 or sum(n for n in sizes.values() if n > 1) <= len(keys) / 2:
+            continue
+        letters = {re.sub(r"\d+$", "", key.rpartition("/")[2]) for key in sizes}
+        rules = ["folder", "number"]
+        if len(letters) == 1 and letters != {""}:
+            rules.append(rf"({re.escape(letters.pop())}\d+)")
+        rules += [r"([^\W_]+)[^/]*$", r"([^/]+)[_ -][^/]*$"]  # the first part; all but the last
+        rules += [r"(.*/[^\W_]+)[^/]*$", r"(.+)[_ -][^/]*$"]  # the same with the folder
+        for rule in rules:
+            if _same_partition(_groups_by(rule, paths), keys):
+                return rule, keys
+    return None
+
+
+def _same_partition(one: dict[str, str], other: dict[str, str]) -> bool:
+    pairs = {(one[name], other[name]) for name in one}
+    whole = "" not in one.values()
+    return whole and len(pairs) == len(set(one.values())) == len(set(other.values()))
+
+
+def _groups_by(rule: str, paths: dict[str, Path]) -> dict[str, str]:
+    """The group of every relative path by a rule of `group_by`; empty where nothing matches."""
+    groups = {}
+    for name, path in paths.items():
+        if rule == "number":
+            groups[name] = f"{path.parent.as_posix()}/{before_number(stem_of(path))}"
+        elif rule == "folder":
+            groups[name] = path.parent.as_posix()
+        else:
+            match = re.search(rule, path.as_posix())
+            groups[name] = ("-".join(filter(None, match.groups())) or match[0]) if match else ""
+    return groups
 
 
 def _regrouped(cases: list[Case], folder: Path, rule: str) -> list[Case]:
     """Cases with the groups that their file names or folders say."""
-    found, unmatched = [], []
-    for case in cases:
-        path = Path(os.path.relpath(case.image, folder)).as_posix()
-        if rule == "number":
-            group = f"{os.path.dirname(path)}/{before_number(stem_of(case.image))}"
-        elif rule == "folder":
-            group = os.path.dirname(path)
-        elif match := re.search(rule, path):
-            group = "-".join(filter(None, match.groups())) or match[0]
-        if rule not in ("number", "folder") and (not match or not group):
-            unmatched.append(path)
-        else:
-            found.append(replace(case, group=group))
+    paths = {str(number): Path(os.path.relpath(c.image, folder)) for number, c in enumerate(cases)}
+    groups = _groups_by(rule, paths)
+    unmatched = [paths[number].as_posix() for number, group in groups.items() if not group]
     if unmatched:
         raise ConfigError(
             f"group_by = {rule!r} matches nothing in {len(unmatched)} of {len(cases)} paths, the "
             f"first is {unmatched[0]!r}; give number, folder, sequence, or an expression such as "
             r"'patient(\d+)'"
         )
-    return found
+    return [replace(case, group=group) for case, group in zip(cases, groups.values())]
 
 
-def sequence_of(cfg: PrepareConfig) -> bool:
+def sequence_of(cfg: PrepareConfig, release: Release | None = None) -> bool:
     """Whether consecutive images are frames of a video: the option `group_by`, or the release."""
-    release = CATALOGUE.get(cfg.dataset)
     return (cfg.group_by or (release.group_by if release else "")) == "sequence"
 
 
@@ -662,14 +1043,6 @@ def _files(path: Path) -> list[Path]:
 def _hash_file(path: Path, size: int, changed: int) -> bytes:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
-
-
-def how_paired(cfg: PrepareConfig) -> str:
-    """How the masks of your own folder were found, if not by equal stems."""
-    if cfg.dataset == phantom.NAME or isinstance(cfg, UnlabelledConfig):
-        return ""
-    release, folder = find(cfg.dataset)
-    return own_pairs(folder)[1] if release.layout == "paired" else ""
 
 
 def window_of(cfg: PrepareConfig) -> str:

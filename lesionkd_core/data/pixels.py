@@ -38,15 +38,15 @@ def prepare_mask(mask: np.ndarray, cfg: PrepareConfig) -> np.ndarray:
     >>> bool(small[1, 1]), int(small.sum())  # 1 px, and 2 x 2 px
     (True, 5)
     """
-    from scipy.ndimage import label
+    from skimage.measure import label, regionprops
 
     covered = _resize(Image.fromarray(mask.astype(np.float32)), cfg, Image.Resampling.BOX)
     fraction = np.asarray(covered)
     small = fraction > 0.5
-    lesions, count = label(fraction > 0, np.ones((3, 3)))
-    for lost in set(range(1, count + 1)) - set(lesions[small].tolist()):
-        where = lesions == lost
-        small |= where & (fraction >= fraction[where].max())
+    for lesion in regionprops(label(fraction > 0, connectivity=2), fraction):
+        part = small[lesion.slice]
+        if not part[lesion.image].any():
+            part |= lesion.image & (fraction[lesion.slice] >= lesion.intensity_max)
     return small
 
 

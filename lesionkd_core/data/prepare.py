@@ -10,8 +10,8 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,16 @@ from ..edges import edge_label
 from ..results import Progress, log
 from . import phantom
 from .images import Case, Reading, UnreadableFile, is_volume
-from .layouts import CATALOGUE, fingerprint, how_paired, read, sequence_of, window_of
+from .layouts import (
+    Listing,
+    fingerprint,
+    listing,
+    read,
+    sequence_of,
+    suggested_groups,
+    window_of,
+)
+from .masks import decided
 from .pixels import (
     THUMBNAIL,
     lesion_contrast,
@@ -34,7 +43,7 @@ from .pixels import (
     thumbnail,
     unseen,
 )
-from .splits import SPLITS, SplitError, copies, crossing, group_cases, series_across, split_cases
+from .splits import SPLITS, Groups, SplitError, copies, crossing, group_cases, split_cases
 
 SMALL = (THUMBNAIL, THUMBNAIL)
 PART, VOLUMES = 64, 2  # images or volumes between two saves; they are in memory together
@@ -42,6 +51,12 @@ BYTES = 9
 """Written for each prepared pixel: image and mask in a part, then image, mask and edge."""
 FEW_PIXELS = 10
 """A mask of fewer pixels is reported if the median lesion has a hundred times as many."""
+ALIKE = 0.9
+"""Masks of different images with a larger correlation are reported."""
+AROUND = 0.9
+"""Masks that are lesion along more than this fraction of the border are reported."""
+LARGEST = 8
+"""Groups of images that show the same in `summary.json`."""
 Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
 """Facts of a case; its image (1, S, S, 3), mask (1, S, S) and thumbnail; empty if it is dropped."""
 
@@ -49,15 +64,12 @@ Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
 class Prepared(results.Result):
     """Prepared arrays of one data set, memory-mapped, in the order of `cases`."""
 
-    unlabelled = ""
-    """Digest of the images without masks that `with_unlabelled` added."""
-
     @cached_property
     def cases(self) -> pd.DataFrame:
         """One row for each case.
 
-        Columns id, group, label, split, volume, lesion_share, contrast (as prepared), height, width
-        (of the original, px).
+        Columns id, group, joined (in its group because it shows the same as another image), label,
+        split, volume, lesion_share, contrast (as prepared), height, width (of the original, px).
         """
         return results.read_table(self.path / "cases.csv")
 
@@ -102,11 +114,6 @@ class Prepared(results.Result):
         """Rows of a split, ascending."""
         return np.flatnonzero(self.cases["split"] == split)
 
-    @property
-    def training(self) -> np.ndarray:
-        """Rows that are trained on: the training split, and images without masks."""
-        return np.concatenate([self.index("train"), self.index("unlabelled")])
-
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {len(self.index(name))}" for name in SPLITS)
         return f"Prepared({results.short(self.path)}: {counts}, split {self.split_hash})"
@@ -132,46 +139,50 @@ def prepare(cfg: PrepareConfig) -> Prepared:
         for path in missing:
             log.info(f"preparing {cfg.dataset} at {cfg.pixels} px")
             _check_space(path, (cfg.cases or len(raw) or phantom.CASES) * cfg.pixels**2 * BYTES)
-            official = CATALOGUE[cfg.dataset].count if cfg.dataset in CATALOGUE else len(raw)
-            if len(raw) != official:
-                log.info(f"note: {len(raw)} of the release's {official} images are here")
-            if how := how_paired(cfg):
-                log.info(f"note: {how}")
-            parts = _read_all(path / "parts", cfg, raw)
-            _assemble(path, cfg, parts, grouped=bool(raw))
+            source = listing(cfg)
+            for note in source.notes(cfg.dataset):
+                log.info(f"note: {note}")
+            source = replace(source, cases=decided(raw, cfg))
+            if source.decision:
+                log.info(source.decision)
+            parts = _read_all(path / "parts", cfg, source.cases)
+            _assemble(path, cfg, parts, source)
             shutil.rmtree(path / "parts")
 
-    return results.find_or_make([cfg], [upstream], make, Prepared, resume=True)[0]
+    wanted = results.Wanted(cfg, upstream)
+    return results.find_or_make([wanted], make, Prepared, resume=True)[0]
 
 
-def with_unlabelled(data: Prepared, cfg: DistillConfig) -> Prepared:
-    """The prepared arrays and, for the students alone, the images without masks.
+@dataclass(frozen=True)
+class Unlabelled:
+    """Images without masks: (N, S, S, 3) uint8 in memory, their ids, and the digest of all."""
+
+    images: np.ndarray
+    ids: pd.Series
+    digest: str
+
+
+def unlabelled_images(data: Prepared, cfg: DistillConfig) -> Unlabelled | None:
+    """The images without masks that the option `unlabelled` names; None if it is empty.
 
     Copies of the data set's own images are left out, so that test images stay unseen. Slices of
-    volumes are not compared. Images and masks are then in memory.
+    volumes are not compared.
     """
     if not cfg.unlabelled:
-        return data
+        return None
     others = prepare(_unlabelled(cfg))
-    kept = np.delete(
-        np.arange(len(others.cases)), copies(data.thumbnails, others.thumbnails, cfg.duplicate_bits)
-    )
-    left = len(others.cases) - len(kept)
+    left_out = copies(data.thumbnails, others.thumbnails)
+    kept = np.delete(np.arange(len(others.cases)), left_out)
     log.info(
-        f"{len(kept)} images without masks; {left} copies of images of {cfg.dataset_name} left out"
+        f"{len(kept)} images without masks; {len(left_out)} copies of images of "
+        f"{cfg.dataset_name} left out"
     )
-    both = Prepared(data.path)
-    both.cases = pd.concat(
-        [data.cases, others.cases.iloc[kept].assign(split="unlabelled")], ignore_index=True
-    )
-    both.images = np.concatenate([data.images, others.images[kept]])
-    both.masks = np.concatenate([data.masks, others.masks[kept]])
-    both.unlabelled = others.digest
-    return both
+    ids = others.cases["id"].iloc[kept].reset_index(drop=True)
+    return Unlabelled(np.asarray(others.images[kept]), ids, others.digest)
 
 
 def _unlabelled(cfg: DistillConfig) -> UnlabelledConfig:
-    names = ("profile", "pixels", "fit", "duplicate_bits")
+    names = ("profile", "pixels", "fit")
     given = {name: getattr(cfg, name) for name in names} | {"window": window_of(cfg)}
     return UnlabelledConfig(**given, dataset=cfg.unlabelled, normals="keep", split="test")
 
@@ -190,21 +201,16 @@ def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
     jobs = _jobs(cfg, raw)
     size = VOLUMES if any(is_volume(case.image) for case in raw) else PART
     paths = [folder / f"{start:07d}.npz" for start in range(0, len(jobs), size)]
-    every = max(1, len(paths) // 10)  # ten lines of progress are enough
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(cores))  # decoding releases the GIL
-        progress = None
-        if len(paths) > 10:
-            progress = Progress(f"reading {cfg.dataset_name}", len(paths) // every)
-            stack.enter_context(progress)
+    lines = 10 if len(paths) > 10 else 0  # a small data set takes seconds
+    reading = Progress(cfg.dataset_name, "case", len(jobs), lines=lines)
+    with ThreadPoolExecutor(cores) as pool, reading:  # decoding releases the GIL
         for number, path in enumerate(paths):
             part = jobs[number * size : (number + 1) * size]
             if not (zipfile.is_zipfile(path) and results.is_intact(path)):
                 rows = pool.map(lambda job: _prepare_case(job, cfg), part)
                 _write_part(path, [row for found in rows for row in found])
-            if progress and (number + 1) % every == 0:
-                progress.step(f"{min((number + 1) * size, len(jobs))} of {len(jobs)} cases")
+            reading.step(count=len(part))
     return paths
 
 
@@ -247,13 +253,16 @@ def _row(
     reading: Reading, image: np.ndarray, mask: np.ndarray, case: Case, cfg: PrepareConfig
 ) -> Row:
     """Size and likeness come from the original, so that every prepared size has the same split."""
-    empty = not mask.any()
+    empty, drawn = not mask.any(), reading.mask
+    border = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
+    notes = [*reading.notes, *(() if reading.volume else unseen(reading.image, image))]
+    problem = "no lesion (normals = drop)" if empty and cfg.normals == "drop" else ""
     # slices of two patients look alike
     small = np.zeros(SMALL, np.uint8) if reading.volume else thumbnail(reading.image)
     row = {
         "id": reading.id,
         "file": case.image.name,
-        "notes": [*reading.notes, *(() if reading.volume else unseen(reading.image, image))],
+        "notes": notes,
         "group": case.group or reading.group or reading.volume,
         "label": case.label,
         "official": case.split,
@@ -261,10 +270,11 @@ def _row(
         "height": reading.image.shape[0],
         "width": reading.image.shape[1],
         "empty": bool(empty),
-        "lesion_share": np.count_nonzero(reading.mask) / reading.mask.size,
+        "lesion_share": np.count_nonzero(drawn) / drawn.size,
+        "border": float(border.mean()),
         "contrast": lesion_contrast(image, mask),
         "moments": moments(image),
-        "problem": "no lesion (normals = drop)" if empty and cfg.normals == "drop" else "",
+        "problem": "; ".join([problem, *notes]) if problem else "",
     }
     kept = slice(0, 0) if row["problem"] else slice(None)
     return row, image[None][kept], mask[None][kept].astype(np.uint8), small[None][kept]
@@ -279,75 +289,192 @@ def _write_part(path: Path, done: list[Row]) -> None:
         np.savez(file, rows=np.array(json.dumps([row for row, *_ in done])), **arrays)
 
 
-def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], grouped: bool) -> None:
+def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing) -> None:
     """Form groups and splits from the rows of all parts, then write the arrays part by part."""
     rows = pd.DataFrame([r for part in parts for r in json.loads(str(np.load(part)["rows"]))])
-    kept = rows["problem"] == ""
     results.write_table(path / "report.csv", _report(rows))  # also if an error follows
-    listed = (
-        f"{r.file}: {r.problem.removeprefix(f'{r.file}: ')}" for r in rows[~kept].itertuples()
-    )
-    reasons = "\n".join(f"  {reason}" for reason in islice(listed, 5))
-    where = f"report.csv in {results.short(path)}"
-    dropped = f"\ndropped: {(~kept).sum()} (all in {where}):\n{reasons}" * bool(reasons)
-    needed, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
-    if kept.sum() < needed:
-        raise LesionKDError(
-            f"{cfg.dataset}: {kept.sum()} usable cases; at least {needed} are needed{why}."
-            + dropped
-        )
-    cases = rows[kept].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
+    dropped = _dropped(path, rows)
+    used = rows["problem"] == ""
+    _check_count(cfg, int(used.sum()), dropped)
+    cases = rows[used].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
     small = np.concatenate([np.load(part)["thumbnails"].reshape(-1, *SMALL) for part in parts])
-    known, bits = cases["group"], cfg.duplicate_bits
-    cases["group"] = group_cases(known, small if grouped else None, bits, sequence_of(cfg))
+    groups = _grouped(cases, cfg, small, source)
+    cases = cases.assign(named=cases["group"], group=groups.codes, joined=groups.joined)
     try:
         cases["split"] = split_cases(cases, cfg)
     except SplitError as error:
         raise SplitError(f"{error}{dropped}") from None
     chosen = (cases["split"] != "").to_numpy()
-    rows.loc[rows.index[kept][~chosen], "problem"] = "not in the split file"
+    rows.loc[rows.index[used][~chosen], "problem"] = "not in the split file"
+    warnings = _warnings(cases, chosen, groups, source, cfg, _mask_agreement(parts, chosen))
     cases = cases[chosen].reset_index(drop=True)
-    across = crossing(cases)
-    if dropped:
-        log.info(dropped.strip())
-    warnings = _warnings(cases, known[chosen].to_numpy() == "", across)
+    joined = _joined(cases)
+    for line in filter(None, (dropped.strip(), _described(joined))):
+        log.info(line)
     for warning in warnings:
         log.warning(f"warning: {warning}")
     _write_arrays(path, parts, chosen, cfg.pixels)
     results.write_array(path / "thumbnails.npy", small[chosen])
-    report = _report(rows)
-    results.write_table(path / "report.csv", report)
-    results.write_table(path / "split.csv", cases[["id", "group", "split"]])
-    described = ["label", "split", "volume", "lesion_share", "contrast", "height", "width"]
-    results.write_table(path / "cases.csv", cases[["id", "group", *described]])
-    counts = {
-        action: int(report.loc[report["action"] == action, "id"].nunique())
-        for action in ("repaired", "dropped")
-    }
-    about = {"kept": len(cases), "groups": int(cases["group"].nunique()), "crossing": across}
-    about |= {"warnings": warnings, "paired": how_paired(cfg)}
-    results.write_json(path / "summary.json", about | counts | _statistics(cases))
+    _write_tables(path, rows, cases)
+    about: dict[str, Any] = {"kept": len(cases), "groups": int(cases["group"].nunique())}
+    about |= {"crossing": crossing(cases), "warnings": warnings, "joined": joined}
+    about |= {"paired": source.how, "masks": source.decision}
+    about |= _counted(_report(rows)) | _statistics(cases)
+    results.write_json(path / "summary.json", about)
 
 
-def _warnings(cases: pd.DataFrame, ungrouped: np.ndarray, across: dict[str, int]) -> list[str]:
+def _dropped(path: Path, rows: pd.DataFrame) -> str:
+    """The first reasons for dropping cases, to be added to a message; empty if there are none."""
+    reasons = [
+        f"  {row.file}: {row.problem.removeprefix(f'{row.file}: ')}"
+        for row in rows[rows["problem"] != ""].itertuples()
+    ]
+    if not reasons:
+        return ""
+    where = f"report.csv in {results.short(path)}"
+    return f"\ndropped: {len(reasons)} (all in {where}):\n" + "\n".join(reasons[:5])
+
+
+def _check_count(cfg: PrepareConfig, count: int, dropped: str) -> None:
+    needed, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
+    if count < needed:
+        raise LesionKDError(
+            f"{cfg.dataset}: {count} usable cases; at least {needed} are needed{why}.{dropped}"
+        )
+
+
+def _grouped(cases: pd.DataFrame, cfg: PrepareConfig, small: np.ndarray, source: Listing) -> Groups:
+    """Groups by name and by what images show; the phantom repeats nothing."""
+    compared = small if source.cases else None
+    sequence = sequence_of(cfg, source.release)
+    return group_cases(cases["group"], compared, cfg.join_copies, sequence)
+
+
+def _joined(cases: pd.DataFrame) -> dict[str, Any]:
+    """Images that share a group because they show the same: how many, and the largest groups."""
+    groups = cases[cases["joined"]].groupby("group")["id"].agg(list)
+    largest = sorted(groups[groups.map(len) > 1], key=len, reverse=True)
+    images = sum(map(len, largest))
+    return {"images": images, "groups": len(largest), "largest": largest[:LARGEST]}
+
+
+def _described(joined: dict[str, Any]) -> str:
+    """One line of the log for what `_joined` found."""
+    if not joined["groups"]:
+        return ""
+    first = joined["largest"][0]
+    more = ", ..." if len(first) > 4 else ""
+    return (
+        f"{joined['images']} images show the same as another and form {joined['groups']} groups, "
+        f"the largest with {len(first)}: {', '.join(first[:4])}{more} (join_copies)"
+    )
+
+
+def _mask_agreement(parts: list[Path], chosen: np.ndarray) -> float:
+    """Correlation of the masks of two cases, pixel by pixel: 1 if all masks are the same."""
+    total, count = np.zeros(1), int(chosen.sum())
+    for _, masks in _chosen_of(parts, chosen):
+        total = total + masks.sum(0, dtype=float)
+    covered = total / count
+    mean = covered.mean()
+    varies = float(mean - mean**2)
+    return float((covered**2).mean() - mean**2) / varies if varies > 0 else 0.0
+
+
+def _warnings(
+    cases: pd.DataFrame,
+    chosen: np.ndarray,
+    groups: Groups,
+    source: Listing,
+    cfg: PrepareConfig,
+    agreement: float,
+) -> list[str]:
     """What may be wrong with the data, and the option that cures it."""
-    found = []
+    files, cases = cases["file"].tolist(), cases[chosen]
+    found = list(source.doubts)
+    if source.release and source.release.caution and cfg.split != "test" and not cfg.group_by:
+        found.append(source.release.caution)
+    found += _warned_groups(cases, groups, files)
+    found += _warned_names(cases, source) or _warned_labels(cases)
+    return found + _warned_masks(cases, agreement)
+
+
+def _warned_groups(cases: pd.DataFrame, groups: Groups, files: list[str]) -> list[str]:
+    found, across = [], crossing(cases)
     if any(across.values()):
         found.append(
             f"{across['test']} test and {across['val']} validation cases share a group (video, "
             "patient, near-duplicate) with a training case"
         )
-    if series := series_across(cases[ungrouped]):
+    if groups.apart:
+        i, j = groups.apart[0]
         found.append(
-            f"{len(series)} numbered series of images, such as that of {series[0]}, have members "
-            "in more than one split. If a series is a patient or a video, give group_by = 'number'"
+            f"{len(groups.apart)} pairs of images show the same and are of groups with different "
+            f"names, such as {files[i]} and {files[j]}. Names decide, so they stay apart; if the "
+            "names are wrong, give one group to both"
+        )
+    return found
+
+
+def _warned_names(cases: pd.DataFrame, source: Listing) -> list[str]:
+    """Files whose names begin alike, nobody said why, and that are in several splits."""
+    unnamed = cases[(cases["named"] == "") | (cases["named"] == cases["volume"])]
+    listed = source.cases
+    if source.official or not len(unnamed) or any(case.group for case in listed):
+        return []
+    suggested = suggested_groups(listed, source.folder)
+    if not suggested:
+        return []
+    rule, groups = suggested
+    keys = unnamed["volume"].where(unnamed["volume"] != "", unnamed["id"]).map(groups)
+    across = unnamed.groupby(keys)["split"].nunique() > 1
+    if not across.any():
+        return []
+    alike = unnamed.loc[keys == across.idxmax(), "file"].drop_duplicates()
+    return [
+        f"{across.sum()} sets of files whose names begin alike, such as {alike.iloc[0]} and "
+        f"{alike.iloc[-1]}, are in more than one split. If a set is one patient, slide or video, "
+        f"give group_by = '{rule}', which makes {len(across)} groups"
+    ]
+
+
+def _warned_labels(cases: pd.DataFrame) -> list[str]:
+    """Classes or clinics with three groups or more that are missing from a split."""
+    found = []
+    splits = [name for name in SPLITS if (cases["split"] == name).any()]
+    for label, part in cases[cases["label"] != ""].groupby("label"):
+        missing = [name for name in splits if not (part["split"] == name).any()]
+        if missing and part["group"].nunique() >= len(SPLITS):
+            found.append(f"{label} ({len(part)} cases) from {' and '.join(missing)}")
+    if not found:
+        return []
+    more = ", ..." if len(found) > 5 else ""
+    return [
+        f"missing from a split: {', '.join(found[:5])}{more}. Scores there say nothing about that "
+        "class or clinic; another split_seed or larger fractions may help"
+    ]
+
+
+def _warned_masks(cases: pd.DataFrame, agreement: float) -> list[str]:
+    found = []
+    if agreement > ALIKE:
+        found.append(
+            f"the masks of different images hardly differ (correlation {agreement:.2f}), as fields "
+            "of view do and lesions do not. Look at the contours in notebook 01"
         )
     lesions = cases[~cases["empty"] & (cases["volume"] == "")]
     share = lesions["lesion_share"]
-    if (median := share.median()) > 0.5:
+    around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
+    if agreement <= ALIKE and (median := share.median()) > 0.5:
         found.append(
             f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
             "black on white, give invert_masks = True"
+        )
+    elif around:
+        found.append(
+            f"{len(around)} masks are lesion along the border and nearly everywhere, those of "
+            f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
+            "invert these files (invert_masks = True would invert all)"
         )
     area = share * lesions["height"] * lesions["width"]
     stray = lesions.loc[(area < FEW_PIXELS) & (area < area.median() / 100), "file"].tolist()
@@ -358,6 +485,21 @@ def _warnings(cases: pd.DataFrame, ungrouped: np.ndarray, across: dict[str, int]
             "lesion too, name them in lesion_values"
         )
     return found
+
+
+def _counted(report: pd.DataFrame) -> dict[str, int]:
+    """Number of cases that were repaired and dropped."""
+    return {
+        action: int(report.loc[report["action"] == action, "id"].nunique())
+        for action in ("repaired", "dropped")
+    }
+
+
+def _write_tables(path: Path, rows: pd.DataFrame, cases: pd.DataFrame) -> None:
+    results.write_table(path / "report.csv", _report(rows))
+    results.write_table(path / "split.csv", cases[["id", "group", "split"]])
+    described = ["label", "split", "volume", "lesion_share", "contrast", "height", "width"]
+    results.write_table(path / "cases.csv", cases[["id", "group", "joined", *described]])
 
 
 def _statistics(cases: pd.DataFrame) -> dict[str, list[float]]:

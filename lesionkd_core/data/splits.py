@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..config import LesionKDError, PrepareConfig
-from .images import before_number, stem_of
 from .pixels import hash_thumbnails
 
 SPLITS = ("train", "val", "test")
+NEAR, NEAR_TURNED = 12, 4
+"""Largest distance in bits between the hashes of images that are compared in detail."""
 SAME, SAME_SCENE = 0.48, 0.5
 """Correlation of details of two copies, and of two frames of one scene on a coarser scale."""
+COMMON = 3
+"""How much more images agree in a common place (a rim, a ruler) than where they agree least."""
+FEW_PIXELS = 50
+"""Pixels from which two images are not yet known to be copies, since chance may be enough."""
+BLOCK = 512
+"""Images or pairs that are compared at a time."""
 FEW = 5
 """Up to this number of groups, val and test get one each."""
 UNITS = 10
@@ -26,39 +34,88 @@ class SplitError(LesionKDError):
     """The cases cannot be split as asked."""
 
 
-# Groups -------------------------------------------------------------------------------------------
+# Near-duplicates ----------------------------------------------------------------------------------
 
 
-def near_pairs(hashes: np.ndarray, bits: int) -> Iterator[np.ndarray]:
+def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """(N, H, W) pixels by `turn` quarter turns; from 4 on also mirrored."""
+    quarter = np.rot90(pixels, turn % 4, axes=(1, 2))
+    return quarter[:, :, ::-1] if turn >= 4 else quarter
+
+
+def near_pairs(
+    hashes: np.ndarray, others: np.ndarray, bits: int, across: int = 0
+) -> Iterator[np.ndarray]:
     """Pairs of images whose hashes (N, 63) differ in at most `bits` bits.
 
-    Yields blocks (M, 3) of row i, row j > i and their distance in bits. A hash without any bit (a
-    flat image, a slice of a volume) matches nothing.
-    """
-    yield np.empty((0, 3), int)
-    rows = np.flatnonzero(hashes.any(1))
-    signs = hashes[rows].astype(np.float32)
-    for start in range(0, len(signs), 256):  # in blocks, so that memory grows with N only
-        block = signs[start : start + 256]
-        apart = block @ (1 - signs.T) + (1 - block) @ signs.T
-        i, j = np.nonzero(apart <= bits)
-        later = j > i + start
-        yield np.stack([rows[i + start], rows[j], apart[i, j]], 1).astype(int)[later]
-
-
-def detail_correlation(
-    thumbnails: np.ndarray, i: np.ndarray, j: np.ndarray, scale: float = 1, reach: int = 4
-) -> np.ndarray:
-    """Correlation of what two images show in detail, -1..1, for each pair of rows i, j.
-
-    The low frequencies, in which a perceptual hash finds all images of one kind alike, are removed,
-    local contrast is equalized, and only the common field of view counts. The largest value over
-    shifts is taken.
+    A hash without any bit (a flat image, a slice of a volume) matches nothing.
 
     Parameters
     ----------
-    thumbnails : (N, 64, 64) uint8
+    hashes, others : (N, 63) bool
+        Of the same images; `others` may be those of their turned copies.
+    across : int
+        If it is not 0, one image of a pair is before this row, the other is not.
+
+    Yields
+    ------
+    (M, 3) int
+        Row i of `hashes`, row j > i of `others`, and their distance in bits.
+    """
+    yield np.empty((0, 3), int)
+    rows = np.flatnonzero(hashes.any(1))
+    first, second = hashes[rows].astype(np.float32), others[rows].astype(np.float32)
+    firsts = np.searchsorted(rows, across) if across else len(rows)
+    for start in range(0, firsts, 256):  # in blocks, so that memory grows with N only
+        block = first[start : min(start + 256, firsts)]
+        apart = block @ (1 - second.T) + (1 - block) @ second.T
+        i, j = np.nonzero(apart <= bits)
+        later = (j > i + start) & (rows[j] >= across)
+        yield np.stack([rows[i + start], rows[j], apart[i, j]], 1).astype(int)[later]
+
+
+def common_places(thumbnails: np.ndarray) -> np.ndarray:
+    """Where the images of a data set show the same, though they are of different patients.
+
+    A rim, a vignette, a ruler, text, or what a standard view has in its place. At every pixel the
+    energy of the mean of the details is compared with their mean energy. The ratio times the number
+    of images is 1 where they have nothing in common. A pixel is a common place if the ratio is
+    COMMON times that of the least common tenth of the pixels.
+
+    (N, 64, 64) uint8 -> (64, 64) bool.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    total, energy = np.zeros(thumbnails.shape[1:]), np.zeros(thumbnails.shape[1:])
+    for start in range(0, len(thumbnails), BLOCK):
+        _, detail = _details(thumbnails[start : start + BLOCK])
+        total += detail.sum(0)
+        energy += (detail**2).sum(0)
+    agreement = gaussian_filter(total**2, 2) / np.maximum(gaussian_filter(energy, 2), 1e-6)
+    least = max(1.0, float(np.percentile(agreement, 10)))
+    common: np.ndarray = agreement > COMMON * least
+    return common
+
+
+def detail_correlation(
+    first: np.ndarray,
+    second: np.ndarray,
+    i: np.ndarray,
+    j: np.ndarray,
+    scale: float = 1,
+    reach: int = 4,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Correlation of what two images show in detail, -1..1, and the shift where it is largest.
+
+    The low frequencies, in which a perceptual hash finds all images of one kind alike, are removed,
+    local contrast is equalized, and only the common field of view counts.
+
+    Parameters
+    ----------
+    first, second : (N, 64, 64) uint8
+        Thumbnails.
     i, j : (M,) int
+        Pairs: row i of `first`, row j of `second`.
     scale : float
         Of the details; larger ones tolerate movement between frames of a video.
     reach : int
@@ -66,34 +123,66 @@ def detail_correlation(
 
     Returns
     -------
-    (M,) float
+    correlation : (M,) float
         0 if less than half of the larger field of view is common.
+    shift : (M, 2) int
+        Pixel (y, x) of the first image corresponds to (y, x) - shift of the second.
     """
     from scipy.fft import irfft2, rfft2
 
     size = 64 + reach + (-reach) % 8
-    shifts = np.r_[: reach + 1, size - reach : size]
-    found = [np.empty(0)]
-    for start in range(0, len(i), 512):  # in blocks, so that memory is bounded
-        block = slice(start, start + 512)
-        rows, where = np.unique(np.concatenate([i[block], j[block]]), return_inverse=True)
-        first, second = np.split(where.ravel(), 2)
-        seen, detail = _details(thumbnails[rows], scale)
-        area = seen.sum((1, 2))
-        waves = [rfft2(x, (size, size)) for x in (detail, detail**2, seen)]
+    steps = np.r_[: reach + 1, -reach:0]  # irfft2 has negative shifts at its end
+    found, places = [np.empty(0)], [np.empty(0, int)]
+    for start in range(0, len(i), BLOCK):  # in blocks, so that memory is bounded
+        waves, areas = [], []
+        for thumbnails, rows in ((first, i), (second, j)):
+            unique, where = np.unique(rows[start : start + BLOCK], return_inverse=True)
+            seen, detail = _details(thumbnails[unique], scale)
+            areas.append(seen.sum((1, 2))[where])
+            waves.append([rfft2(x, (size, size))[where] for x in (detail, detail**2, seen)])
 
         product, energy, energy2, common = (
-            irfft2(waves[a][first] * waves[b][second].conj(), (size, size))[:, shifts][:, :, shifts]
+            irfft2(waves[0][a] * waves[1][b].conj(), (size, size))[:, steps][:, :, steps]
             for a, b in ((0, 0), (1, 2), (2, 1), (2, 2))
         )
         correlation = product / np.sqrt(np.maximum(energy * energy2, 1e-3))
-        least = np.maximum(area[first], area[second]) / 2
+        least = np.maximum(*areas) / 2
         correlation[common < least[:, None, None]] = 0
-        found.append(correlation.max((1, 2)))
-    return np.concatenate(found)
+        flat = correlation.reshape(len(correlation), -1)
+        found.append(flat.max(1))
+        places.append(flat.argmax(1))
+    shift = np.stack(np.divmod(np.concatenate(places), len(steps)), 1)
+    return np.concatenate(found), steps[shift]
 
 
-def _details(thumbnails: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def content_correlation(
+    pair: np.ndarray, shift: tuple[int, int], hidden: tuple[np.ndarray, np.ndarray]
+) -> float:
+    """The same correlation of one pair at one shift, without the common places.
+
+    Parameters
+    ----------
+    pair : (2, 64, 64) uint8
+    shift : (y, x)
+        As `detail_correlation` returns it.
+    hidden : two (64, 64) bool
+        Common places in the first and in the second image.
+
+    Returns
+    -------
+    float
+        It approaches 0 if few pixels remain: FEW_PIXELS of mean contrast are added to the energy.
+    """
+    (y, x), (seen, details) = shift, _details(pair)
+    window = np.s_[max(y, 0) : 64 + min(y, 0), max(x, 0) : 64 + min(x, 0)]
+    moved = np.s_[max(-y, 0) : 64 + min(-y, 0), max(-x, 0) : 64 + min(-x, 0)]
+    shown = ((seen[0] > 0) & ~hidden[0])[window] & ((seen[1] > 0) & ~hidden[1])[moved]
+    first, second = details[0][window][shown], details[1][moved][shown]
+    energy = np.sqrt((first**2).sum() * (second**2).sum())
+    return float((first * second).sum() / (energy + FEW_PIXELS))
+
+
+def _details(thumbnails: np.ndarray, scale: float = 1) -> tuple[np.ndarray, np.ndarray]:
     """The fields of view without their dark surroundings, and the details in them; float32."""
     from scipy.ndimage import binary_erosion, binary_fill_holes, gaussian_filter
 
@@ -116,102 +205,132 @@ def _details(thumbnails: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarr
     return seen, detail / (contrast + 1)
 
 
-def compare_pairs(thumbnails: np.ndarray, bits: int) -> pd.DataFrame:
+def compare_pairs(
+    thumbnails: np.ndarray, names: np.ndarray | None = None, across: int = 0
+) -> pd.DataFrame:
     """Pairs of images whose perceptual hashes are near, and how alike their details are.
+
+    Mirrored and turned copies are searched too.
+
+    Parameters
+    ----------
+    thumbnails : (N, 64, 64) uint8
+    names : (N,) int, optional
+        Pairs of one group (0 or more; -1: not known) are left out.
+    across : int
+        If it is not 0, only pairs of an image before this row with one from it on.
 
     Returns
     -------
     DataFrame
-        first, second (rows), bits (distance of the hashes), correlation (of the details), same
-        (taken for one picture).
+        first, second (rows), turn (of the second, see `turned`), bits (distance of the hashes),
+        correlation (of the details), content (of the details that other images do not have in the
+        same place), same (taken for one picture).
     """
-    pairs = np.concatenate([*near_pairs(hash_thumbnails(thumbnails), bits)])
-    table = pd.DataFrame(pairs, columns=["first", "second", "bits"])
-    table["correlation"] = detail_correlation(thumbnails, pairs[:, 0], pairs[:, 1])
-    return table.assign(same=table["correlation"] >= SAME)
+    hashes, common = hash_thumbnails(thumbnails), common_places(thumbnails)
+    tables = []
+    for turn in range(8):
+        others = turned(thumbnails, turn)
+        limit = NEAR if turn == 0 else NEAR_TURNED
+        near = near_pairs(hashes, hash_thumbnails(others), limit, across)
+        i, j, bits = np.concatenate([*near]).T
+        if names is not None:
+            apart = (names[i] != names[j]) | (names[i] < 0)
+            i, j, bits = i[apart], j[apart], bits[apart]
+        correlation, shift = detail_correlation(thumbnails, others, i, j)
+        content, hidden = np.zeros(len(i)), (common, turned(common[None], turn)[0])
+        for k in np.flatnonzero(correlation >= SAME):
+            pair = np.stack([thumbnails[i[k]], others[j[k]]])
+            content[k] = content_correlation(pair, shift[k], hidden)
+        found = {"first": i, "second": j, "turn": turn, "bits": bits, "correlation": correlation}
+        tables.append(pd.DataFrame(found | {"content": content, "same": content >= SAME}))
+    return pd.concat(tables, ignore_index=True)
 
 
-def copies(first: np.ndarray, second: np.ndarray, bits: int) -> np.ndarray:
+def copies(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Rows of the thumbnails `second` that are near-duplicates of one of `first`."""
-    pairs = compare_pairs(np.concatenate([first, second]), bits)
-    across = (pairs["first"] < len(first)) & (pairs["second"] >= len(first)) & pairs["same"]
-    rows: np.ndarray = np.unique(pairs.loc[across, "second"]) - len(first)
+    pairs = compare_pairs(np.concatenate([first, second]), across=len(first))
+    rows: np.ndarray = np.unique(pairs.loc[pairs["same"], "second"]) - len(first)
     return rows
 
 
-def group_cases(
-    groups: pd.Series, thumbnails: np.ndarray | None, bits: int, sequence: bool = False
-) -> list[str]:
-    """Unite the groups that are known and images that show the same.
+# Groups -------------------------------------------------------------------------------------------
 
-    Two images whose hashes are near share a group if their details agree. In a sequence of frames,
-    images of the same scene also do: at most three frames apart and alike on a coarser scale.
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of N cases.
 
     Parameters
     ----------
-    groups : (N,) of str
+    codes : list of str
+        'g0000' and so on, for each case.
+    joined : (N,) bool
+        Whether the case shares its group with an image that shows the same, not only by its name.
+    apart : list of (int, int)
+        Rows that show the same and stay apart, since their groups have names.
+    """
+
+    codes: list[str]
+    joined: np.ndarray
+    apart: list[tuple[int, int]]
+
+
+def group_cases(
+    names: pd.Series,
+    thumbnails: np.ndarray | None,
+    join_copies: bool = True,
+    sequence: bool = False,
+) -> Groups:
+    """Groups by name, and of images that show the same if at most one of them has a name.
+
+    In a sequence of frames, images of the same scene share a group too: at most three frames apart
+    and alike on a coarser scale.
+
+    Parameters
+    ----------
+    names : (N,) of str
         Video or patient; empty where it is not known.
     thumbnails : (N, 64, 64) uint8, optional
         From `pixels.thumbnail`; black for a slice of a volume.
-    bits : int
-        Largest distance of near hashes.
-
-    Returns
-    -------
-    list of str
-        'g0000' and so on, for each case.
     """
-    codes = pd.factorize(groups.where(groups != ""))[0]  # -1: not known
-    first = pd.Series(range(len(groups))).groupby(codes).transform("first").to_numpy()
-    component = np.where(codes >= 0, first, np.arange(len(groups)))
-    if thumbnails is not None:
-        for block in near_pairs(hash_thumbnails(thumbnails), bits):
-            i, j = block[component[block[:, 0]] != component[block[:, 1]], :2].T
-            same = detail_correlation(thumbnails, i, j) >= SAME
-            component = _united(component, i[same], j[same])
+    named = pd.factorize(names.where(names != ""))[0]  # -1: not known
+    pairs = [np.empty((0, 2), int)]
+    if thumbnails is not None and join_copies:
+        same = compare_pairs(thumbnails, named).query("same")
+        same = same.sort_values(["content", "first", "second"], ascending=[False, True, True])
+        pairs.append(same[["first", "second"]].to_numpy())
     for step in (1, 2, 3):
-        if thumbnails is None or not sequence:
-            break
-        i = np.arange(len(groups) - step)
-        alike = detail_correlation(thumbnails, i, i + step, scale=3, reach=8) >= SAME_SCENE
-        component = _united(component, i[alike], i[alike] + step)
-    return [f"g{c:04d}" for c in pd.factorize(component)[0]]
+        if thumbnails is not None and sequence:
+            i = np.arange(len(names) - step)
+            alike, _ = detail_correlation(thumbnails, thumbnails, i, i + step, scale=3, reach=8)
+            i = i[alike >= SAME_SCENE]
+            pairs.append(np.stack([i, i + step], 1))
+    return _united(named, np.concatenate(pairs))
 
 
-def _united(component: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Components (N,) after joining rows i and j, pair by pair."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
+def _united(named: np.ndarray, pairs: np.ndarray) -> Groups:
+    """Join the groups of each pair of rows in turn, unless both have names."""
+    first_of: dict[int, int] = {}
+    parent = [
+        first_of.setdefault(name, row) if name >= 0 else row for row, name in enumerate(named)
+    ]
+    name_of, joined, apart = named.copy(), np.zeros(len(named), bool), []
 
-    n = len(component)
-    links = coo_matrix((np.ones(len(i)), (component[i], component[j])), shape=(n, n))
-    joined: np.ndarray = connected_components(links, directed=False)[1][component]
-    return joined
+    def root(row: int) -> int:
+        while parent[row] != row:
+            row = parent[row]
+        return row
 
-
-def series_across(cases: pd.DataFrame) -> list[str]:
-    """First files of numbered series of images, such as patient07_048, in more than one split.
-
-    Parameters
-    ----------
-    cases : DataFrame
-        Columns file, split. Cases whose group is known are left out.
-
-    Returns
-    -------
-    list of str
-        Empty if the numbers do not look like slices of patients or frames of videos: a whole data
-        set is often numbered in one or a few series.
-    """
-    stems = cases["file"].map(lambda name: stem_of(Path(name)))
-    prefix = stems.map(before_number)
-    table = cases.assign(file=stems, prefix=prefix)[prefix != stems].groupby("prefix")
-    table = table.agg(file=("file", "first"), splits=("split", "nunique"), size=("file", "size"))
-    series = table[table["size"] > 1]
-    numbered = series.index.str.contains("[0-9]")
-    if len(series) < 2 or not (numbered.mean() > 0.5 or len(series) > 5):
-        return []
-    return list(series.loc[series["splits"] > 1, "file"])
+    for i, j in pairs.tolist():
+        a, b = sorted((root(i), root(j)))
+        if a != b and name_of[a] >= 0 and name_of[b] >= 0:
+            apart.append((i, j))
+            continue
+        parent[b], name_of[a] = a, max(name_of[a], name_of[b])
+        joined[[i, j]] = True
+    roots = [root(row) for row in range(len(named))]
+    return Groups([f"g{code:04d}" for code in pd.factorize(pd.Series(roots))[0]], joined, apart)
 
 
 def crossing(cases: pd.DataFrame) -> dict[str, int]:

@@ -24,6 +24,7 @@ import SimpleITK as sitk
 from .. import results
 from . import images
 from .images import Case, Reading, UnreadableFile
+from .masks import colour_codes, decision_for, read_values, whole_numbers
 
 os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "YES"  # ITK refuses the shear of a tilted gantry
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -37,11 +38,12 @@ LPS = np.diag([-1.0, -1.0, 1.0])
 FILES = images.VOLUME_SUFFIXES - {".dcm"}
 
 IDENTITY = {"series": "0020|000e", "patient": "0010|0020", "photometric": "0028|0004"}
+LOSSY = {"lossy": "0028|2110"}
 PLACE = {"position": "0020|0032", "orientation": "0020|0037", "number": "0020|0013"}
 SPACING = {"spacing": "0028|0030", "detector": "0018|1164", "distance": "0018|0088"}
 VALUES = {"slope": "0028|1053", "intercept": "0028|1052", "bits": "0028|0101", "sign": "0028|0103"}
 WINDOW = {"centre": "0028|1050", "width": "0028|1051", "thickness": "0018|0050"}
-TAGS = IDENTITY | PLACE | SPACING | VALUES | WINDOW
+TAGS = IDENTITY | LOSSY | PLACE | SPACING | VALUES | WINDOW
 NO_IMAGE = re.compile(
     rb"\x02\0\x02\0UI..1\.2\.840\.10008\.(1\.3\.10|5\.1\.4\.1\.1\.(11|66(?!\.4)|88|104|481\.[3-9])\b)",
     re.S,
@@ -205,6 +207,21 @@ def write_mask(path: Path, mask: np.ndarray, like: Path) -> None:
                     shutil.copyfileobj(written, packed)
 
 
+def read_mask_volume(path: Path) -> tuple[np.ndarray, bool]:
+    """Values of a file with masks, (D, H, W), and whether compression changed them."""
+    _refuse_segmentation(path)
+    source = _open(path)
+    if isinstance(source, _File):
+        return whole_numbers(source.read().voxels), False
+    return whole_numbers(source.shown()), source.headers[0].get("lossy") == "01"
+
+
+def _refuse_segmentation(path: Path) -> None:
+    if path.is_file() and SEGMENTATION in _beginning(path):
+        why = "DICOM SEG is not read; save it as NIfTI as docs/data.md shows"
+        raise UnreadableFile(f"{path.name}: {why}")
+
+
 def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
     """Union of the masks (D, H, W), in the order of the slices; notes; the patient."""
     notes: tuple[str, ...] = ()
@@ -212,9 +229,7 @@ def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
     series = source if isinstance(source, _Series) else None
     union = np.zeros(source.space.shape, bool)
     for path in case.masks:
-        if path.is_file() and SEGMENTATION in _beginning(path):
-            why = "DICOM SEG is not read; save it as NIfTI as docs/data.md shows"
-            raise UnreadableFile(f"{path.name}: {why}")
+        _refuse_segmentation(path)
         if not path.is_dir() and images.suffix_of(path) in FILES:
             notes += _unite_volume(union, path, source, case)
         elif series and (path.is_dir() or len(series.files) == 1):
@@ -246,12 +261,10 @@ def _unite_volume(
             f"{path.name}: mask is up to {apart:.1f} mm away from its image; resample it, or copy "
             "the affine of the image if it was lost"
         )
-    volume = file.read()
-    with images.reading(path, "a mask"):
-        select, said = images.decide_mask(volume.voxels, case)
+    voxels, decision = whole_numbers(file.read().voxels), decision_for(case)
     for plane, z in zip(union, order):
-        plane |= select(volume.voxels[z])
-    return notes + said
+        plane |= decision.lesion(voxels[z], path)
+    return notes + decision.notes.get((path, None), ())
 
 
 def _unite_slices(union: np.ndarray, path: Path, stems: list[str], case: Case) -> tuple[str, ...]:
@@ -261,22 +274,16 @@ def _unite_slices(union: np.ndarray, path: Path, stems: list[str], case: Case) -
     if alone := sorted({*stems} ^ {*found}):
         why = f"needs one mask of the same name for each slice; {alone[0]!r} has no partner"
         raise UnreadableFile(f"{path.name}: {why}")
+    decision = decision_for(case)
     for z, stem in enumerate(stems):
         part = union if len(stems) == 1 else union[z : z + 1]
         for file in found[stem]:
-            if images.suffix_of(file) in images.IMAGE_SUFFIXES:
-                mask, said, _ = images.noted_mask(file, case)
-                mask = mask[None]
-            else:
-                values = _Series(file).shown()
-                with images.reading(file, "a mask"):
-                    select, said = images.decide_mask(values, case)
-                    mask = select(values)
-            notes += said
-            if mask.shape != part.shape:
-                shapes = f"(slices, rows, columns) = {mask.shape}, its image {part.shape}"
+            values = read_values(file)[0]
+            if values.shape != part.shape:
+                shapes = f"(slices, rows, columns) = {values.shape}, its image {part.shape}"
                 raise UnreadableFile(f"{file.name}: mask has {shapes}")
-            part |= mask
+            part |= decision.lesion(values, file)
+            notes += decision.notes.get((file, None), ())
     return tuple(dict.fromkeys(notes))
 
 
@@ -417,6 +424,13 @@ def is_dicom(path: Path) -> bool:
     return _beginning(path)[128:132] == b"DICM"
 
 
+def holds_series(folder: Path) -> bool:
+    """Whether the DICOM files of a folder are the slices of one series."""
+    if not is_dicom(folder) or sum(map(is_dicom, files_in(folder))) < 2:
+        return False
+    return len(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))) == 1
+
+
 def _beginning(path: Path) -> bytes:
     """Where a DICOM file has its mark and its SOP class."""
     with open(path, "rb") as file:
@@ -524,7 +538,7 @@ class _Series:
         """Its slices (D, H, W) with high values shown bright."""
         volume = self.read()
         if volume.voxels.ndim == 4:
-            return np.asarray(volume.voxels.max(-1))
+            return colour_codes(volume.voxels)
         if volume.inverted:
             return np.asarray(_highest_plus_lowest(self.headers[0]) - volume.voxels)
         return volume.voxels
@@ -574,16 +588,16 @@ def _window(header: dict[str, str]) -> tuple[float, float] | None:
 
 
 def _refuse_short_dicom(path: Path) -> None:
-    """GDCM reads what is missing of the pixels as zeros."""
+    """GDCM reads what is missing of the pixels as zeros. An icon's pixels come first."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        elements = [match.start() for match in re.finditer(re.escape(PIXEL_DATA), content)]
-        for at in elements:
+        at = content.find(PIXEL_DATA)
+        while at >= 0:
             explicit = content[at + 4 : at + 6] in (b"OB", b"OW")
             start = at + (12 if explicit else 8)
             length = int.from_bytes(content[start - 4 : start], "little")
-            if start + length <= len(content):
-                return
-            if length == 0xFFFFFFFF and content.rfind(END_OF_SEQUENCE) > at:
-                return
-    if elements:
-        raise ValueError("its pixels are cut off")
+            end = start + length
+            if length == 0xFFFFFFFF:
+                end = content.find(END_OF_SEQUENCE, start)
+            if not start <= end <= len(content):
+                raise ValueError("its pixels are cut off")
+            at = content.find(PIXEL_DATA, end)

@@ -99,7 +99,7 @@ def export_student(cfg: ExportConfig, student: TrainedNetwork) -> Exported:
         for path, made in missing.items():
             _export(made, student, network, path)
 
-    return results.find_or_make([cfg], [student.digest], make, Exported)[0]
+    return results.find_or_make([results.Wanted(cfg, student.digest)], make, Exported)[0]
 
 
 def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path: Path) -> None:

@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..config import LesionKDError
-from ..data.batches import MEAN, STD
+from ..config import MEAN, STD, LesionKDError
 from ..evaluate import mask_dice
 
 MULTIPLE = 32

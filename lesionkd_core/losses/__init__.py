@@ -1,23 +1,20 @@
 """The terms of L_total = sum over terms of weight x term (step S6), and their registry.
 
-To add a term: write a class with ``forward(step)`` in a file of this folder, decorate it with
+To add a term: derive a class from `LossTerm` in a file of this folder, decorate it with
 ``register`` and import it here. Notebook 05, docs/options.md and the sweep find it by its name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..config import DistillConfig, TeacherConfig
 from ..models import Network
 from .edge_reasoning import (
     EdgeGraph,
     EdgeHead,
     EdgeReasoning,
-    EdgeRelation,
     FittedGraph,
     derange,
     grid_cells,
@@ -32,7 +29,18 @@ from .feature_refinement import (
     partial_l2,
 )
 from .segmentation import SEG_LOSSES, SegmentationLoss, bce, bce_dice
-from .terms import TERMS, Step, Term, register
+from .terms import (
+    TERMS,
+    LossTerm,
+    Measured,
+    Step,
+    Term,
+    needs_graph,
+    needs_teacher,
+    register,
+    resolve,
+    unused_options,
+)
 
 from . import baselines  # isort: skip  # registers its terms after the method's own
 
@@ -43,9 +51,9 @@ __all__ = [
     "EdgeGraph",
     "EdgeHead",
     "EdgeReasoning",
-    "EdgeRelation",
     "FeatureRefinement",
     "FittedGraph",
+    "LossTerm",
     "Measured",
     "SegmentationLoss",
     "Step",
@@ -59,32 +67,31 @@ __all__ = [
     "empirical_margins",
     "grid_cells",
     "margin_relu",
+    "needs_graph",
+    "needs_teacher",
     "node_distance",
     "partial_l2",
     "register",
+    "resolve",
+    "unused_options",
 ]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured on the frozen teacher before the students are trained."""
-
-    fitted: FittedGraph | None = None
-    margins: dict[str, Tensor] | None = None  # from `empirical_margins`
-
-
 def build_terms(
-    cfg: Any, network: Network, teacher: Network | None = None, measured: Measured | None = None
+    cfg: TeacherConfig,
+    network: Network,
+    teacher: Network | None = None,
+    measured: Measured | None = None,
 ) -> nn.ModuleDict:
-    """The modules of all terms of L_total for one network.
+    """The modules of all terms of L_total for one network; of a teacher L_seg alone.
 
-    `cfg.losses` names them; a configuration without it (the teacher's) has L_seg alone. The
-    initialization of each depends on the seed only, not on the other terms.
+    The initialization of each depends on the seed only, not on the other terms.
     """
+    names = resolve(cfg.losses) if isinstance(cfg, DistillConfig) else {"seg": 1.0}
     modules = nn.ModuleDict()
-    for name in getattr(cfg, "losses", ("seg",)):
+    for name in names:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(getattr(cfg, cfg.seed_field))
-            build = TERMS[name].module.build  # type: ignore[attr-defined]
-            modules[name] = build(cfg, network, teacher, measured or Measured())
+            term = TERMS[name].module
+            modules[name] = term.build(cfg, network, teacher, measured or Measured())
     return modules

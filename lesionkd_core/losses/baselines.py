@@ -6,18 +6,20 @@ no gradient. Functions of feature maps take activations after the ReLU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models import Network, channels_of, match_levels
 from .feature_refinement import Connector
-from .terms import register, require_same_size
+from .segmentation import SEG_LOSSES
+from .terms import LossTerm, Step, register, require_same_size
 
 if TYPE_CHECKING:
-    from .terms import Step
+    from ..config import TeacherConfig
+    from .terms import Measured
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,6 +199,24 @@ def sobel_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(ours, theirs)
 
 
+def sobel_mask_loss(student: Tensor, masks: Tensor) -> Tensor:
+    """Match the gradient magnitudes of the probabilities and of the mask, by Sobel's filters.
+
+    L = mean (|grad p_S| - |grad y|)^2: `sobel_loss` without a teacher.
+
+    Parameters
+    ----------
+    student, masks : (N, 1, H, W)
+        Logits, and masks, 0 or 1.
+
+    Returns
+    -------
+    ()
+    """
+    ours, truth = _pair(student, masks)
+    return F.mse_loss(_gradient(ours.sigmoid()), _gradient(truth))
+
+
 def _gradient(x: Tensor) -> Tensor:
     """Magnitude of the Sobel gradient, (N, 1, H, W) -> the same; borders replicated."""
     kernel = (
@@ -207,24 +227,22 @@ def _gradient(x: Tensor) -> Tensor:
     return (both.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
 
-class _OnLogits(nn.Module):
-    """A loss of the full-size logits of both networks."""
-
-    @classmethod
-    def build(cls, *_: Any) -> nn.Module:
-        return cls()
-
-
 @register("kd", label="logit KD", weight=3.0, sweep=(0.3, 1.0, 3.0, 10.0))
-class LogitDistillation(_OnLogits):
+class LogitDistillation(LossTerm):
     """`kd_loss`."""
 
     def forward(self, step: Step) -> Tensor:
         return kd_loss(step.logits, step.teacher_logits)
 
 
-@register("boundary_kd", label="boundary KD", weight=3.0, sweep=(0.3, 1.0, 3.0, 10.0))
-class BoundaryDistillation(_OnLogits):
+@register(
+    "boundary_kd",
+    label="boundary KD",
+    weight=3.0,
+    sweep=(0.3, 1.0, 3.0, 10.0),
+    options=("edge_width",),
+)
+class BoundaryDistillation(LossTerm):
     """`boundary_kd_loss`."""
 
     def forward(self, step: Step) -> Tensor:
@@ -232,7 +250,7 @@ class BoundaryDistillation(_OnLogits):
 
 
 @register("cwd", label="CWD", weight=0.3, sweep=(0.1, 0.3, 1.0, 3.0))
-class ChannelwiseDistillation(_OnLogits):
+class ChannelwiseDistillation(LossTerm):
     """`cwd_loss`."""
 
     def forward(self, step: Step) -> Tensor:
@@ -240,7 +258,7 @@ class ChannelwiseDistillation(_OnLogits):
 
 
 @register("dist", label="DIST", weight=1.0, sweep=(0.3, 1.0, 3.0, 10.0))
-class RelationDistillation(_OnLogits):
+class RelationDistillation(LossTerm):
     """`dist_loss`."""
 
     def forward(self, step: Step) -> Tensor:
@@ -248,15 +266,59 @@ class RelationDistillation(_OnLogits):
 
 
 @register("sobel", label="Sobel", weight=30.0, sweep=(3.0, 10.0, 30.0, 100.0))
-class SobelDistillation(_OnLogits):
+class SobelDistillation(LossTerm):
     """`sobel_loss`."""
 
     def forward(self, step: Step) -> Tensor:
         return sobel_loss(step.logits, step.teacher_logits)
 
 
-@register("fitnets", label="FitNets", weight=0.1, sweep=(0.03, 0.1, 0.3, 1.0))
-class Hint(nn.Module):
+@register("sobel_mask", label="Sobel of mask", weight=30.0, sweep=(3.0, 10.0, 30.0, 100.0))
+class SobelOfMask(LossTerm):
+    """`sobel_mask_loss` on the images that have masks: what `sobel` gains without a teacher."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def forward(self, step: Step) -> Tensor:
+        return sobel_mask_loss(step.logits[: len(step.masks)], step.masks)
+
+
+@register("pseudo", label="pseudo-labels", weight=1.0, sweep=(0.3, 1.0, 3.0, 10.0))
+class PseudoLabels(LossTerm):
+    """L_seg with the teacher's hard masks (probability above 0.5), on the images without masks.
+
+    0 for a batch in which all images have masks.
+
+    Source: Lee 2013, "Pseudo-Label"; there the network labels images for itself, here the teacher
+    does.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.loss = SEG_LOSSES[name]
+
+    @classmethod
+    def build(
+        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
+    ) -> Self:
+        return cls(cfg.seg_loss)
+
+    def forward(self, step: Step) -> Tensor:
+        first = len(step.masks)
+        logits, labels = step.logits[first:], step.teacher_logits[first:] > 0
+        if not len(logits):
+            return step.logits.new_zeros(())
+        return self.loss(logits, labels.to(logits.dtype))
+
+
+@register(
+    "fitnets",
+    label="FitNets",
+    weight=0.1,
+    sweep=(0.03, 0.1, 0.3, 1.0),
+    options=("connector_lr",),
+)
+class Hint(LossTerm):
     """`hint_loss` at stride 16, where the student's encoder ends.
 
     The regressor is a 1x1 convolution, BatchNorm and the teacher's ReLU. Without the BatchNorm the
@@ -272,7 +334,10 @@ class Hint(nn.Module):
         self.regressor = Connector(channels_of(student, s), channels_of(teacher, t))
 
     @classmethod
-    def build(cls, cfg: Any, student: Network, teacher: Network, *_: Any) -> nn.Module:
+    def build(
+        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
+    ) -> Self:
+        assert teacher is not None
         return cls(student, teacher)
 
     def forward(self, step: Step) -> Tensor:
@@ -281,7 +346,7 @@ class Hint(nn.Module):
 
 
 @register("at", label="attention transfer", weight=30.0, sweep=(10.0, 30.0, 100.0, 1000.0))
-class AttentionTransfer(nn.Module):
+class AttentionTransfer(LossTerm):
     """`attention_loss`, summed over the encoder maps at strides 4, 8 and 16."""
 
     LEVELS = teacher_maps = ("encoder.stride4", "encoder.stride8", "encoder.stride16")
@@ -291,7 +356,10 @@ class AttentionTransfer(nn.Module):
         match_levels(student, teacher, self.LEVELS)
 
     @classmethod
-    def build(cls, cfg: Any, student: Network, teacher: Network, *_: Any) -> nn.Module:
+    def build(
+        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
+    ) -> Self:
+        assert teacher is not None
         return cls(student, teacher)
 
     def forward(self, step: Step) -> Tensor:

@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import GraphConfig, TeacherConfig
 from ..edges import edge_at_stride
 from ..models import Network, channels_of, match_levels, stride_of
 from .feature_refinement import Connector
-from .terms import register, require_same_size
+from .terms import LossTerm, Step, register, require_same_size
 
 if TYPE_CHECKING:
-    from .terms import Step
+    from .terms import Measured
 
 
-def grid_cells(edge: Tensor, grid: int, frame: str = "image") -> Tensor:
-    """Assign every pixel to a cell of a k x k grid.
-
-    Parameters
-    ----------
-    edge : (N, 1, H, W)
-    frame : 'image' or 'lesion'
-        The grid covers the image, or the bounding box of each image's edge; pixels outside the box
-        belong to the nearest cell.
+def grid_cells(height: int, width: int, grid: int) -> Tensor:
+    """Assign every pixel of an H x W map to a cell of a k x k grid.
 
     Returns
     -------
-    (N, K, L)
+    (K, L) float32
         One-hot over the K = k^2 cells, row by row; L = H W pixels.
+
+    >>> grid_cells(2, 4, grid=2).int()
+    tensor([[1, 1, 0, 0, 0, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0, 0, 0],
+            [0, 0, 0, 0, 1, 1, 0, 0],
+            [0, 0, 0, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
-    n, _, height, width = edge.shape
-    axes = []
-    for dim, size in ((-1, height), (-2, width)):
-        place = torch.arange(size, device=edge.device).expand(n, size)
-        low = torch.zeros(n, 1, device=edge.device)
-        span = torch.full((n, 1), float(size), device=edge.device)
-        if frame == "lesion":
-            has = edge[:, 0].amax(dim) > 0  # (N, size)
-            low = torch.where(has, place, size).amin(1, keepdim=True).clamp_max(size - 1)
-            high = torch.where(has, place, -1).amax(1, keepdim=True)
-            span = (high - low + 1).clamp_min(1)
-        axes.append(((place - low) * grid / span).floor().clamp(0, grid - 1).long())
-    cell = axes[0][:, :, None] * grid + axes[1][:, None, :]
-    return F.one_hot(cell.flatten(1), grid * grid).transpose(1, 2).to(edge.dtype)
+    row = torch.arange(height) * grid // height
+    column = torch.arange(width) * grid // width
+    cell = row[:, None] * grid + column
+    return F.one_hot(cell.flatten(), grid * grid).T.float()
 
 
 class EdgeGraph(nn.Module):
@@ -61,8 +51,6 @@ class EdgeGraph(nn.Module):
         a temperature; or the original's average pooling of keys times edge.
     normalize : 'mass', 'none' or 'size'
         Divide nodes by their mass sum_L P, not at all, or by L. The original has the last two.
-    frame : 'image' or 'lesion'
-        See `grid_cells`.
     background : bool
         One more node, whose anchor is the mean key of the pixels off the edge. Without it every
         pixel has to be assigned to a node of the edge. Not for 'eagr'.
@@ -79,11 +67,10 @@ class EdgeGraph(nn.Module):
         grid: int = 4,
         anchors: str = "masked_mean",
         normalize: str = "mass",
-        frame: str = "image",
         background: bool = False,
     ) -> None:
         super().__init__()
-        self.grid, self.anchors, self.normalize, self.frame = grid, anchors, normalize, frame
+        self.grid, self.anchors, self.normalize = grid, anchors, normalize
         self.background = background
         nodes = grid * grid + background
         self.phi = nn.Conv2d(channels, states, 1)
@@ -92,11 +79,10 @@ class EdgeGraph(nn.Module):
         self.state_mixing = nn.Linear(states, states, bias=False)
 
     @classmethod
-    def build(cls, channels: int, cfg: Any) -> EdgeGraph:
-        """A new graph with the options of a `GraphConfig`."""
-        shape = channels, cfg.states, cfg.grid, cfg.anchors
-        background = cfg.background_node and cfg.anchors != "eagr"
-        return cls(*shape, frame=cfg.grid_frame, background=background)
+    def build(cls, channels: int, cfg: GraphConfig) -> Self:
+        """A new graph with the options of a configuration; EAGR's has no background node."""
+        background = cfg.anchors != "eagr"
+        return cls(channels, cfg.states, cfg.grid, cfg.anchors, background=background)
 
     def edge_at(self, edge: Tensor, stride: int) -> Tensor:
         """A full-size edge (N, 1, H, W) at a map's stride: max-pooled; nearest in 'eagr'."""
@@ -106,8 +92,9 @@ class EdgeGraph(nn.Module):
 
     def members(self, edge: Tensor) -> Tensor:
         """The pixels that make each node's anchor: edge (N, 1, H, W) -> (N, K, L)."""
+        height, width = edge.shape[-2:]
         flat = edge.flatten(2)
-        cells = grid_cells(edge, self.grid, self.frame) * flat
+        cells = grid_cells(height, width, self.grid).to(edge) * flat
         return torch.cat([cells, 1 - flat], 1) if self.background else cells
 
     def live_nodes(self, edge: Tensor) -> Tensor:
@@ -221,19 +208,16 @@ GRAPH_OPTIONS = (
     "edge_width",
     "edge_level",
     "grid",
-    "grid_frame",
     "states",
     "anchors",
-    "background_node",
     "graph_epochs",
-    "graph_lr",
     "connector_lr",
 )
 EDGE_SWEEP = (0.01, 0.03, 0.1, 0.3)
 
 
 @register("edge", label="+ L_edge", weight=0.1, sweep=EDGE_SWEEP, options=GRAPH_OPTIONS)
-class EdgeReasoning(nn.Module):
+class EdgeReasoning(LossTerm):
     """L_edge: the node states H of student and teacher should agree (step S4).
 
     Both networks pass through one frozen graph that was fitted on the teacher; gradients flow
@@ -252,7 +236,7 @@ class EdgeReasoning(nn.Module):
     Source: patent, step S4; docs/method.md, L_edge.
     """
 
-    needs_graph = True
+    needs_graph: ClassVar[bool] = True
     std: Tensor
 
     def __init__(
@@ -268,7 +252,10 @@ class EdgeReasoning(nn.Module):
         self.register_buffer("std", std.clamp_min(1e-6))
 
     @classmethod
-    def build(cls, cfg: Any, student: Network, teacher: Network, measured: Any) -> nn.Module:
+    def build(
+        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
+    ) -> Self:
+        assert isinstance(cfg, GraphConfig) and teacher is not None and measured.fitted is not None
         return cls(student, teacher, measured.fitted.graph, measured.fitted.std, cfg.edge_level)
 
     def edge_of(self, step: Step) -> Tensor:
@@ -282,13 +269,9 @@ class EdgeReasoning(nn.Module):
         target = step.teacher_maps[self.teacher_map].float()
         x = self.connector(step.maps[self.student_map].float())
         require_same_size(x, target)
-        return self.compare(x, target, edge, live_in(self.graph, edge))
-
-    def compare(self, x: Tensor, target: Tensor, edge: Tensor, live: Tensor) -> Tensor:
-        """Connected student map and teacher map (N, C, H, W) -> ()."""
         with torch.no_grad():
             reasoned = self.graph(target, edge)
-        return node_distance(self.graph(x, edge), reasoned, self.std, live)
+        return node_distance(self.graph(x, edge), reasoned, self.std, live_in(self.graph, edge))
 
 
 def live_in(graph: EdgeGraph, edge: Tensor) -> Tensor:
@@ -319,77 +302,3 @@ def derange(edge: Tensor) -> Tensor:
     if len(has_edge) > 1:
         shuffled[has_edge] = edge[has_edge.roll(1)]
     return shuffled
-
-
-@register(
-    "edge_joint", label="+ L_edge, joint graph", weight=0.1, sweep=EDGE_SWEEP, options=GRAPH_OPTIONS
-)
-class JointEdgeReasoning(EdgeReasoning):
-    """L_edge with a graph that is trained with the student, as in EAGR.
-
-    The BCE of the predicted edge is added for both networks, since without it the graph collapses:
-    H shrinks until the distance is 0. The standard deviation is that of the batch.
-    """
-
-    needs_graph = False
-
-    def __init__(self, student: Network, teacher: Network, graph: EdgeGraph, level: str) -> None:
-        states = graph.phi.out_channels
-        super().__init__(student, teacher, graph, torch.ones(states), level)
-        self.graph.requires_grad_(True)
-        self.head = EdgeHead(states)
-
-    @classmethod
-    def build(cls, cfg: Any, student: Network, teacher: Network, measured: Any) -> nn.Module:
-        channels = channels_of(teacher, cfg.edge_level.rpartition(":")[2])
-        return cls(student, teacher, EdgeGraph.build(channels, cfg), cfg.edge_level)
-
-    def compare(self, x: Tensor, target: Tensor, edge: Tensor, live: Tensor) -> Tensor:
-        if not live.any():
-            return x.sum() * 0.0
-        reasoned = self.graph(target, edge)
-        std = reasoned.detach().transpose(1, 2)[live].std(0, correction=0).clamp_min(1e-6)
-        distance = node_distance(self.graph(x, edge), reasoned, std, live)
-        along: Tensor = self.head(self.graph, x, edge) + self.head(self.graph, target, edge)
-        return distance + along
-
-
-@register(
-    "edge_relation",
-    label="+ edge relation",
-    weight=1.0,
-    sweep=(0.1, 0.3, 1.0, 3.0),
-    options=("edge_width", "edge_level", "grid", "grid_frame"),
-)
-class EdgeRelation(nn.Module):
-    """L_edge without a learned graph: cosine similarities between the cells of each network.
-
-    A cell's vector is the mean of the map over its edge pixels. The loss is the mean over pairs of
-    different live cells of (cos_S - cos_T)^2, image by image, then over N.
-    """
-
-    def __init__(
-        self, student: Network, teacher: Network, level: str, grid: int, frame: str
-    ) -> None:
-        super().__init__()
-        [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
-        self.teacher_maps = (self.teacher_map,)
-        self.stride = stride_of(self.teacher_map)
-        self.cells = EdgeGraph(1, 1, grid, frame=frame).requires_grad_(False)
-
-    @classmethod
-    def build(cls, cfg: Any, student: Network, teacher: Network, measured: Any) -> nn.Module:
-        return cls(student, teacher, cfg.edge_level, cfg.grid, cfg.grid_frame)
-
-    def forward(self, step: Step) -> Tensor:
-        """Maps and edge label -> ()."""
-        assert step.edge is not None, "the relation needs the edge label"
-        edge = edge_at_stride(step.edge, self.stride).float()
-        live = self.cells.live_nodes(edge)
-        maps = step.maps[self.student_map].float(), step.teacher_maps[self.teacher_map].float()
-        means = [F.normalize(self.cells.anchors_of(x, edge), dim=1, eps=1e-6) for x in maps]
-        ours, theirs = (mean.mT @ mean for mean in means)  # (N, K, K)
-        different = ~torch.eye(live.shape[1], dtype=torch.bool, device=live.device)
-        pairs = live.unsqueeze(1) & live.unsqueeze(2) & different
-        apart = (ours - theirs).square() * pairs
-        return (apart.sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()

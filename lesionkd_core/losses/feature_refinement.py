@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..config import DistillConfig, LesionKDError, TeacherConfig
 from ..models import Network, channels_of, match_levels, stride_of
-from .terms import register, require_same_size
+from .terms import LossTerm, Step, register, require_same_size
 
 if TYPE_CHECKING:
-    from .terms import Step
+    from .terms import Measured
 
 
 def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
@@ -44,6 +45,16 @@ def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
     margin = mu - sigma * density / negative.clamp_min(1e-300)
     margin = torch.where(negative > 0.001, margin, -3 * sigma)
     return torch.where(sigma == 0, mu.clamp_max(0), margin).float().to(bn.weight.device)
+
+
+def _margin_of(teacher: Network, name: str) -> Tensor:
+    norms = teacher.feature_norms()
+    if name not in norms:
+        raise LesionKDError(
+            f"the teacher's map {name!r} does not come from a BatchNorm, so L_feat cannot compute "
+            "its margin from one; set margin = 'empirical'"
+        )
+    return bn_margin(norms[name])
 
 
 def margin_relu(x: Tensor, margin: Tensor) -> Tensor:
@@ -129,9 +140,9 @@ def empirical_margins(maps: Iterable[dict[str, Tensor]], names: Iterable[str]) -
     label="+ L_feat",
     weight=1.0,
     sweep=(0.1, 0.3, 1.0, 3.0),
-    options=("levels", "level_weights", "margin", "connector_lr", "connector_warmup"),
+    options=("levels", "level_weights", "margin", "connector_lr"),
 )
-class FeatureRefinement(nn.Module):
+class FeatureRefinement(LossTerm):
     """L_feat = sum over levels i of D_i / (N C_i H_i W_i), with connectors (step S3).
 
     With level_weights 'halving', the original's scale, it is
@@ -145,8 +156,6 @@ class FeatureRefinement(nn.Module):
         Names of maps of equal stride; see `match_levels`.
     margins : {teacher map: (C,)}, optional
         From `empirical_margins`; by default from the teacher's BatchNorm.
-    warmup : int
-        First epochs in which the gradient reaches the connectors, not the student.
 
     Source: Heo et al. 2019; docs/method.md, L_feat.
     """
@@ -158,33 +167,33 @@ class FeatureRefinement(nn.Module):
         levels: tuple[str, ...],
         level_weights: str = "mean",
         margins: dict[str, Tensor] | None = None,
-        warmup: int = 0,
     ) -> None:
         super().__init__()
         pairs = match_levels(student, teacher, levels)
         self.pairs = sorted(pairs, key=lambda pair: stride_of(pair[0]))  # shallowest first
         self.teacher_maps = tuple(t for _, t in self.pairs)
-        self.level_weights, self.warmup = level_weights, warmup
+        self.level_weights = level_weights
         self.connectors = nn.ModuleList(
             Connector(channels_of(student, s), channels_of(teacher, t)) for s, t in self.pairs
         )
         for i, (_, name) in enumerate(self.pairs):
-            margin = margins[name] if margins else bn_margin(teacher.feature_norms()[name])
+            margin = margins[name] if margins else _margin_of(teacher, name)
             self.register_buffer(f"margin{i}", margin)
 
     @classmethod
-    def build(cls, cfg: Any, student: Network, teacher: Network, measured: Any) -> nn.Module:
+    def build(
+        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
+    ) -> Self:
+        assert isinstance(cfg, DistillConfig) and teacher is not None
         margins = measured.margins if cfg.margin == "empirical" else None
-        warmup = cfg.connector_warmup
-        return cls(student, teacher, cfg.levels, cfg.level_weights, margins, warmup)
+        return cls(student, teacher, cfg.levels, cfg.level_weights, margins)
 
     def forward(self, step: Step) -> Tensor:
         """Maps (N, C_i, H_i, W_i) of both networks -> ()."""
         total = step.logits.new_zeros(())
         for i, (name_s, name_t) in enumerate(self.pairs):
             s, t = step.maps[name_s].float(), step.teacher_maps[name_t].float()
-            connected = self.connectors[i](s.detach() if step.epoch < self.warmup else s)
-            distance = partial_l2(connected, t, self.get_buffer(f"margin{i}"))
+            distance = partial_l2(self.connectors[i](s), t, self.get_buffer(f"margin{i}"))
             scale = 1 / t.numel()
             if self.level_weights == "halving":
                 scale = 2.0 ** -(len(self.pairs) - 1 - i) / (1000 * len(t))

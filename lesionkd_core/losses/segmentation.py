@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .terms import register
+from .terms import LossTerm, Step, register
 
 if TYPE_CHECKING:
-    from .terms import Step
+    from ..config import TeacherConfig
+    from ..models import Network
+    from .terms import Measured
 
 
 def soft_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -42,15 +44,19 @@ SEG_LOSSES = {"bce_dice": bce_dice, "bce": bce}
 
 
 @register("seg", label="L_seg", weight=1.0)
-class SegmentationLoss(nn.Module):
-    """L_seg of the option `seg_loss`, for teacher and students."""
+class SegmentationLoss(LossTerm):
+    """L_seg of the option `seg_loss`, for teacher and students, on the images that have masks."""
+
+    needs_teacher: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.loss = SEG_LOSSES[name]
 
     @classmethod
-    def build(cls, cfg: Any, *_: Any) -> SegmentationLoss:
+    def build(
+        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
+    ) -> Self:
         return cls(cfg.seg_loss)
 
     def forward(self, step: Step) -> Tensor:

@@ -1,16 +1,21 @@
-"""What every loss term has in common: the registry, and what a term sees of a training step."""
+"""What every loss term has in common: its base class, the registry, and what it sees of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
-from ..config import LesionKDError
+from ..config import ConfigError, DistillConfig, LesionKDError, Role, nearest
 
-N = TypeVar("N", bound=type[nn.Module])
+if TYPE_CHECKING:
+    from ..config import TeacherConfig
+    from ..models import Network
+    from .edge_reasoning import FittedGraph
+
+T = TypeVar("T", bound="type[LossTerm]")
 
 
 @dataclass(frozen=True)
@@ -22,22 +27,54 @@ class Step:
     logits, maps
         The student's logits (N, 1, H, W) and its feature maps by name.
     masks : (M, 1, H, W)
-        Augmented masks, 0 or 1, of the first M images; M < N only with `label_fraction`.
+        Augmented masks, 0 or 1, of the first M images; M < N only if some images have no masks.
     edge : (N, 1, H, W)
         Edge label of the masks; of an image without one, of the teacher's mask.
     teacher_logits, teacher_maps
         The same of the frozen teacher; no gradient.
-    epoch : int
-        From 0.
     """
 
     logits: Tensor
     masks: Tensor
     maps: dict[str, Tensor] = field(default_factory=dict)
-    edge: Tensor = None  # type: ignore[assignment]  # only the student alone has none
+    edge: Tensor = None  # type: ignore[assignment]  # a step without a teacher has none
     teacher_logits: Tensor = None  # type: ignore[assignment]
     teacher_maps: dict[str, Tensor] = field(default_factory=dict)
-    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on the frozen teacher before the students are trained."""
+
+    fitted: FittedGraph | None = None
+    margins: dict[str, Tensor] | None = None  # from `empirical_margins`
+
+
+class LossTerm(nn.Module):
+    """One term of L_total: a module whose ``forward`` takes a `Step` and returns a scalar.
+
+    Attributes
+    ----------
+    needs_teacher, needs_graph : bool
+        Whether it reads the frozen teacher, or the graph that was fitted on it.
+    teacher_maps : tuple of str
+        Names of the teacher's maps that it reads.
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    needs_graph: ClassVar[bool] = False
+    teacher_maps: tuple[str, ...] = ()
+
+    @classmethod
+    def build(
+        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
+    ) -> Self:
+        """A new term for one student; by default one without options or layers."""
+        return cls()
+
+    def forward(self, step: Step) -> Tensor:
+        """The loss of a step, before its weight -> ()."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -53,11 +90,11 @@ class Term:
     sweep : tuple of float
         Weights that notebook 05 tries on validation cases.
     options : tuple of str
-        Options that matter only with this term.
+        The options that it reads among those that only loss terms read (`Role.TERM`).
     """
 
     name: str
-    module: type[nn.Module]
+    module: type[LossTerm]
     label: str
     weight: float
     sweep: tuple[float, ...] = ()
@@ -73,19 +110,80 @@ def register(
     weight: float,
     sweep: tuple[float, ...] = (),
     options: tuple[str, ...] = (),
-) -> Callable[[N], N]:
+) -> Callable[[T], T]:
     """Class decorator: make a loss term available as `-p losses "name=weight"` and as an arm.
 
-    The class is an `nn.Module` with ``forward(step: Step) -> ()`` and a classmethod
-    ``build(cfg, student, teacher, measured)``. An attribute ``teacher_maps`` names the teacher's
-    maps that it reads, ``needs_graph = True`` asks for the fitted graph.
+    The class derives from `LossTerm`.
     """
+    for option in options:
+        if option not in DistillConfig.model_fields:
+            known = DistillConfig.model_fields
+            raise ConfigError(
+                f"term {name!r} names the option {option!r}: {nearest(option, known)}"
+            )
 
-    def add(module: N) -> N:
+    def add(module: T) -> T:
         TERMS[name] = Term(name, module, label, weight, sweep, options)
         return module
 
     return add
+
+
+def registered(name: str) -> Term:
+    """The loss term of a name.
+
+    Raises
+    ------
+    ConfigError
+        It is not registered.
+    """
+    if name not in TERMS:
+        raise ConfigError(f"losses names the term {name!r}: {nearest(name, TERMS)}")
+    return TERMS[name]
+
+
+def resolve(losses: dict[str, float | None]) -> dict[str, float]:
+    """The weight of every term: of 'seg', which is always there, then in the registry's order.
+
+    Parameters
+    ----------
+    losses : {term: weight}
+        None is the default weight of the term.
+
+    Raises
+    ------
+    ConfigError
+        A term is not registered.
+
+    >>> resolve({"feat": None, "kd": 5.0})
+    {'seg': 1.0, 'feat': 1.0, 'kd': 5.0}
+    """
+    given = {"seg": None} | {registered(name).name: weight for name, weight in losses.items()}
+    weights = {}
+    for name in sorted(given, key=["seg", *TERMS].index):
+        weight = given[name]
+        weights[name] = TERMS[name].weight if weight is None else weight
+    return weights
+
+
+def needs_teacher(terms: Collection[str]) -> bool:
+    """Whether one of the terms reads the frozen teacher."""
+    return any(registered(name).module.needs_teacher for name in terms)
+
+
+def needs_graph(terms: Collection[str]) -> bool:
+    """Whether one of the terms needs the fitted graph."""
+    return any(registered(name).module.needs_graph for name in terms)
+
+
+def unused_options(terms: Collection[str]) -> frozenset[str]:
+    """Options on which a student with these loss terms does not depend.
+
+    Those that only other terms read, and without a teacher also the teacher's.
+    """
+    used = {option for name in terms for option in registered(name).options}
+    unused = DistillConfig.options(Role.TERM) - used
+    return unused if needs_teacher(terms) else unused | DistillConfig.options(Role.TEACHER)
 
 
 def require_same_size(student: Tensor, teacher: Tensor) -> None:

@@ -15,7 +15,6 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
 
 import numpy as np
 from torch import nn
@@ -125,7 +124,7 @@ def pack(
         blocks += pair
     layers = [layer for block in blocks for layer in block.modules()]
     convolutions = [m for m in layers if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    head = cast(nn.Conv2d, unet.head)
+    head = unet.head
     first, width = convolutions[0], convolutions[0].out_channels
     if first.in_channels != 3 or head.out_channels != 1:
         raise _refused(f"take RGB and one class; got {first.in_channels} and {head.out_channels}")

@@ -94,8 +94,8 @@ def quantized(network: Deployed, images: np.ndarray) -> np.ndarray:
         parts.append(_layer(weight, _for_pixels(_bias(up)), about, _for_pixels(raised.scale)))
         last = layers is unet.decoder[-1]
         out, about = block(layers, torch.cat([skip, above], dim=1), kept + raised, last)
-    head = cast(nn.Conv2d, unet.head)
-    parts += [p.ravel().view(np.uint32) for p in (_bias(head), head.weight.detach().numpy())]
+    head = _bias(unet.head), unet.head.weight.detach().numpy()
+    parts += [values.ravel().view(np.uint32) for values in head]
     return np.concatenate(parts)
 
 
