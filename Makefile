@@ -12,7 +12,7 @@ test: $(SETUP)  ## all tests but the long ones; nbval compares the committed out
 
 lint: $(SETUP)  ## style, formatting, types, import rules
 	$(BIN)/ruff check
-	$(BIN)/ruff format --check lesionkd_core tests
+	$(BIN)/ruff format --check lesionkd_core tests tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -38,8 +38,8 @@ bench: $(SETUP)  ## ratios of times in one run, into runs/bench.json; BEFORE=FIL
 	$(BIN)/python -m pytest tests/benchmarks -q --benchmark-only --benchmark-disable-gc --benchmark-json=runs/bench-raw.json --benchmark-columns=median,rounds
 	$(BIN)/python -m tests.benchmarks.report runs/bench-raw.json runs/bench.json $(BEFORE)
 
-cost: $(SETUP)  ## latency of all networks in all engines, into data/results/cost.csv; needs an idle machine
-	$(BIN)/python -m tests.benchmarks.cost
+cost: $(SETUP)  ## latency of all networks in all engines, into data/results/cost.csv
+	$(BIN)/python -m tools.cost
 
 $(SETUP): requirements.lock pyproject.toml
 	@echo "installing packages into .venv: 3 GB on the disk, some minutes"

@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.2.0"
 
 _MODULES = {
-    "config": "AblationConfig ConfigError DistillConfig ExportConfig GraphConfig LesionKDError "
-    "PrepareConfig TeacherConfig",
+    "config": "AblationConfig ConfigError DistillConfig GraphConfig LesionKDError PrepareConfig "
+    "TeacherConfig",
     "results": "collect short",
     "edges": "edge_at_stride edge_label edge_label_batch",
     "data.prepare": "prepare",
@@ -25,7 +25,7 @@ _MODULES = {
     "evaluate": "fixed_mask_dice score_external score_masks score_otsu summarize",
     "pipeline": "ARMS ablate arm_config distill distill_arms fit_edge_graph sweep_weights "
     "train_teacher",
-    "export": "export_student",
+    "export": "ExportConfig export_student load_onnx",
     "analysis.inspect": "show",
     "analysis.figures": "publish",
 }

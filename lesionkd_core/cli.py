@@ -329,7 +329,7 @@ def predict(
 
     if out.resolve() == images.resolve():
         raise ConfigError("--out is the folder of the images; choose another folder")
-    student = lkd.load_student(run)
+    student = lkd.load_onnx(run) if run.endswith(".onnx") else lkd.load_student(run)
     student.to(device)
     with results.Progress("masks", "image", 0, lines=10) as progress:
         unreadable = predict_folder(

@@ -99,23 +99,6 @@ class TrainedNetwork:
         return f"{type(self.network).__name__}({results.short(self.path)}: {count})"
 
 
-class OnnxStudent(TrainedNetwork):
-    """A student in a file of notebook 07; `network` is the session of ONNX Runtime."""
-
-    def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Probabilities in steps of 1/255."""
-        session: Any = self.network
-        return np.asarray(session.run(None, {"image": images})[0], np.float32) / 255
-
-    def to(self, device: str) -> None:
-        """ONNX Runtime is used on the CPU only."""
-        if device != "cpu":
-            raise LesionKDError(f"device = {device!r}: an .onnx file is run on the CPU; use 'cpu'")
-
-    def __repr__(self) -> str:
-        return f"OnnxStudent({self.path}: {self.pixels} px)"
-
-
 def read_config(path: Path) -> TeacherConfig:
     """The configuration of a training run."""
     content = results.read_json(Path(path) / "config.json")
@@ -183,13 +166,15 @@ def load_student(run: Any) -> TrainedNetwork:
     Parameters
     ----------
     run : Result, Path or str
-        A run, its folder or name; the name of a published student, such as `busi`; a file that
-        `save_student` wrote; or an exported `.onnx` with its `model.json` beside it.
+        A run, its folder or name; the name of a published student, such as `busi`; or a file that
+        `save_student` wrote. An exported `.onnx` is read by `lkd.load_onnx`.
     """
     if not hasattr(run, "path"):
+        if Path(run).suffix == ".onnx":
+            raise LesionKDError(f"{run} is an exported file: read it with lkd.load_onnx")
         for file in (Path(run), STUDENTS / f"{run}.safetensors"):
-            if file.is_file() and file.suffix in (".safetensors", ".onnx"):
-                return _read_onnx(file) if file.suffix == ".onnx" else _read_student(file)
+            if file.is_file() and file.suffix == ".safetensors":
+                return _read_student(file)
     try:
         student = load_network(run)
     except results.UnfinishedRun as error:
@@ -229,28 +214,6 @@ def _read_student(file: Path) -> TrainedNetwork:
         ) from None
     network = network.eval().requires_grad_(False)
     return TrainedNetwork(network, cfg, file, content["summary"], content["digest"])
-
-
-def _read_onnx(file: Path) -> OnnxStudent:
-    try:
-        import onnxruntime as ort
-    except ImportError:
-        raise LesionKDError(
-            f"{file} needs the package onnxruntime: pip install '.[mobile]'"
-        ) from None
-    about = file.with_name("model.json")
-    if not about.is_file():
-        raise LesionKDError(f"{file.name} needs {about}, which has the size of its images")
-    content = results.read_json(about)
-    try:
-        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own kinds have no public name
-        raise LesionKDError(f"{file} cannot be read as ONNX: {error}") from None
-    if [x.type for x in session.get_inputs()] != ["tensor(uint8)"]:
-        raise LesionKDError(f"{file} takes no images of bytes; use student.onnx of notebook 07")
-    options = {"pixels": content["size"], "fit": content["fit"]}
-    cfg = DistillConfig(**options, window=content.get("window", ""))
-    return OnnxStudent(session, cfg, file)
 
 
 @torch.inference_mode()

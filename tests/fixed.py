@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from lesionkd_core import results
 from lesionkd_core.config import DistillConfig
+from lesionkd_core.data.phantom import draw
 from lesionkd_core.export.parity import Deployed
 from lesionkd_core.models import UNet
-from lesionkd_core.predict import TrainedNetwork, load_student
+from lesionkd_core.predict import TrainedNetwork, load_student, predict
 
 WEIGHTS = Path(__file__).parent / "fixtures" / "student.safetensors"
 CFG = DistillConfig(losses="", pixels=64, cases=60, device="cpu", threads=1)
@@ -60,7 +62,9 @@ def undecided(network: nn.Module, images: np.ndarray, spread: float) -> Deployed
     """A network whose logits on the images have the median 0 and this standard deviation."""
     with torch.no_grad():
         head = network.head
-        logits = Deployed(network, logits=True)(torch.from_numpy(images))
+        deployed = Deployed(network)
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+        logits = deployed.network((x - deployed.mean) * deployed.scale)
         factor = spread / logits.std()
         head.weight *= factor
         head.bias.copy_((head.bias - logits.median()) * factor)
@@ -71,3 +75,19 @@ def noise(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     """Random images, (N, H, W, 3) uint8."""
     random = np.random.default_rng(seed)
     return random.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def picture_of(width: int, height: int, seed: int = 5) -> np.ndarray:
+    """A drawn lesion at any size, (height, width, 3) uint8."""
+    image = Image.fromarray(draw(0, seed, 128)[0])
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def mask_of(student: TrainedNetwork, picture: np.ndarray) -> np.ndarray:
+    """The mask image of a picture in PyTorch, (H, W) uint8."""
+    return np.rint(255 * predict(student, [picture])[0]).astype(np.uint8)
+
+
+def gap(found: np.ndarray, expected: np.ndarray) -> int:
+    """The largest difference of two mask images, in steps of 255."""
+    return int(np.abs(found.astype(int) - expected).max())

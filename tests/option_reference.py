@@ -6,6 +6,7 @@ from typing import Any
 
 from lesionkd_core import config
 from lesionkd_core.config import PROFILES, UNHASHED, StageConfig
+from lesionkd_core.export import ExportConfig
 from lesionkd_core.sweep import configuration
 from tests.conftest import ROOT
 
@@ -17,14 +18,14 @@ SECTIONS = {
     "Graph": config.GraphConfig,
     "Student and losses": config.DistillConfig,
     "Ablation": config.AblationConfig,
-    "Export": config.ExportConfig,
+    "Export": ExportConfig,
 }
 COMMANDS: dict[str, type[StageConfig]] = {
     "prepare": config.PrepareConfig,
     "train-teacher": config.TeacherConfig,
     "distill": config.DistillConfig,
     "ablate": config.AblationConfig,
-    "export": config.ExportConfig,
+    "export": ExportConfig,
 }
 HEAD = """# Options
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 import lesionkd_core as lkd
 from lesionkd_core import cli, config
+from lesionkd_core.export import ExportConfig
 from lesionkd_core.models import UNet
 from lesionkd_core.predict import TrainedNetwork
 from lesionkd_core.sweep import configuration, find_notebook
@@ -30,7 +31,7 @@ from tests.tiny import CFG, OPTIONS, image_folder, picture, save
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 ALL = {command: page for page in PAGES for command in commands(page)}
-OPTION_NAMES = {*config.AblationConfig.model_fields, *config.ExportConfig.model_fields}
+OPTION_NAMES = {*config.AblationConfig.model_fields, *ExportConfig.model_fields}
 
 HERE = "here: test_the_readme_goes_from_pairs_to_masks"
 CLI = "tests/test_cli.py::"
@@ -44,7 +45,9 @@ TABLE = {
     r"pre-commit install|git .*": "not run: changes the checkout",
     r"export LESIONKD_\w+=\S+": "not run: sets a variable",
     r"ruff (check|format)": "tests/test_quality.py::test_ruff_finds_nothing",
-    r"(clang|gcc) .*": "not run: other compilers; tests/test_native.py compiles with ziglang",
+    r"(clang|gcc) .*|\./segment_ppm.*": (
+        "tests/test_native.py::test_the_c_caller_turns_a_picture_file_into_a_mask_file"
+    ),
     r"lesionkd run 0[14]_\w+ .*|lesionkd predict .*|papermill notebooks/0[14]_\w+\.ipynb .*": HERE,
     r"lesionkd run 03_teacher .*": "tests/test_notebooks.py",
     r"lesionkd run --link FILE": (

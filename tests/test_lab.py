@@ -18,8 +18,8 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from lesionkd_core.export.cost import CHROMIUM, FLAGS
 from tests.conftest import ROOT
+from tools.browser import CHROMIUM, FLAGS
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="JupyterLab is driven by playwright: pip install -e '.[dev]'"

@@ -18,6 +18,7 @@ from lesionkd_core.config import (
     Role,
     TeacherConfig,
 )
+from lesionkd_core.export import ExportConfig
 from lesionkd_core.losses import TERMS, resolve
 from lesionkd_core.pipeline import ARMS, arm_config
 
@@ -129,6 +130,16 @@ def test_files_count_by_content_not_by_path(tmp_path, stage, option):
         (tmp_path / name).write_bytes(content)
     a, b, c = (stage(**{option: str(tmp_path / name)}).digest("u") for name in "abc")
     assert a == b != c and stage().digest("u") not in (a, c)
+
+
+def test_an_export_counts_what_its_files_are_made_with():
+    changed = {"formats": "onnx", "sizes": "64", "threshold": 0.4}
+    beside = {"engines": "onnx", "run": "elsewhere"}
+    beside |= {"profile": "cpu", "device": "cpu", "threads": 1}
+    assert set(changed) | set(beside) == set(ExportConfig.model_fields)
+    usual = ExportConfig().digest("u")
+    assert all(ExportConfig(**{name: v}).digest("u") != usual for name, v in changed.items())
+    assert all(ExportConfig(**{name: v}).digest("u") == usual for name, v in beside.items())
 
 
 # Values -------------------------------------------------------------------------------------------

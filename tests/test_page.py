@@ -12,16 +12,15 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lesionkd_core.config import LesionKDError
 from lesionkd_core.data.images import read_image
-from lesionkd_core.data.pixels import prepare_image
-from lesionkd_core.data.prepare import prepare
 from lesionkd_core.export import cost
-from lesionkd_core.export.cost import CHROMIUM, FLAGS
+from lesionkd_core.export.formats import FORMATS
+from lesionkd_core.export.native import pack
 from lesionkd_core.export.page import write_page
 from lesionkd_core.export.parity import Deployed
 from lesionkd_core.predict import TrainedNetwork, predict
-from tests.fixed import CFG, fixed_run, noise, unet
+from tests.fixed import CFG, fixed_run, mask_of, noise, picture_of, unet
+from tools.browser import CHROMIUM, FLAGS, InPage
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page is tested with playwright: pip install -e '.[dev]'"
@@ -35,25 +34,6 @@ PHONE = {
 }
 MAY_DIFFER = 0.001
 """Fraction of the pixels of a mask that may differ: probabilities come in steps of 1/255."""
-
-
-def lesion_picture(width, height, seed=0):
-    """A dark, soft lesion on bright skin with some texture, (height, width, 3) uint8."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    depth = 1 / (
-        1 + np.exp(8 * (np.hypot((x / width - 0.45) / 0.25, (y / height - 0.55) / 0.2) - 1))
-    )
-    skin = np.array([225, 180, 160]) * (0.9 + 0.1 * np.sin(x / 7)[..., None])
-    return (
-        (
-            skin
-            - depth[..., None] * np.array([140, 130, 110])
-            + random.normal(0, 4, (height, width, 1))
-        )
-        .clip(0, 255)
-        .astype(np.uint8)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +51,18 @@ def student():
     return fixed_run()
 
 
-ABOUT = ["Trained on <phantoms> & nothing else."]
-GOLDEN = lesion_picture(64, 64)
+def page_of(student, path, about=()):
+    """The page of a student with a golden picture that is not a square."""
+    model, picture = pack(Deployed(student.network), 64, student.cfg.fit), picture_of(80, 60)
+    mask = mask_of(student, picture)
+    write_page(model, path, "Lesion segmentation: phantom", [*about], picture, mask)
+    return path
 
 
 @pytest.fixture(scope="module")
 def html(student, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "segment.html"
-    write_page(student, Deployed(student.network), path, ABOUT, 0.5, GOLDEN)
-    return path
+    return page_of(student, path, ["Trained on <phantoms> & nothing else."])
 
 
 @pytest.fixture
@@ -97,22 +80,15 @@ def phone(browser, html):
     context.close()
 
 
-@pytest.fixture(scope="module")
-def photo(student):
-    """A function of width and height: the test case with the largest mask, at that size."""
-    data = prepare(CFG)
-    images = [np.asarray(data.images[row]) for row in data.index("test")]
-    case = max(images, key=lambda image: (predict(student, [image])[0] > 0.5).sum())
-
-    def at(width, height):
-        return Image.fromarray(case).resize((width, height), Image.Resampling.BICUBIC)
-
-    return at
-
-
 def choose(phone, file):
     phone.set_input_files("#choose", file)
     phone.wait_for_selector("body[data-state=ready]", timeout=60_000)
+
+
+def saved(file, width, height, mode="RGB", **options):
+    """A drawn lesion as a file."""
+    Image.fromarray(picture_of(width, height)).convert(mode).save(file, **options)
+    return file
 
 
 def saved_mask(phone) -> np.ndarray:
@@ -175,110 +151,48 @@ def test_its_policy_refuses_every_connection(browser, html):
 
 
 def test_a_photo_chosen_later_wins_over_a_slow_one_before_it(phone, tmp_path):
-    Image.fromarray(np.tile(lesion_picture(500, 500), (9, 9, 1))).save(
-        tmp_path / "large.png", compress_level=1
-    )
-    Image.fromarray(lesion_picture(90, 70)).save(tmp_path / "small.png")
-    phone.set_input_files("#camera", tmp_path / "large.png")
-    phone.set_input_files("#choose", tmp_path / "small.png")
+    large = saved(tmp_path / "large.png", 4500, 4500, compress_level=1)
+    phone.set_input_files("#camera", large)
+    phone.set_input_files("#choose", saved(tmp_path / "small.png", 90, 70))
     phone.wait_for_selector("#view[aria-label^='small.png']", timeout=60_000)
     phone.wait_for_timeout(3000)
-    assert phone.locator("#view").get_attribute("aria-label").startswith(
-        "small.png"
-    ) and saved_mask(phone).shape == (70, 90)
+    assert phone.locator("#view").get_attribute("aria-label").startswith("small.png")
+    assert saved_mask(phone).shape == (70, 90)
 
 
 def test_orientation_is_obeyed_and_colour_profiles_are_passed_over_as_in_training(
-    phone, student, photo, tmp_path
+    phone, student, tmp_path
 ):
-    turned = Image.Exif()
+    turned, gamma = Image.Exif(), PngInfo()
     turned[274] = 6
-    photo(200, 120).save(tmp_path / "turned.jpg", exif=turned, quality=95, subsampling=0)
-    gamma = PngInfo()
-    gamma.add(
-        b"gAMA", (100_000).to_bytes(4, "big")
-    )  # linear: a browser that uses it makes the picture much brighter
-    photo(200, 120).save(tmp_path / "gamma.png", pnginfo=gamma)
-    for name, shape in (("turned.jpg", (200, 120)), ("gamma.png", (120, 200))):
-        choose(phone, tmp_path / name)
-        mask, expected = (
-            saved_mask(phone) > 0,
-            predict(student, [read_image(tmp_path / name)])[0] > 0.5,
-        )
-        assert mask.shape == expected.shape == shape and (mask != expected).mean() <= MAY_DIFFER, (
-            name
-        )
+    # linear: a browser that uses it makes the picture much brighter
+    gamma.add(b"gAMA", (100_000).to_bytes(4, "big"))
+    jpeg = {"exif": turned, "quality": 95, "subsampling": 0}
+    for file, shape in (
+        (saved(tmp_path / "turned.jpg", 200, 120, **jpeg), (200, 120)),
+        (saved(tmp_path / "gamma.png", 200, 120, pnginfo=gamma), (120, 200)),
+    ):
+        choose(phone, file)
+        mask, expected = saved_mask(phone) > 0, predict(student, [read_image(file)])[0] > 0.5
+        assert mask.shape == expected.shape == shape
+        assert (mask != expected).mean() <= MAY_DIFFER, file.name
+
+
+SIZES = [(640, 480), (480, 640), (64, 64), (1600, 300), (40, 50), (2, 3)]
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "mode"),
-    [
-        (640, 480, "RGB"),
-        (480, 640, "RGB"),
-        (64, 64, "RGB"),
-        (1600, 300, "RGB"),
-        (40, 50, "RGB"),
-        (301, 219, "L"),
-        (200, 200, "RGBA"),
-        (2, 3, "RGB"),
-    ],
+    ("width", "height", "mode"), [*((*s, "RGB") for s in SIZES), (301, 219, "L"), (9, 200, "RGBA")]
 )
-def test_its_masks_are_pytorchs(phone, student, photo, tmp_path, width, height, mode):
-    file = tmp_path / "photo.png"
-    photo(width, height).convert(mode).save(file)
+def test_its_masks_are_pytorchs(phone, student, tmp_path, width, height, mode):
+    file = saved(tmp_path / "photo.png", width, height, mode)
     choose(phone, file)
     mask = saved_mask(phone)
     expected = predict(student, [read_image(file)])[0] > 0.5
     assert mask.shape == (height, width) and set(np.unique(mask)) <= {0, 255}
     assert ((mask > 0) != expected).mean() <= MAY_DIFFER
-    if width > 2 and mode != "L":
+    if width > 9 and mode == "RGB":
         assert 0 < expected.mean() < 1, "a picture without a mask to compare"
-
-
-def test_its_masks_of_test_cases_are_pytorchs(phone, student, tmp_path):
-    data = prepare(CFG)
-    rows = data.index("test")[:8]
-    for row in rows:
-        file = tmp_path / f"{row}.png"
-        Image.fromarray(np.asarray(data.images[row])).resize(
-            (200, 150), Image.Resampling.BICUBIC
-        ).save(file)
-        choose(phone, file)
-        assert (
-            (saved_mask(phone) > 0) != (predict(student, [read_image(file)])[0] > 0.5)
-        ).mean() <= MAY_DIFFER
-
-
-@pytest.mark.parametrize("fit", ["stretch", "pad"])
-def test_it_prepares_photos_as_the_training_did_to_the_bit(browser, student, tmp_path, fit):
-    cfg = student.cfg.with_values(fit=fit)
-    other = TrainedNetwork(student.network, cfg, student.path)
-    path = tmp_path / "segment.html"
-    write_page(other, Deployed(student.network), path, [], 0.5, GOLDEN)
-    page = browser.new_context(offline=True).new_page()
-    page.goto((tmp_path / "segment.html").as_uri())
-    page.wait_for_selector("body[data-state=ready]", timeout=60_000)
-    for seed, (width, height) in enumerate(
-        [(640, 480), (300, 900), (65, 63), (64, 200), (30, 20), (1000, 33), (513, 511)]
-    ):
-        picture, file = lesion_picture(width, height, seed), io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG")
-        found = page.evaluate(
-            """async (base64) => {
-            const photo = new Image();
-            photo.src = 'data:image/png;base64,' + base64;
-            await photo.decode();
-            return Array.from(prepare(photo, photo.naturalWidth, photo.naturalHeight));
-        }""",
-            base64.b64encode(file.getvalue()).decode(),
-        )
-        expected = prepare_image(picture, cfg)
-        np.testing.assert_array_equal(
-            np.array(found, np.uint8).reshape(expected.shape),
-            expected,
-            err_msg=f"{width} x {height}, {fit}",
-        )
-    page.context.close()
 
 
 def encoded(pixels, kind="PNG"):
@@ -323,8 +237,7 @@ def test_what_is_no_picture_gets_a_clear_message(phone, name, content, said):
 def test_a_picture_of_an_impossible_size_gets_a_clear_message_and_the_one_before_stays(
     phone, tmp_path, size, said
 ):
-    Image.fromarray(lesion_picture(100, 80)).save(tmp_path / "good.png")
-    choose(phone, tmp_path / "good.png")
+    choose(phone, saved(tmp_path / "good.png", 100, 80))
     Image.new("L", size, 128).save(tmp_path / "bad.png")
     choose(phone, tmp_path / "bad.png")
     assert said in phone.get_by_role("alert").inner_text()
@@ -334,9 +247,8 @@ def test_a_picture_of_an_impossible_size_gets_a_clear_message_and_the_one_before
     assert not phone.get_by_role("alert").is_visible()
 
 
-def test_the_threshold_moves_the_contour_and_is_said(phone, photo, tmp_path):
-    photo(320, 240).save(tmp_path / "photo.png")
-    choose(phone, tmp_path / "photo.png")
+def test_the_threshold_moves_the_contour_and_is_said(phone, tmp_path):
+    choose(phone, saved(tmp_path / "photo.png", 320, 240))
     slider, shares = phone.get_by_role("slider", name="Threshold"), []
     for value in ("5", "50", "95"):
         slider.fill(value)
@@ -350,9 +262,8 @@ def test_the_threshold_moves_the_contour_and_is_said(phone, photo, tmp_path):
     assert "photo.png: " in phone.locator("#view").get_attribute("aria-label")
 
 
-def test_what_is_shown_changes_the_picture_and_not_the_mask(phone, photo, tmp_path):
-    photo(320, 240).save(tmp_path / "photo.png")
-    choose(phone, tmp_path / "photo.png")
+def test_what_is_shown_changes_the_picture_and_not_the_mask(phone, tmp_path):
+    choose(phone, saved(tmp_path / "photo.png", 320, 240))
     drawn = {}
     for kind in ("Contour", "Probability", "Photo"):
         phone.get_by_role("radio", name=kind).tap()
@@ -361,8 +272,7 @@ def test_what_is_shown_changes_the_picture_and_not_the_mask(phone, photo, tmp_pa
 
 
 def test_it_works_by_keyboard_alone(phone, tmp_path):
-    Image.fromarray(lesion_picture(100, 100)).save(tmp_path / "photo.png")
-    choose(phone, tmp_path / "photo.png")
+    choose(phone, saved(tmp_path / "photo.png", 100, 100))
     reached = []
     phone.evaluate("document.activeElement.blur()")
     for _ in range(8):
@@ -422,15 +332,10 @@ def test_the_page_is_small(html):
     assert html.stat().st_size < 0.7e6
 
 
-@pytest.mark.parametrize(
-    "options", [{"width": 8}, {"width": 4, "stem": 2}, {"width": 4, "stem": 4}]
-)
-def test_every_width_and_stem_computes_its_golden_mask(browser, tmp_path, options):
-    """Otherwise the page would not become ready."""
-    network = unet(**options)
-    student = TrainedNetwork(network, CFG.with_values(**options), tmp_path)
-    write_page(student, Deployed(network), tmp_path / "page.html", [], 0.5, noise(1, 64, 64)[0])
-    page = opened(browser, tmp_path / "page.html")
+def test_a_wider_student_that_pads_its_pictures_has_a_page_too(browser, tmp_path):
+    cfg = CFG.with_values(width=8, fit="pad")
+    path = page_of(TrainedNetwork(unet(width=8), cfg, tmp_path), tmp_path / "page.html")
+    page = opened(browser, path)  # otherwise its golden mask would be another one
     assert page.locator("body").get_attribute("data-build") in ("relaxed", "simd")
     page.context.close()
 
@@ -473,16 +378,13 @@ def test_a_browser_without_relaxed_simd_uses_the_other_build(browser, html):
     context.close()
 
 
-def test_cost_is_measured_in_the_browser_too(browser):
-    networks = ("student", "student, stem 2")
+def test_cost_is_measured_in_the_browser_too(monkeypatch, browser):
+    """Playwright allows one browser in a thread; this one has its own."""
+    monkeypatch.setitem(FORMATS, "browser", InPage())
+    networks = ("student", "student, width 8")
     table = cost.measure_cost((32, 64), ("browser",), networks, repeats=1)
     assert set(table["model"]) == set(networks)
     assert set(table["pixels"]) == {32, 64}
     assert (table["latency_ms_median"] > 0).all()
-
-
-@pytest.mark.fault
-def test_a_missing_browser_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(cost, "CHROMIUM", tmp_path / "chromium")
-    with pytest.raises(LesionKDError, match="no browser at .*: install Debian's package chromium"):
-        cost.measure_cost((32,), ("browser",), ("student",), repeats=1)
+    for one in InPage.opened:
+        one.close()

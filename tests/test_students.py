@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import lesionkd_core as lkd
-from lesionkd_core.config import DistillConfig, ExportConfig, LesionKDError
+from lesionkd_core.config import DistillConfig, LesionKDError
 from lesionkd_core.data.phantom import draw
-from lesionkd_core.export import export_student
+from lesionkd_core.export import ExportConfig, export_student, load_onnx
 from lesionkd_core.predict import STUDENTS, TrainedNetwork, build, load_student, save_student
 
 CFG = DistillConfig(losses="", pixels=64, dataset="no-such-data")
@@ -55,20 +55,26 @@ def test_a_file_that_is_no_student_is_refused(file, write):
         load_student(file)
 
 
-def test_a_student_whose_data_are_not_here_is_exported_with_drawn_images(file, runs, messages):
-    cfg = ExportConfig(formats="onnx, native")
-    exported = export_student(cfg, load_student(file))
+def test_a_student_whose_data_are_not_here_is_exported_with_a_few_drawn_images(
+    file, runs, messages
+):
+    Image.fromarray(draw(0, 1, 90)[0]).save(file.with_name("one-input.png"))
+    exported = export_student(ExportConfig(formats="onnx, native"), load_student(file))
     assert {"student.onnx", "native/segment.c"} <= set(exported.model["files"])
-    assert any("images of the phantom" in line for line in messages())
+    assert set(exported.parity["cases"]) == {9}  # 8 drawn ones and its own
+    assert any("8 drawn pictures" in line for line in messages())
+    assert not (exported.path.parents[1] / "prepare").exists(), "no data set is prepared"
 
-    onnx = load_student(exported.path / "student.onnx")
+    onnx = load_onnx(exported.path / "student.onnx")
     images = [draw(0, i, side)[0] for i, side in enumerate((64, 100))]
     for exact, rounded in zip(load_student(file).predict(images), onnx.predict(images)):
         assert rounded.shape == exact.shape and np.abs(exact - rounded).max() < 0.003
+    with pytest.raises(LesionKDError, match="read it with lkd.load_onnx"):
+        load_student(exported.path / "student.onnx")
 
     (exported.path / "model.json").rename(exported.path / "model.txt")
     with pytest.raises(LesionKDError, match="needs .*model.json"):
-        load_student(exported.path / "student.onnx")
+        load_onnx(exported.path / "student.onnx")
 
 
 @pytest.mark.fault
@@ -76,7 +82,7 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({"size": 64, "fit": "stretch", "window": ""}))
     (tmp_path / "student.onnx").write_bytes(b"nothing")
     with pytest.raises(LesionKDError, match="cannot be read as ONNX"):
-        load_student(tmp_path / "student.onnx")
+        load_onnx(tmp_path / "student.onnx")
 
 
 @pytest.mark.fault

@@ -1,10 +1,12 @@
-"""Take a trained student to phones: files, a comparison with PyTorch, a page, a model card."""
+"""Take a trained student to phones: files, a comparison with PyTorch, a page, a model card.
+
+A format is one file of this package (`formats.Format`), imported here.
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +15,25 @@ import pandas as pd
 from PIL import Image
 
 from .. import results
-from ..analysis.inspect import spread_of_cases
-from ..config import DistillConfig, ExportConfig, LesionKDError, PrepareConfig
+from ..config import DistillConfig, LesionKDError
+from ..data.images import read_image
 from ..data.layouts import DatasetNotFound
-from ..data.prepare import Prepared, prepare
+from ..data.phantom import draw
+from ..data.pixels import prepare_image, prepare_mask
+from ..data.prepare import prepare
 from ..models import parameter_count
-from ..predict import STUDENTS, TrainedNetwork, load_student, save_student
+from ..predict import TrainedNetwork
 from ..results import log
-from .coreml import write_coreml
-from .executorch import executorch_engine, write_executorch
-from .native import native_engine, pack, write_native
-from .onnx import onnx_engine, write_half, write_int8, write_onnx
-from .page import write_page
-from .parity import MULTIPLE, Deployed, Engine, at_size, check_parity, parity, torch_engine
+from . import coreml, executorch, native, onnx, page  # noqa: F401  (registers them)
+from .card import facts, model_card
+from .config import ExportConfig
+from .formats import FORMATS, INT8_CASES, Compared, Job, Samples, check_installed
+from .onnx import load_onnx
+from .parity import MULTIPLE, Deployed, check_parity, parity, torch_engine
 
-NEEDS = {
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "executorch": ("executorch", "torchao"),
-    "coreml": ("coremltools",),
-    "native": ("ziglang",),
-    "page": ("ziglang",),
-}
-"""Packages of the extra `mobile` by format."""
-INTENDED = (
-    "Research: comparing, measuring and demonstrating small segmentation networks on devices."
-)
-LIMITS = (
-    "Not a medical device; not for diagnosis, screening or treatment. It finds what resembles its "
-    "training images. Other cameras, scanners, skin tones, organs and populations were not tested "
-    "unless a table says so. It also returns a mask where there is no lesion."
-)
-PATENT = (
-    "The method is the subject of a patent application (Zhejiang University of Technology, 2021); "
-    "ask for the rights before commercial use."
-)
+__all__ = ["ExportConfig", "Exported", "export_student", "load_onnx"]
+DRAWN = 8
+"""Phantoms that a published student is compared on, beside its own picture."""
 
 
 class Exported(results.Result):
@@ -65,20 +52,26 @@ class Exported(results.Result):
 
     def golden(self) -> pd.DataFrame:
         """Compare ONNX files and C code with the golden mask, as an app's first test does."""
-        image = np.asarray(Image.open(self.path / "golden.png"))[None]
-        mask = np.asarray(Image.open(self.path / "golden_mask.png"))
-        engines = [onnx_engine(f, "") for f in sorted(self.path.glob("student*.onnx"))]
-        if (model := self.path / "native" / "student.npy").exists():
-            engines.append(native_engine(results.read_array(model, mmap=False), model))
+        picture = np.asarray(Image.open(self.path / "golden.png"))
+        expected = np.asarray(Image.open(self.path / "golden_mask.png"))
+        masks = {}
+        for file in sorted(self.path.glob("student*.onnx")):
+            [probability] = load_onnx(file).predict([picture])
+            masks["ONNX Runtime", file.name] = np.rint(255 * probability)
+        if (file := self.path / "native" / "student.bin").exists():
+            model = np.fromfile(file, np.float32)
+            masks["native", file.name] = native.segment_image(model, picture)
         rows = []
-        for engine in engines:
-            if engine.file and engine.file.name != "student-logits.onnx":
-                gap = np.abs(engine(image)[0].astype(int) - mask)
-                what = {
+        for (engine, name), mask in masks.items():
+            gap = np.abs(mask.astype(int) - expected)
+            rows.append(
+                {
+                    "engine": engine,
+                    "file": name,
                     "largest difference": int(gap.max()),
                     "pixels that differ": int((gap > 0).sum()),
                 }
-                rows.append({"engine": engine.name, "file": engine.file.name} | what)
+            )
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -91,22 +84,16 @@ def export_student(cfg: ExportConfig, student: TrainedNetwork) -> Exported:
     Raises
     ------
     LesionKDError
-        The run is not a student, or the converter of a format is not installed.
+        The run is not a student, a format cannot hold it, or a package of a format is missing.
     ParityError
         A file does not compute what the student computes. The export is then left unfinished.
     """
     if not isinstance(student.cfg, DistillConfig):
         raise LesionKDError(f"{student.path} is a teacher; give the folder of a student")
-    for name in cfg.formats:
-        for package in NEEDS[name]:
-            if find_spec(package) is None:
-                raise LesionKDError(
-                    f"the format {name} needs the package {package}, which is not installed: "
-                    f"pip install -e '.[mobile]', or leave {name} out of formats."
-                )
+    check_installed(cfg.formats)
     network = Deployed(student.network)
-    if {"native", "page"} & set(cfg.formats):
-        pack(network)  # refuses what these formats do not take
+    for name in cfg.formats:
+        FORMATS[name].check(network)
 
     def make(missing: dict[Path, ExportConfig]) -> None:
         for path, made in missing.items():
@@ -116,90 +103,74 @@ def export_student(cfg: ExportConfig, student: TrainedNetwork) -> Exported:
 
 
 def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path: Path) -> None:
-    data, notes = _images(student), {}
-    engines: list[tuple[Engine, int]] = []
-    golden = _golden(network, data, path)
     sizes = tuple(sorted({student.pixels, *cfg.sizes}))
-    images = data.images[spread_of_cases(data, "train", cfg.calibration)]
-    if "onnx" in cfg.formats:
-        log.info("writing ONNX")
-        write_onnx(network, path / "student.onnx")
-        write_half(path / "student.onnx", path / "student-fp16.onnx")
-        write_int8(path / "student.onnx", path / "student-int8.onnx", images)
-        for suffix, precision in (("", "float32"), ("-fp16", "float16"), ("-int8", "int8")):
-            engine = onnx_engine(path / f"student{suffix}.onnx", precision)
-            engines.append((engine, student.pixels))
-        if cfg.logits:
-            write_onnx(Deployed(student.network, logits=True), path / "student-logits.onnx")
-    if "executorch" in cfg.formats:
-        log.info("writing ExecuTorch")
-        write_executorch(network, path / "student.pte", sizes)
-        calibration = {s: at_size(images, s) for s in sizes}
-        write_executorch(network, path / "student-int8.pte", sizes, calibration)
-        for suffix, precision in (("", "float32"), ("-int8", "int8")):
-            engine = executorch_engine(path / f"student{suffix}.pte", precision)
-            engines += [(engine, size) for size in sizes]
-    if "coreml" in cfg.formats:
-        log.info("writing Core ML")
-        mlpackage = path / "student.mlpackage"
-        notes[mlpackage.name] = write_coreml(network, mlpackage, student.pixels)
-    if "native" in cfg.formats:
-        log.info("writing C")
-        write_native(network, path / "native", golden)
-        results.write_array(path / "native" / "student.npy", pack(network))
-        engine = native_engine(pack(network), path / "native" / "segment.c")
-        engines += [(engine, size) for size in sizes]
+    about, samples = facts(student), _samples(student)
+    job = Job(student, network, path, samples, sizes, cfg.threshold, about)
+    for name, pixels in zip(("golden.png", "golden_mask.png"), job.golden):
+        with results.replacing(path / name) as partial:
+            Image.fromarray(pixels).save(partial, format="PNG")
+    compared: list[Compared] = []
+    for name in cfg.formats:
+        log.info(f"writing {name}")
+        compared += FORMATS[name].write(job)
     log.info("comparing with PyTorch")
-    rows = data.index("test")
-    reference, masks = torch_engine(network), data.masks[rows]
-    table = parity(reference, engines, data.images[rows], masks, cfg.threshold)
+    engines = [(engine, size) for engine, at in compared for size in at]
+    reference = torch_engine(network)
+    table = parity(reference, engines, samples.images, samples.masks, cfg.threshold)
     results.write_table(path / "parity.csv", table)  # first, so that a refusal can be examined
     if engines:
         check_parity(table)
-    about = facts(student)
-    if "page" in cfg.formats:
-        write_page(student, network, path / "segment.html", about, cfg.threshold, golden)
     results.write_text(path / "model_card.md", model_card(student, about, table, cfg.threshold))
-    results.write_json(path / "model.json", _settings(cfg, student, path, notes))
+    results.write_json(path / "model.json", _settings(job, cfg.formats))
 
 
-def _images(student: TrainedNetwork) -> Prepared:
-    """The data set of the student; of a published student that is not here, the phantom."""
+def _samples(student: TrainedNetwork) -> Samples:
+    """Cases of the student's data set; of a published student whose data are not here, its own
+    picture and a few drawn ones."""
     try:
-        return prepare(student.cfg)
+        data = prepare(student.cfg)
     except DatasetNotFound:
         if student.path.is_dir():
             raise
-    log.warning(f"{student.cfg.dataset} is not here: files are compared on images of the phantom")
-    return prepare(student.cfg.upstream(PrepareConfig).with_values(dataset="phantom", folds=0))
+        return _drawn(student)
+    test, train = data.index("test"), data.index("train")
+    train = train[:: len(train) // INT8_CASES + 1]
+    return Samples(data.images[test], data.masks[test].astype(bool), np.array(data.images[train]))
 
 
-def _golden(network: Deployed, data: Prepared, path: Path) -> np.ndarray:
-    """Write a test image at the network's size and its mask image: what an app must reproduce."""
-    rows = spread_of_cases(data, "test", 3)
-    image = np.asarray(data.images[rows[len(rows) // 2]])
-    mask = torch_engine(network)(image[None])[0]
-    for name, pixels in (("golden.png", image), ("golden_mask.png", mask)):
-        with results.replacing(path / name) as partial:
-            Image.fromarray(pixels).save(partial, format="PNG")
-    return image
+def _drawn(student: TrainedNetwork) -> Samples:
+    log.warning(
+        f"{student.cfg.dataset} is not here: files are compared on {DRAWN} drawn pictures, and on "
+        "the one that was published with the student"
+    )
+    cfg, images, masks = student.cfg, [], []
+    for i in range(DRAWN):
+        picture, mask = draw(0, i, cfg.pixels)[:2]
+        images.append(prepare_image(picture, cfg))
+        masks.append(prepare_mask(mask > 0, cfg))
+    own = student.path.with_name(f"{student.path.stem}-input.png")
+    if own.is_file():
+        picture = read_image(own)
+        [probability] = student.predict([picture])
+        images.append(prepare_image(picture, cfg))
+        masks.append(prepare_mask(probability > 0.5, cfg))
+    return Samples(np.stack(images), np.stack(masks), np.stack(images))
 
 
-def _settings(
-    cfg: ExportConfig, student: TrainedNetwork, path: Path, notes: dict[str, str]
-) -> dict[str, Any]:
-    made: Any = student.cfg
-    packages = ("torch", "onnx", "onnxruntime", "executorch", "torchao", "coremltools", "ziglang")
-    kinds = {".onnx", ".pte", ".html", ".mlpackage", ".c", ".h", ".so", ".o"}
-    found = sorted(p for p in path.rglob("*") if p.suffix in kinds and ".mlpackage/" not in str(p))
-    sizes = sorted({made.pixels, *cfg.sizes}) if "executorch" in cfg.formats else []
-    sums = results.checksums(path)
+def _settings(job: Job, formats: tuple[str, ...]) -> dict[str, object]:
+    cfg: Any = job.student.cfg
+    packages = {package for name in formats for package in FORMATS[name].packages}
+    sums = results.checksums(job.folder)
+    files: dict[str, object] = {}
+    for file, size in _written(job.folder):
+        name = file.relative_to(job.folder).as_posix()
+        note = job.notes.get(file.name, "")
+        files[name] = {"bytes": size, "sha256": sums.get(name), "note": note}
     return {
         "network": {
-            "width": made.width,
-            "stem": made.stem,
-            "parameters": parameter_count(student.network),
-            "run": student.path.name,
+            "width": cfg.width,
+            "parameters": parameter_count(job.student.network),
+            "run": job.student.path.name,
         },
         "input": {
             "name": "image",
@@ -216,105 +187,29 @@ def _settings(
             "type": "uint8",
             "meaning": "probability of lesion x 255",
         },
-        "size": made.pixels,
-        "fit": made.fit,
-        "window": made.window,
+        "size": cfg.pixels,
+        "fit": cfg.fit,
+        "window": cfg.window,
         "resize": "Pillow's BOX where the image shrinks both ways, BILINEAR otherwise; "
-        "the mask comes back BILINEAR",
-        "threshold": cfg.threshold,
-        "threshold_byte": 255 * cfg.threshold,
-        "executorch": {"methods": [f"forward_{s}" for s in sizes]},
-        "made_with": {name: version(name) for name in packages if find_spec(name)},
-        "golden": {"image": "golden.png", "mask": "golden_mask.png"},
-        "files": {
-            file.relative_to(path).as_posix(): {
-                "bytes": sum(f.stat().st_size for f in [file, *file.rglob("*")] if f.is_file()),
-                "sha256": sums.get(file.relative_to(path).as_posix()),
-                "note": notes.get(file.name, ""),
-            }
-            for file in found
-        },
+        "the mask comes back BILINEAR; lesion_segment_image does both",
+        "threshold": job.threshold,
+        "threshold_byte": 255 * job.threshold,
+        **job.settings,
+        "made_with": {name: version(name) for name in sorted({"torch", *packages})},
+        "golden": {"picture": "golden.png", "mask": "golden_mask.png"},
+        "files": files,
     }
 
 
-def publish_student(run: results.Result, name: str, image: np.ndarray) -> Path:
-    """Write data/students/NAME.safetensors with a model card, an image and its mask.
-
-    Parameters
-    ----------
-    run : Result
-        A finished `distill` run.
-    image : (H, W, 3) uint8
-        Stored beside the student, so that a test can repeat its mask; one that may be published,
-        such as a case of the phantom.
-    """
-    student, file = load_student(run), STUDENTS / f"{name}.safetensors"
-    results.make_folder(STUDENTS)
-    save_student(student, file)
-    student = load_student(file)
-    mask = np.rint(255 * student.predict([image])[0]).astype(np.uint8)
-    for kind, pixels in (("input", image), ("mask", mask)):
-        with results.replacing(STUDENTS / f"{name}-{kind}.png") as partial:
-            Image.fromarray(pixels).save(partial, format="PNG")
-    results.write_text(file.with_suffix(".md"), model_card(student, facts(student)))
-    return file
+def _written(folder: Path) -> Iterator[tuple[Path, int]]:
+    """What the formats wrote, with bytes; an .mlpackage is a folder and counts as one file."""
+    for path in sorted(folder.rglob("*")):
+        inside = any(parent.suffix == ".mlpackage" for parent in path.parents)
+        if path.suffix == ".mlpackage":
+            yield path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        elif path.is_file() and not inside and path.name not in OWN:
+            yield path, path.stat().st_size
 
 
-# The model card -----------------------------------------------------------------------------------
-
-
-def licence_of(dataset: str) -> str:
-    """The licence in the data set's card in data/, or a note that it is not known."""
-    card = results.CHECKOUT / "data" / f"{dataset}.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    found = re.search(r"^\| Licence \| (.+) \|$", text, re.M)
-    return found[1] if found else "not known; state it before you pass the model on"
-
-
-def facts(student: TrainedNetwork) -> list[str]:
-    """Training, scores, licence, use, limits and rights: six paragraphs of plain text."""
-    cfg, test = student.cfg, student.summary["test"]
-    assert isinstance(cfg, DistillConfig)
-    how = f"with {', '.join(cfg.terms)} from a {cfg.teacher} teacher" if cfg.terms else "alone"
-    dice, empty = test["dice"], test["cases"] - test["lesions"]
-    alarms = f"{test['false_alarms']} false alarms on {empty} images without a lesion"
-    return [
-        f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
-        f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
-        f"{cfg.seed}).",
-        f"On {test['cases']} test cases in {test['groups']} groups, at threshold 0.5: Dice (95 % "
-        f"interval) {results.with_interval(dice)}, {test['missed']} of {test['lesions']} lesions "
-        f"missed, {alarms}.",
-        f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
-        INTENDED,
-        LIMITS,
-        PATENT,
-    ]
-
-
-def model_card(
-    student: TrainedNetwork, about: list[str], table: pd.DataFrame | None = None, at: float = 0.5
-) -> str:
-    """The model card in Markdown, with the scores and the parity of every file.
-
-    `at` is the threshold that the exported files use.
-    """
-    made, scores, licence, intended, limits, patent = about
-    test = student.summary["test"]
-    metrics = {n: v for n, v in test.items() if isinstance(v, dict) and v.get("mean") is not None}
-    rows = [{"metric": n, "mean": results.with_interval(v)} for n, v in metrics.items()]
-    scored = pd.DataFrame(rows)
-    intervals = (
-        "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5."
-    )
-    parts = [f"# Model card: {student.path.stem}", made, "## Scores", scores]
-    parts += [intervals, scored.to_markdown(index=False, disable_numparse=True)]
-    if table is not None:
-        parts += ["## The same model in every file"]
-        parts += [
-            f"The page and model.json use threshold {at}. Differences from PyTorch in float32:"
-        ]
-        shown = table.drop(columns="rule", errors="ignore")
-        parts += [shown.to_markdown(index=False, floatfmt=".4f")]
-    parts += ["## Intended use", intended, "## Limits", limits, "## Data and rights"]
-    return "\n\n".join([*parts, licence, patent]) + "\n"
+OWN = {"config.json", "env.json", "parity.csv", "model_card.md", "golden.png", "golden_mask.png"}
+"""Files of an export that no format wrote."""

@@ -10,8 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .formats import Compared, Format, Job, register
 from .onnx import quiet
 from .parity import Deployed
+
+
+@register
+class CoreML(Format):
+    """student.mlpackage."""
+
+    name = "coreml"
+    packages = ("coremltools",)
+
+    def write(self, job: Job) -> list[Compared]:
+        """Write the package; nothing can be compared outside macOS."""
+        file = job.folder / "student.mlpackage"
+        job.notes[file.name] = write_coreml(job.network, file, job.student.pixels)
+        return []
 
 
 class _FromImage(nn.Module):

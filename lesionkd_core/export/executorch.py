@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,37 @@ from torch.export import ExportedProgram
 
 from .. import results
 from ..config import LesionKDError
+from .formats import Compared, Format, Job, register
 from .onnx import quiet
-from .parity import Deployed, Engine
+from .parity import Deployed, Engine, at_size
+
+
+@register
+class ExecuTorch(Format):
+    """student.pte and student-int8.pte."""
+
+    name = "executorch"
+    packages = ("executorch", "torchao")
+
+    def write(self, job: Job) -> list[Compared]:
+        """Write two precisions with a method for every size."""
+        exact, small = job.folder / "student.pte", job.folder / "student-int8.pte"
+        write_executorch(job.network, exact, job.sizes)
+        calibration = {size: at_size(job.samples.calibration, size) for size in job.sizes}
+        write_executorch(job.network, small, job.sizes, calibration)
+        job.settings["executorch"] = {"methods": [f"forward_{size}" for size in job.sizes]}
+        engines = executorch_engine(exact, "float32"), executorch_engine(small, "int8")
+        return [(engine, job.sizes) for engine in engines]
+
+    def timed(
+        self, network: Deployed, folder: Path, images: dict[int, np.ndarray], int8: bool
+    ) -> Iterator[Engine]:
+        """ExecuTorch's runtime; the process then keeps one thread for it."""
+        set_threads(1)
+        for precision in ("float32", "int8") if int8 else ("float32",):
+            file, calibration = folder / f"{precision}.pte", images if precision == "int8" else None
+            write_executorch(network, file, tuple(images), calibration)
+            yield executorch_engine(file, precision)
 
 
 def write_executorch(

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -16,10 +17,41 @@ import numpy as np
 import torch
 
 from .. import results
+from ..config import DistillConfig, LesionKDError
+from ..predict import TrainedNetwork, build
+from .formats import Compared, Format, Job, register
 from .parity import MULTIPLE, Deployed, Engine
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+
+@register
+class Onnx(Format):
+    """student.onnx, student-fp16.onnx and student-int8.onnx."""
+
+    name = "onnx"
+    packages = ("onnx", "onnxscript", "onnxruntime")
+
+    def write(self, job: Job) -> list[Compared]:
+        """Write three precisions; each is compared at the student's size."""
+        files = {name: job.folder / f"student{name}.onnx" for name in ("", "-fp16", "-int8")}
+        write_onnx(job.network, files[""])
+        write_half(files[""], files["-fp16"])
+        write_int8(files[""], files["-int8"], job.samples.calibration)
+        precisions = ("float32", "float16", "int8")
+        engines = [onnx_engine(file, p) for file, p in zip(files.values(), precisions)]
+        return [(engine, (job.student.pixels,)) for engine in engines]
+
+    def timed(
+        self, network: Deployed, folder: Path, images: dict[int, np.ndarray], int8: bool
+    ) -> Iterator[Engine]:
+        """ONNX Runtime."""
+        write_onnx(network, exact := folder / "float32.onnx")
+        yield onnx_engine(exact, "float32", threads=1)
+        if int8:
+            write_int8(exact, small := folder / "int8.onnx", next(iter(images.values())))
+            yield onnx_engine(small, "int8", threads=1)
 
 
 def write_onnx(network: Deployed, path: Path) -> None:
@@ -34,7 +66,7 @@ def write_onnx(network: Deployed, path: Path) -> None:
             dynamo=True,
             verbose=False,
             input_names=["image"],
-            output_names=["logits" if network.logits else "mask"],
+            output_names=["mask"],
             dynamic_shapes=({0: many, 1: MULTIPLE * rows, 2: MULTIPLE * columns},),
         )
     assert program is not None
@@ -109,6 +141,51 @@ def onnx_engine(file: Path, precision: str, threads: int = 0) -> Engine:
         return np.concatenate([session.run(None, {"image": part})[0] for part in parts])
 
     return Engine("ONNX Runtime", precision, file, segment)
+
+
+# An exported student that predicts ----------------------------------------------------------------
+
+
+class OnnxStudent(TrainedNetwork):
+    """A student in a file of notebook 07: its images are segmented by ONNX Runtime."""
+
+    engine: Engine
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities in steps of 1/255."""
+        return self.engine(images).astype(np.float32) / 255
+
+    def to(self, device: str) -> None:
+        """ONNX Runtime is used on the CPU only."""
+        if device != "cpu":
+            raise LesionKDError(f"device = {device!r}: an .onnx file is run on the CPU; use 'cpu'")
+
+    def __repr__(self) -> str:
+        return f"OnnxStudent({self.path}: {self.pixels} px)"
+
+
+def load_onnx(file: Path | str) -> OnnxStudent:
+    """An exported `student.onnx`, or one of its other precisions, with its `model.json` beside it.
+
+    Raises
+    ------
+    LesionKDError
+        onnxruntime or model.json is missing, or the file is damaged.
+    """
+    file, about = Path(file), Path(file).with_name("model.json")
+    if find_spec("onnxruntime") is None:
+        raise LesionKDError(f"{file} needs the package onnxruntime: pip install '.[mobile]'")
+    if not about.is_file():
+        raise LesionKDError(f"{file.name} needs {about}, which has the size of its images")
+    try:
+        engine = onnx_engine(file, "")
+    except Exception as error:  # onnxruntime's own kinds have no public name
+        raise LesionKDError(f"{file} cannot be read as ONNX: {error}") from None
+    said = results.read_json(about)
+    cfg = DistillConfig(pixels=said["size"], fit=said["fit"], window=said.get("window", ""))
+    student = OnnxStudent(build(cfg), cfg, file)  # its weights are not used
+    object.__setattr__(student, "engine", engine)
+    return student
 
 
 @contextmanager

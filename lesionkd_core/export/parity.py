@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,16 +51,14 @@ class Deployed(nn.Module):
     ----------
     network : nn.Module
         (N, 3, H, W) -> (N, 1, H, W) logits; BatchNorms are folded in a copy.
-    logits : bool
-        Return the logits, (N, H, W) float32, instead of the mask image.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, network: nn.Module, logits: bool = False) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.logits = fold_norms(network), logits
+        self.network = fold_norms(network)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1))
         self.register_buffer("scale", 1 / (255 * torch.tensor(STD)).view(3, 1, 1))
         self.eval()
@@ -67,18 +66,22 @@ class Deployed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 RGB -> (N, H, W) uint8: probability x 255, rounded."""
         x = (image.float().permute(0, 3, 1, 2) - self.mean) * self.scale
-        logits: Tensor = self.network(x)[:, 0]
-        return logits if self.logits else (logits.sigmoid() * 255).round().to(torch.uint8)
+        probability: Tensor = self.network(x)[:, 0].sigmoid()
+        return (probability * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A network in the runtime that an app would use; `precision` is float32, float16 or int8."""
+    """A network in the runtime that an app would use.
+
+    `precision` is float32, float16 or int8, `size` the bytes of the model where no file has it.
+    """
 
     name: str
     precision: str
     file: Path | None
     segment: Callable[[np.ndarray], np.ndarray]
+    size: int = 0
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8 -> (N, H, W) uint8: probability x 255."""
@@ -90,6 +93,15 @@ class Engine:
                 "TrainedNetwork.predict takes any size; model.json says how an app resizes."
             )
         return self.segment(images)
+
+    def milliseconds(self, images: np.ndarray) -> list[float]:
+        """Processor time of one run, or of about 30 ms of runs, at most 20."""
+        times: list[float] = []
+        while sum(times) < 30 and len(times) < 20:
+            begun = time.process_time()
+            self(images)
+            times.append(1e3 * (time.process_time() - begun))
+        return times
 
 
 def torch_engine(network: Deployed) -> Engine:

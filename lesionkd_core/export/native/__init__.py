@@ -10,12 +10,11 @@ import ctypes
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -23,121 +22,215 @@ from torch import nn
 from ... import results
 from ...config import LesionKDError
 from ...models import UNet
-from ..parity import Deployed, Engine, at_size, torch_engine
+from ..formats import Compared, Format, Job, register
+from ..parity import Deployed, Engine
+from .int8 import quantized
 
 SOURCES = ("segment.c", "segment.h")
-GOLDEN = 128
-"""Largest side of the golden image of C code and page, px."""
-ERRORS = {
-    1: "a pointer is null",
-    2: "height or width is not a positive multiple of 32",
-    3: "the image is too large",
-    4: "the model is truncated or of another format",
-    5: "the number of weights does not fit the architecture",
-}
-"""Return codes of `lesion_segment`."""
+HEADER = 13
+"""Numbers before the weights: segment.c, read_model."""
 
 _LIBRARY = ("-shared", "-fPIC", "-s")
+_SHIPPED = (
+    *_LIBRARY,
+    "-nostdlib",
+    "-rtlib=compiler-rt",
+    "-ffreestanding",
+    "-Wl,-soname,liblesion.so",
+    "-Wl,-z,max-page-size=16384",
+)
 TARGETS = {
-    "linux-x86_64.so": ("-target", "x86_64-linux-musl", "-mcpu=x86_64_v3", "-nostdlib", *_LIBRARY),
-    "linux-aarch64.so": ("-target", "aarch64-linux-musl", "-nostdlib", *_LIBRARY),
-    "ios-aarch64.o": ("-target", "aarch64-ios", "-c"),
+    "x86_64/liblesion.so": ("-target", "x86_64-linux-musl", "-mcpu=x86_64_v3", *_SHIPPED),
+    "arm64-v8a/liblesion.so": ("-target", "aarch64-linux-musl", *_SHIPPED),
+    "ios-arm64/lesion.o": ("-target", "aarch64-ios.13.0", "-c"),
 }
-"""Builds of an export, and clang's options. The library for aarch64 also loads on Android."""
+"""Builds of an export, and clang's options. Android looks for the library in arm64-v8a."""
 WASM = (
     *("-target", "wasm32-freestanding", "-DLESION_NO_STUDENT", "-nostdlib", "-Wl,--no-entry,-s"),
     "-Wl,--export=lesion_model_segment,--export=lesion_model_workspace_size,--export=__heap_base",
+    "-Wl,--export=lesion_model_segment_image,--export=lesion_model_image_workspace_size",
 )
 SIMD = "-mcpu=generic+bulk_memory+simd128"
 """WebAssembly with 128-bit vectors; `+relaxed_simd` adds the multiply-add."""
 
 
-def pack(network: Deployed) -> np.ndarray:
+@register
+class Native(Format):
+    """C files with the student in them, and libraries built from them."""
+
+    name = "native"
+    packages = ("ziglang",)
+
+    def check(self, network: Deployed) -> None:
+        """Refuse what `pack` refuses."""
+        pack(network, 32)
+
+    def write(self, job: Job) -> list[Compared]:
+        """Write the folder native; its engines are compared at every size."""
+        folder, about = job.folder / "native", (job.student.pixels, job.student.cfg.fit)
+        model = pack(job.network, *about, job.threshold)
+        small = pack_int8(job.network, *about, job.threshold, job.samples.calibration)
+        write_native([model, small], folder, *job.golden)
+        engines = [native_engine(model, folder / "segment.c")]
+        if has_int8():
+            engines.append(native_engine(small, folder / "student_int8.bin"))
+        else:
+            job.notes["student_int8.bin"] = "not compared: no dot products of bytes here"
+        return [(engine, job.sizes) for engine in engines]
+
+    def timed(
+        self, network: Deployed, folder: Path, images: dict[int, np.ndarray], int8: bool
+    ) -> Iterator[Engine]:
+        """The C code on this processor, for U-Nets."""
+        if isinstance(network.network, UNet):
+            yield native_engine(pack(network, 32))
+            if int8 and has_int8():
+                some = next(iter(images.values()))
+                yield native_engine(pack_int8(network, 32, "stretch", 0.5, some))
+
+
+def pack(
+    network: Deployed, pixels: int, fit: str = "stretch", threshold: float = 0.5
+) -> np.ndarray:
     """The header and the weights of a folded U-Net in the order in which the C code reads them.
 
     Every convolution is cut into groups of 4 output channels: 4 biases, then for each input
     channel and tap the weights of the 4 outputs. A transposed convolution is a 1x1 convolution to
-    the pixels of its blocks, and a stem of 2 or 4 px a 3x3 convolution of blocks.
+    the 4 pixels of its blocks.
+
+    Parameters
+    ----------
+    pixels : int
+        Side of the square that the network was trained on, a multiple of 32, px.
+    fit : {'stretch', 'pad'}
+    threshold : float
+        Probability above which a pixel is lesion.
 
     Returns
     -------
-    (10 + weights,) float32
+    (13 + weights,) float32
 
     Raises
     ------
     LesionKDError
-        The network is not a U-Net for RGB and one class whose width is a multiple of 4.
+        The network is not a U-Net for RGB and one class whose width is a multiple of 4, or its
+        images are not a multiple of 32 px.
     """
-    unet: Any = network.network
-    blocks: Any = unet.encoder if isinstance(unet, UNet) else None
-    first = blocks[0][0] if blocks else None
-    if first is None or first.in_channels != 3 or unet.head.out_channels != 1:
-        raise LesionKDError(
-            f"the formats native and page take a UNet for RGB and one class; got a "
-            f"{type(unet).__name__}. Leave native and page out of formats."
-        )
-    stem = first.stride[0]
-    width = first.out_channels // stem
-    if width % 4:
-        raise LesionKDError(
-            f"the formats native and page need a width that is a multiple of 4; got {width}. "
-            "Leave native and page out of formats."
-        )
-    blocks = [*blocks, *(m for pair in zip(unet.upsample, unet.decoder) for m in pair)]
-    layers = [layer for block in (*blocks, unet.head) for layer in block.modules()]
+    unet = network.network
+    if not isinstance(unet, UNet):
+        raise _refused(f"take a UNet for RGB and one class; got a {type(unet).__name__}")
+    blocks: list[nn.Module] = [*unet.encoder]
+    for pair in zip(unet.upsample, unet.decoder):
+        blocks += pair
+    layers = [layer for block in blocks for layer in block.modules()]
     convolutions = [m for m in layers if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    weights = np.concatenate([_grouped(layer) for layer in convolutions])
-    values = [1, width, stem, len(weights), *network.mean.flatten(), *network.scale.flatten()]
-    return np.concatenate([np.array(values, np.float32), weights]).astype(np.float32)
+    head = unet.head
+    first, width = convolutions[0], convolutions[0].out_channels
+    if first.in_channels != 3 or head.out_channels != 1:
+        raise _refused(f"take RGB and one class; got {first.in_channels} and {head.out_channels}")
+    if width % 4 or width > 64:
+        raise _refused(f"need a width that is a multiple of 4, up to 64; got {width}")
+    if pixels % 32:
+        raise _refused(f"need images whose side is a multiple of 32 px; got {pixels}")
+    assert head.bias is not None
+    parts = [_grouped(layer) for layer in convolutions]
+    parts += [head.bias.detach().numpy(), head.weight.detach().numpy().ravel()]
+    weights = np.concatenate(parts).astype(np.float32)
+    about = [2, width, pixels, fit == "pad", threshold]
+    return _whole(network, about, weights.view(np.uint32)).view(np.float32)
+
+
+def pack_int8(
+    network: Deployed, pixels: int, fit: str, threshold: float, images: np.ndarray
+) -> np.ndarray:
+    """The same for LESION_INT8: the header, and the weights of `quantized`.
+
+    `images` (N, S, S, 3) uint8 are training images, for the ranges of the bytes.
+
+    Returns
+    -------
+    (13 + words,) uint32
+    """
+    about = pack(network, pixels, fit, threshold)[:5]
+    return _whole(network, [3, *about[1:]], quantized(network, images))
+
+
+def _whole(network: Deployed, about: Sequence[float], weights: np.ndarray) -> np.ndarray:
+    """Header and weights as words, with the checksum."""
+    means, scales = network.mean.flatten().tolist(), network.scale.flatten().tolist()
+    header = np.array([*about, len(weights), 0, *means, *scales], np.float32)
+    header[6] = checksum(np.concatenate([header.view(np.uint32), weights]))
+    return np.concatenate([header.view(np.uint32), weights])
+
+
+def _refused(what: str) -> LesionKDError:
+    return LesionKDError(
+        f"the formats native and page {what}. Leave native and page out of formats."
+    )
+
+
+def checksum(words: np.ndarray) -> int:
+    """Sum of the words times 1, 3, 5, ..., without that of the checksum, modulo 16777213."""
+    counted = words.copy()
+    counted[6] = 0
+    odd = 2 * np.arange(len(words), dtype=np.uint32) + 1
+    return int((counted * odd).sum(dtype=np.uint32)) % 16777213
 
 
 def _grouped(layer: nn.Conv2d | nn.ConvTranspose2d) -> np.ndarray:
     assert layer.bias is not None
     weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
-    stride = layer.stride[0]
     if isinstance(layer, nn.ConvTranspose2d):  # (in, out, dy, dx) -> (out x dy x dx, in, 1)
-        inputs = len(weight)
-        weight = weight.transpose(1, 2, 3, 0).reshape(-1, inputs, 1)
-        bias = bias.repeat(stride**2)
-    else:  # (out, in, taps), or with a stem (out, in, 3, dy, 3, dx) -> (out, in x dy x dx, 9)
-        outputs, inputs, size, _ = weight.shape
-        taps = size // stride
-        weight = weight.reshape(outputs, inputs, taps, stride, taps, stride)
-        weight = weight.transpose(0, 1, 3, 5, 2, 4).reshape(outputs, -1, taps**2)
-    missing = -len(weight) % 4  # the head of a plain student has one output
-    weight = np.pad(weight, ((0, missing), (0, 0), (0, 0)))
-    groups = weight.reshape(-1, 4, *weight.shape[1:]).transpose(0, 2, 3, 1)
-    biases = np.pad(bias, (0, missing)).reshape(-1, 4)
-    return np.concatenate([biases, groups.reshape(len(groups), -1)], axis=1).ravel()
+        weight = weight.transpose(1, 2, 3, 0).reshape(4 * len(bias), -1, 1)
+        bias = bias.repeat(4)
+    groups = weight.reshape(len(bias) // 4, 4, weight.shape[1], -1).transpose(0, 2, 3, 1)
+    rows = groups.reshape(len(groups), -1)
+    return np.concatenate([bias.reshape(-1, 4), rows], axis=1).ravel()
 
 
-def write_native(network: Deployed, folder: Path, golden: np.ndarray) -> None:
-    """Write the C files, the student and a golden image (S, S, 3); build them for `TARGETS`."""
-    model = pack(network)
+def write_native(
+    models: Sequence[np.ndarray], folder: Path, picture: np.ndarray, mask: np.ndarray
+) -> None:
+    """Write the C files, models, and a golden picture with its mask; build for `TARGETS`."""
     for name in SOURCES:
         results.write_text(folder / name, source(name))
-    results.write_text(
-        folder / "student.h",
-        "/* A trained student: format, width, stem, number of weights, means, scales; weights.\n"
-        "   Generated by lesionkd_core. */\n"
-        f"enum {{ lesion_student_count = {len(model)} }};\n"
-        + _array("float lesion_student", [f"{v:.9g}" for v in model.tolist()]),
-    )
-    golden = at_size(golden[None], min(GOLDEN, len(golden)))
+    for model in models:
+        name = "student_int8" if model.dtype == np.uint32 else "student"
+        with results.replacing(folder / f"{name}.bin") as partial:
+            partial.write_bytes(model.tobytes())
+        results.write_text(folder / f"{name}.h", student_header(model))
+    height, width = mask.shape
     results.write_text(
         folder / "golden.h",
-        "/* An image and its mask in PyTorch: an app computes them within one step of 255. */\n"
-        f"enum {{ golden_side = {golden.shape[1]} }};\n"
-        + _array("unsigned char golden_rgb_bytes", golden.flatten())
-        + _array("unsigned char golden_mask_bytes", torch_engine(network)(golden).flatten())
-        + "static const unsigned char *const golden_rgb = golden_rgb_bytes;\n"
-        + "static const unsigned char *const golden_mask = golden_mask_bytes;\n",
+        "/* A picture in RGB and its mask in PyTorch: lesion_segment_image computes it within one "
+        f"step of 255. */\nenum {{ golden_width = {width}, golden_height = {height} }};\n"
+        + _array("unsigned char golden_rgb_bytes", picture.flatten())
+        + _array("unsigned char golden_mask_bytes", mask.flatten())
+        + "static const unsigned char *const golden_rgb = golden_rgb_bytes; /* Swift takes no */\n"
+        "static const unsigned char *const golden_mask = golden_mask_bytes; /* large arrays */\n",
     )
     for name, options in TARGETS.items():
+        results.make_folder((folder / name).parent)
         compile_c(folder / "segment.c", folder / name, *options)
 
 
-def _array(name: str, values: Sequence[Any] | np.ndarray) -> str:
+def student_header(model: np.ndarray) -> str:
+    """A model as a C array. Its name is lesion_student, or what LESION_STUDENT is defined as."""
+    about = model[:HEADER].view(np.float32)
+    if model.dtype == np.uint32:
+        kind, numbers = "uint32_t", [f"0x{word:x}u" for word in model.tolist()]
+    else:
+        kind, values = "float", [f"{value:.9g}" for value in model.tolist()]
+        numbers = [v + "f" if "." in v or "e" in v else v + ".0f" for v in values]
+    return (
+        f"/* A trained student: {about[2]:.0f} px, threshold {about[4]:g}, format {about[0]:.0f}, "
+        f"checksum {about[6]:.0f}.\n   Generated by lesionkd_core. */\n#include <stdint.h>\n"
+        "#ifndef LESION_STUDENT\n#define LESION_STUDENT lesion_student\n#endif\n"
+        + _array(f"{kind} LESION_STUDENT", numbers)
+    )
+
+
+def _array(name: str, values: Sequence[str] | np.ndarray) -> str:
     lines = [", ".join(map(str, values[i : i + 16])) for i in range(0, len(values), 16)]
     numbers = ",\n".join(lines)
     return f"static const {name}[{len(values)}] = {{\n{numbers}\n}};\n"
@@ -146,6 +239,9 @@ def _array(name: str, values: Sequence[Any] | np.ndarray) -> str:
 def source(name: str) -> str:
     """A C file of this package."""
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+# Compilers ----------------------------------------------------------------------------------------
 
 
 def compile_c(code: Path, out: Path, *options: str) -> None:
@@ -159,7 +255,7 @@ def compile_c(code: Path, out: Path, *options: str) -> None:
     if find_spec("ziglang") is None:
         raise LesionKDError(
             "the formats native and page are compiled with the package ziglang, which is not "
-            "installed: pip install -e '.[mobile]', or leave native and page out of formats."
+            "installed: pip install '.[mobile]', or leave native and page out of formats."
         )
     command = [sys.executable, "-m", "ziglang", "cc", "-std=c11", "-O3", *options]
     done = subprocess.run([*command, str(code), "-o", str(out)], capture_output=True, text=True)
@@ -170,76 +266,97 @@ def compile_c(code: Path, out: Path, *options: str) -> None:
 @functools.cache
 def wasm(relaxed: bool = False) -> bytes:
     """segment.c for WebAssembly; it takes any model."""
+    simd = SIMD + "+relaxed_simd" if relaxed else SIMD
     with _sources() as folder:
         out = Path(folder) / "segment.wasm"
-        compile_c(out.with_suffix(".c"), out, *WASM, SIMD + "+relaxed_simd" * relaxed)
+        compile_c(out.with_suffix(".c"), out, *WASM, simd)
         return out.read_bytes()
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """segment.c for the processor of this machine; it takes any model."""
+def library(int8: bool = False) -> ctypes.CDLL:
+    """segment.c for the processor of this machine; it takes any model, of floats or of bytes."""
+    kind = ("-DLESION_INT8",) if int8 else ()
     with _sources() as folder:
         out = Path(folder) / "segment.so"
-        compile_c(out.with_suffix(".c"), out, "-DLESION_NO_STUDENT", *_native(), *_LIBRARY)
-        loaded = ctypes.CDLL(str(out))
-    size, count, model = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p
-    loaded.lesion_model_workspace_size.restype = size
-    loaded.lesion_model_workspace_size.argtypes = [model, size, count, count]
-    loaded.lesion_model_segment.argtypes = [model, size, model, count, count, model, model]
-    return loaded
+        compile_c(out.with_suffix(".c"), out, "-DLESION_NO_STUDENT", *kind, *for_this_machine())
+        code = ctypes.CDLL(str(out))
+    size, number, pointer, step = ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_ssize_t
+    code.lesion_model_check.argtypes = [pointer, size]
+    code.lesion_error_string.argtypes, code.lesion_error_string.restype = [number], ctypes.c_char_p
+    for ask in (code.lesion_model_workspace_size, code.lesion_model_image_workspace_size):
+        ask.argtypes, ask.restype = [pointer, size, number, number], size
+    code.lesion_model_segment.argtypes = [pointer, size, pointer, number, number, pointer, pointer]
+    code.lesion_model_segment_image.argtypes = [
+        *(pointer, size, pointer, number, number, step, number, pointer, step, pointer)
+    ]
+    return code
 
 
-def peak() -> tuple[int, Callable[[], Any]]:
-    """The number of multiply-adds of a loop in registers, and the loop: what one core can do."""
-    with _sources() as folder:
-        out = Path(folder) / "peak.so"
-        compile_c(out.with_suffix(".c"), out, *_native(), *_LIBRARY)
-        loop = ctypes.CDLL(str(out))
-    loop.peak.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float]
-    loop.peak.restype = ctypes.c_float
-    rounds = 100_000
-    return 12 * rounds * loop.lanes(), functools.partial(loop.peak, rounds, 0.999, 0.001)
+def has_int8() -> bool:
+    """Whether this processor has dot products of bytes, as LESION_INT8 needs them."""
+    return bool({"avx512_vnni", "avx_vnni", "asimddp"} & _features())
 
 
-def _native() -> tuple[str, ...]:
-    wide = "avx512f" in _cpu()  # clang prefers 256 bits
-    return ("-mcpu=native", *(("-mprefer-vector-width=512",) if wide else ()))
-
-
-def _cpu() -> str:
+def _features() -> set[str]:
     info = Path("/proc/cpuinfo")
-    return info.read_text() if info.exists() else ""
+    return set(info.read_text().split()) if info.exists() else set()
+
+
+def for_this_machine() -> tuple[str, ...]:
+    """Clang's options for a library for this processor."""
+    wide = "avx512f" in _features()  # clang prefers 256 bits
+    return (*_LIBRARY, "-mcpu=native", *(("-mprefer-vector-width=512",) if wide else ()))
 
 
 def _sources() -> TemporaryDirectory[str]:
     folder = TemporaryDirectory()
-    for name in (*SOURCES, "peak.c"):
+    for name in SOURCES:
         (Path(folder.name) / name).write_text(source(name), encoding="utf-8")
     return folder
 
 
+# Calls --------------------------------------------------------------------------------------------
+
+
 def native_engine(model: np.ndarray, file: Path | None = None) -> Engine:
-    """segment.c on this processor, with a model from `pack`."""
-    code = library()
+    """segment.c on this processor, with a model from `pack` or `pack_int8`."""
+    int8 = model.dtype == np.uint32
+    code = library(int8)
     spaces: dict[tuple[int, int], np.ndarray] = {}
 
     def segment(images: np.ndarray) -> np.ndarray:
-        images = np.ascontiguousarray(images)
+        images, head = np.ascontiguousarray(images), (model.ctypes.data, model.nbytes)
         height, width = images.shape[1:3]
         masks = np.empty(images.shape[:3], np.uint8)
-        head = model.ctypes.data, len(model)
         if (height, width) not in spaces:
             spaces.clear()
             size = code.lesion_model_workspace_size(*head, height, width)
             spaces[height, width] = np.empty(size, np.uint8)
         space = spaces[height, width].ctypes.data
         for image, mask in zip(images, masks):
-            error = code.lesion_model_segment(
-                *head, image.ctypes.data, height, width, mask.ctypes.data, space
-            )
-            if error:
-                raise LesionKDError(f"native: {ERRORS[error]}")
+            pointers = image.ctypes.data, height, width, mask.ctypes.data, space
+            _check(code.lesion_model_segment(*head, *pointers))
         return masks
 
-    return Engine("native", "float32", file, segment)
+    return Engine("native", "int8" if int8 else "float32", file, segment, model.nbytes)
+
+
+def segment_image(model: np.ndarray, picture: np.ndarray, binary: bool = False) -> np.ndarray:
+    """The mask image of a picture of any size by the C code: `lesion_segment_image`.
+
+    (H, W, 3) uint8 -> (H, W) uint8: probability x 255, or 0 and 255 at the model's threshold.
+    """
+    code, picture = library(model.dtype == np.uint32), np.ascontiguousarray(picture)
+    height, width = picture.shape[:2]
+    mask, head = np.empty((height, width), np.uint8), (model.ctypes.data, model.nbytes)
+    size = code.lesion_model_image_workspace_size(*head, width, height)
+    space, kind = np.empty(size, np.uint8), 1 + 8 * binary
+    pointers = picture.ctypes.data, width, height, 0, kind, mask.ctypes.data, 0, space.ctypes.data
+    _check(code.lesion_model_segment_image(*head, *pointers))
+    return mask
+
+
+def _check(error: int) -> None:
+    if error:
+        raise LesionKDError(f"native: {library().lesion_error_string(error).decode()}")

@@ -1,4 +1,4 @@
-// The student on this device: prepare as in training (Pillow's resampling, to the bit), run, bring back, draw.
+// The student on this device: decode a photo, segment it by the C code, draw the mask, save it.
 
 const settings = JSON.parse(document.getElementById("model-settings").textContent);
 const $ = (id) => document.getElementById(id);
@@ -8,76 +8,7 @@ const SHOWN = 1024;  // longest side of the picture on the screen
 const CONTOUR = [238, 119, 51];
 let network = null;
 let turn = 0;  // a photo chosen later wins over a slow one before it
-let current = null;  // { name, width, height, photo (canvas), probability (S x S) }
-
-// --- Pillow's resampling: weights of every output pixel over the input pixels that it covers
-
-function weights(from, to, kind, whole) {
-  const scale = from / to, wide = Math.max(scale, 1), support = (kind === "box" ? 0.5 : 1) * wide;
-  return Array.from({ length: to }, (_, i) => {
-    const centre = (i + 0.5) * scale;
-    const first = Math.max(Math.trunc(centre - support + 0.5), 0), end = Math.min(Math.trunc(centre + support + 0.5), from);
-    const w = [];
-    let sum = 0;
-    for (let x = first; x < end; x++) {
-      const at = (x - centre + 0.5) * (1 / wide);
-      const value = kind === "box" ? (at > -0.5 && at <= 0.5 ? 1 : 0) : Math.max(1 - Math.abs(at), 0);
-      w.push(value);
-      sum += value;
-    }
-    return { first, w: w.map((v) => (whole ? Math.trunc(0.5 + (v / sum) * 4194304) : v / sum)) };  // bytes: 22 bits, as Pillow
-  });
-}
-
-const toByte = (sum) => Math.min(255, Math.max(0, Math.floor((sum + 2097152) / 4194304)));
-
-function resampleRows(source, height, channels, stride, table, target, whole) {  // along a row: (height, from, stride) -> (height, to, channels)
-  let out = 0;
-  for (let y = 0; y < height; y++) {
-    const row = y * stride.row;
-    for (const { first, w } of table) {
-      for (let c = 0; c < channels; c++) {
-        let sum = 0;
-        for (let k = 0, at = row + first * stride.pixel + c; k < w.length; k++, at += stride.pixel) sum += source[at] * w[k];
-        target[out++] = whole ? toByte(sum) : sum;
-      }
-    }
-  }
-}
-
-function resampleColumns(source, width, channels, table, target, whole) {  // (from, width, channels) -> (to, width, channels)
-  const row = width * channels;
-  table.forEach(({ first, w }, y) => {
-    for (let i = 0; i < row; i++) {
-      let sum = 0;
-      for (let k = 0; k < w.length; k++) sum += source[(first + k) * row + i] * w[k];
-      target[y * row + i] = whole ? toByte(sum) : sum;
-    }
-  });
-}
-
-function addRows(data, top, rows, width, table, sums) {  // adds a strip of the photo to the output rows that it covers
-  table.forEach(({ first, w }, y) => {
-    for (let k = Math.max(first, top); k < Math.min(first + w.length, top + rows); k++) {
-      const weight = w[k - first];
-      for (let x = 0, from = (k - top) * width * 4, to = y * width * 3; x < width; x++, from += 4, to += 3) {
-        for (let c = 0; c < 3; c++) sums[to + c] += weight * data[from + c];
-      }
-    }
-  });
-}
-
-// --- from a photo to the network's square, and back
-
-const halfToEven = (x) => (x % 1 === 0.5 && Math.floor(x) % 2 === 0 ? Math.floor(x) : Math.round(x));  // Python's round
-
-function box(width, height) {  // position and size of the photo in the square
-  const size = settings.pixels;
-  let across = size / width, down = size / height;
-  if (settings.fit === "pad") across = down = Math.min(across, down);
-  const inner = { width: Math.max(1, halfToEven(width * across)), height: Math.max(1, halfToEven(height * down)) };
-  return { ...inner, left: Math.floor((size - inner.width) / 2), top: Math.floor((size - inner.height) / 2), shrinks: Math.max(across, down) <= 1 };
-}
+let current = null;  // { name, width, height, mask, milliseconds, shown (canvas), restored (the mask at its size) }
 
 function readRows(source, width, height, take) {  // RGBA strips of the photo at its own size
   const strip = document.createElement("canvas");
@@ -88,42 +19,27 @@ function readRows(source, width, height, take) {  // RGBA strips of the photo at
     const rows = Math.min(STRIP, height - y);
     context.clearRect(0, 0, width, rows);
     context.drawImage(source, 0, y, width, rows, 0, 0, width, rows);
-    take(context.getImageData(0, 0, width, rows).data, y, rows);
+    take(context.getImageData(0, 0, width, rows).data, y);
   }
 }
 
-function prepare(source, width, height) {  // -> (S, S, 3) bytes, equal to lesionkd_core's prepare_image
-  const size = settings.pixels, where = box(width, height), kind = where.shrinks ? "box" : "bilinear";
-  const across = weights(width, where.width, kind, true), down = weights(height, where.height, kind, true);
-  const inner = new Uint8ClampedArray(where.height * where.width * 3);
-  const columnsFirst = height > where.height && height - where.height > 2 * (width - where.width);  // as Pillow 13 decides
-  if (columnsFirst) {
-    const sums = new Float64Array(where.height * width * 3);
-    readRows(source, width, height, (data, y, rows) => {
-      addRows(data, y, rows, width, down, sums);
-    });
-    resampleRows(Uint8ClampedArray.from(sums, toByte), where.height, 3, { row: width * 3, pixel: 3 }, across, inner, true);
-  } else {
-    const narrow = new Uint8ClampedArray(height * where.width * 3);
-    readRows(source, width, height, (data, y, rows) => {
-      resampleRows(data, rows, 3, { row: width * 4, pixel: 4 }, across, narrow.subarray(y * where.width * 3), true);
-    });
-    resampleColumns(narrow, where.width, 3, down, inner, true);
-  }
-  const square = new Uint8Array(size * size * 3);
-  for (let y = 0; y < where.height; y++) {
-    square.set(inner.subarray(y * where.width * 3, (y + 1) * where.width * 3), ((y + where.top) * size + where.left) * 3);
-  }
-  return square;
+function segment(source, width, height) {  // a photo -> its mask (height, width): probability x 255
+  let begun = 0;
+  const write = (memory, to) => {
+    readRows(source, width, height, (rows, y) => memory.set(rows, to + y * width * 4));
+    begun = performance.now();
+  };
+  const mask = network.picture(write, width, height, RGBA);
+  return { mask, milliseconds: performance.now() - begun };
 }
 
-function restore(probability, photo, width, height) {  // bytes (S, S) -> Float32 0..255 (height, width), padding cut away
-  const size = settings.pixels, where = box(photo.width, photo.height);
-  const wide = new Float32Array(where.height * width), out = new Float32Array(height * width);
-  const from = probability.subarray(where.top * size + where.left);
-  resampleRows(from, where.height, 1, { row: size, pixel: 1 }, weights(where.width, width, "bilinear", false), wide, false);
-  resampleColumns(wide, width, 1, weights(where.height, height, "bilinear", false), out, false);
-  return out;
+function sampled(mask, from, to) {  // the mask at the size on the screen: the pixels in the middle of each step
+  const shown = new Uint8Array(to.width * to.height), across = from.width / to.width, down = from.height / to.height;
+  for (let y = 0, out = 0; y < to.height; y++) {
+    const row = Math.floor((y + 0.5) * down) * from.width;
+    for (let x = 0; x < to.width; x++) shown[out++] = mask[row + Math.floor((x + 0.5) * across)];
+  }
+  return shown;
 }
 
 // --- the page
@@ -153,7 +69,7 @@ async function start() {
   let largest = 0;
   for (const build of builds) {
     network = await load(parts[build], parts.student);
-    const found = network(parts.golden, settings.golden, settings.golden);
+    const found = network.picture((memory, to) => memory.set(parts.golden, to), ...settings.golden, RGB);
     largest = found.reduce((most, value, i) => Math.max(most, Math.abs(value - parts.mask[i])), 0);
     document.body.dataset.build = build;
     if (largest <= 1) break;
@@ -161,16 +77,9 @@ async function start() {
   if (largest > 1) {
     throw new Error(`on its test image this device computes another mask than the network that was trained (largest difference ${largest} of 255). Its results would be wrong`);
   }
-  segment(new Uint8Array(settings.pixels ** 2 * 3));  // the first run is slower
   for (const id of ["camera", "choose"]) $(id).disabled = false;
   say("Ready. Take a photo or choose one.");
   document.body.dataset.state = "ready";
-}
-
-function segment(square) {
-  const begun = performance.now();
-  const probability = network(square, settings.pixels, settings.pixels);
-  return { probability, milliseconds: performance.now() - begun };
 }
 
 async function sizeOf(file) {  // without decoding the pixels yet
@@ -220,19 +129,19 @@ async function open(file) {
   try {
     await refuse(file);
     const { photo, width, height } = await decode(file);
-    const { probability, milliseconds } = segment(prepare(photo, width, height));
+    const { mask, milliseconds } = segment(photo, width, height);
     if (mine !== turn) return;
     const scale = Math.min(1, SHOWN / Math.max(width, height)), shown = document.createElement("canvas");
     shown.width = Math.max(1, Math.round(width * scale));
     shown.height = Math.max(1, Math.round(height * scale));
     shown.getContext("2d").drawImage(photo, 0, 0, shown.width, shown.height);
-    const restored = restore(probability, { width, height }, shown.width, shown.height);
-    current = { name: file.name, width, height, shown, probability, milliseconds, restored };
+    const restored = sampled(mask, { width, height }, shown);
+    current = { name: file.name, width, height, mask, milliseconds, shown, restored };
     $("save").disabled = false;
     draw();
   } catch (error) {
     if (mine !== turn) return;
-    fail(error.message);
+    fail(error instanceof RangeError ? `${file.name} is too large for this browser. Choose a smaller photo.` : error.message);
     say(current ? `Still showing ${current.name}.` : "No photo yet.");
   }
   document.body.dataset.state = "ready";
@@ -243,13 +152,13 @@ const limit = () => 255 * $("threshold").value / 100;
 function draw() {
   $("threshold-value").textContent = `${$("threshold").value} %`;
   if (!current) return;
-  const { shown, restored, milliseconds } = current, { width, height } = shown, canvas = $("view");
+  const { mask, shown, restored, milliseconds } = current, { width, height } = shown, canvas = $("view");
   canvas.width = width;
   canvas.height = height;
   const context = canvas.getContext("2d");
   context.drawImage(shown, 0, 0);
   const kind = document.querySelector("[name=shown]:checked").value, over = limit();
-  const share = restored.reduce((sum, p) => sum + (p > over), 0) / restored.length;
+  const share = mask.reduce((sum, p) => sum + (p > over), 0) / mask.length;
   if (kind !== "photo") {
     const picture = context.getImageData(0, 0, width, height);
     (kind === "contour" ? drawContour : drawProbability)(picture.data, restored, width, height, over);
@@ -293,11 +202,11 @@ async function save() {
 }
 
 async function writeMask() {
-  const { width, height, probability, name } = current, over = limit();
+  const { width, height, mask, name } = current, over = limit();
   const canvas = document.createElement("canvas");
   canvas.width = width;
   canvas.height = height;
-  const mask = restore(probability, current, width, height), picture = new ImageData(width, height), pixels = new Uint32Array(picture.data.buffer);
+  const picture = new ImageData(width, height), pixels = new Uint32Array(picture.data.buffer);
   mask.forEach((p, i) => { pixels[i] = p > over ? 0xffffffff : 0xff000000; });  // white, black; opaque
   canvas.getContext("2d").putImageData(picture, 0, 0);
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));

@@ -1,0 +1,2 @@
+#include "golden.h"
+#include "segment.h"

@@ -1,0 +1,82 @@
+"""The model card of a student: data, scores, limits, licence."""
+
+from __future__ import annotations
+
+import re
+
+import pandas as pd
+
+from .. import results
+from ..config import DistillConfig
+from ..models import parameter_count
+from ..predict import TrainedNetwork
+
+INTENDED = (
+    "Research: comparing, measuring and demonstrating small segmentation networks on devices."
+)
+LIMITS = (
+    "Not a medical device; not for diagnosis, screening or treatment. It finds what resembles its "
+    "training images. Other cameras, scanners, skin tones, organs and populations were not tested "
+    "unless a table says so. It also returns a mask where there is no lesion."
+)
+PATENT = (
+    "The method is the subject of a patent application (Zhejiang University of Technology, 2021); "
+    "ask for the rights before commercial use."
+)
+
+
+def licence_of(dataset: str) -> str:
+    """The licence in the data set's card in data/, or a note that it is not known."""
+    card = results.CHECKOUT / "data" / f"{dataset}.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    found = re.search(r"^\| Licence \| (.+) \|$", text, re.M)
+    return found[1] if found else "not known; state it before you pass the model on"
+
+
+def facts(student: TrainedNetwork) -> list[str]:
+    """Training, scores, licence, use, limits and rights: six paragraphs of plain text."""
+    cfg, test = student.cfg, student.summary["test"]
+    assert isinstance(cfg, DistillConfig)
+    how = f"with {', '.join(cfg.terms)} from a {cfg.teacher} teacher" if cfg.terms else "alone"
+    dice, empty = test["dice"], test["cases"] - test["lesions"]
+    alarms = f"{test['false_alarms']} false alarms on {empty} images without a lesion"
+    return [
+        f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
+        f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
+        f"{cfg.seed}).",
+        f"On {test['cases']} test cases in {test['groups']} groups, at threshold 0.5: Dice (95 % "
+        f"interval) {results.with_interval(dice)}, {test['missed']} of {test['lesions']} lesions "
+        f"missed, {alarms}.",
+        f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
+        INTENDED,
+        LIMITS,
+        PATENT,
+    ]
+
+
+def model_card(
+    student: TrainedNetwork, about: list[str], table: pd.DataFrame | None = None, at: float = 0.5
+) -> str:
+    """The model card in Markdown, with the scores and the parity of every file.
+
+    `at` is the threshold that the exported files use.
+    """
+    made, scores, licence, intended, limits, patent = about
+    test = student.summary["test"]
+    metrics = {n: v for n, v in test.items() if isinstance(v, dict) and v.get("mean") is not None}
+    rows = [{"metric": n, "mean": results.with_interval(v)} for n, v in metrics.items()]
+    scored = pd.DataFrame(rows)
+    intervals = (
+        "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5."
+    )
+    parts = [f"# Model card: {student.path.stem}", made, "## Scores", scores]
+    parts += [intervals, scored.to_markdown(index=False, disable_numparse=True)]
+    if table is not None:
+        parts += ["## The same model in every file"]
+        parts += [
+            f"The page and model.json use threshold {at}. Differences from PyTorch in float32:"
+        ]
+        shown = table.drop(columns="rule", errors="ignore")
+        parts += [shown.to_markdown(index=False, floatfmt=".4f")]
+    parts += ["## Intended use", intended, "## Limits", limits, "## Data and rights"]
+    return "\n\n".join([*parts, licence, patent]) + "\n"
