@@ -307,10 +307,6 @@ def test_what_the_page_says_of_the_network_is_escaped(phone):
     assert phone.get_by_text("Trained on <phantoms> & nothing else.").is_visible()
 
 
-def test_the_page_is_small(html):
-    assert html.stat().st_size < 0.7e6
-
-
 def test_a_wider_student_that_pads_its_pictures_has_a_page_too(browser, tmp_path):
     cfg = CFG.with_values(width=8, fit="pad")
     path = page_of(TrainedNetwork(unet(width=8), cfg, tmp_path), tmp_path / "page.html")
