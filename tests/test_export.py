@@ -35,7 +35,7 @@ from lesionkd_core.export.parity import (
 from lesionkd_core.models import NETWORKS, UNet
 from lesionkd_core.predict import probabilities
 from tests.conftest import ROOT
-from tests.fixed import CFG, fixed_run, lively, noise, undecided, unet
+from tests.fixed import CFG, fixed_run, gap, lively, noise, undecided, unet
 from tools.cost import peak_memory
 
 
@@ -57,10 +57,6 @@ def network(student):
 @pytest.fixture(scope="module")
 def exported(student):
     return export_student(ExportConfig(formats="onnx, native", sizes=128), student)
-
-
-def largest_gap(engine, network, images):
-    return np.abs(engine(images).astype(int) - torch_engine(network)(images)).max()
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -103,7 +99,8 @@ def test_onnx_takes_any_batch_and_size_in_multiples_of_32_and_names_no_machine(t
         assert word.encode() not in content, word
     engine = onnx_engine(tmp_path / "a.onnx", "float32")
     for shape in ((1, 32, 32), (3, 64, 64), (2, 96, 160), (17, 64, 32)):
-        assert largest_gap(engine, network, noise(*shape)) <= 1, shape
+        images = noise(*shape)
+        assert gap(engine(images), torch_engine(network)(images)) <= 1, shape
 
 
 def test_half_precision_and_int8_pass_the_check_and_are_smaller(network, data, tmp_path):
