@@ -85,6 +85,16 @@ class ConfigError(LesionKDError):
     """An option is unknown, of the wrong type or out of range."""
 
 
+class MissingExtra(LesionKDError):
+    """A package of an extra of pyproject.toml is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the extra {extra!r}, which is not installed: "
+            f"pip install -e '.[{extra}]' in the folder of this repository."
+        )
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """The hint after a mistyped name: the nearest known one, or all of them."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import results
-from .config import DistillConfig, LesionKDError, TeacherConfig
+from .config import DistillConfig, LesionKDError, MissingExtra, TeacherConfig
 from .data.batches import normalize
 from .data.images import (
     UnreadableFile,
     count_pages,
+    is_dicom,
     is_volume,
     noted_image,
     read_image,
@@ -226,9 +227,7 @@ def _read_onnx(file: Path) -> OnnxStudent:
     try:
         import onnxruntime as ort
     except ImportError:
-        raise LesionKDError(
-            f"{file} needs the package onnxruntime: pip install '.[mobile]'"
-        ) from None
+        raise MissingExtra(str(file), "mobile") from None
     about = file.with_name("model.json")
     if not about.is_file():
         raise LesionKDError(f"{file.name} needs {about}, which has the size of its images")
@@ -328,8 +327,6 @@ def predict_folder(
     list of str
         One line for each file that could not be read; the others are written.
     """
-    from .data.volumes import is_dicom
-
     if threshold is not None and not 0 <= threshold <= 1:
         raise LesionKDError(f"threshold = {threshold}: expected a probability from 0 to 1")
     if not images.is_dir():

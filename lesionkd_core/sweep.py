@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import config
-from .config import ConfigError, LesionKDError, PrepareConfig, StageConfig, nearest
+from .config import ConfigError, LesionKDError, MissingExtra, PrepareConfig, StageConfig, nearest
 from .data.layouts import data_root, fingerprint
 from .results import CHECKOUT, Progress, is_done, log, make_folder, runs_root, short, write_table
 
@@ -167,8 +167,11 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
     """
     import pandas as pd
     import yaml
-    from distributed import Client, as_completed
 
+    try:
+        from distributed import Client, as_completed
+    except ImportError:
+        raise MissingExtra("a sweep", "cluster") from None
     file, runs = Path(file), read_sweep(Path(file))
     notebook = yaml.safe_load(file.read_text(encoding="utf-8")).get("notebook", "05_ablations")
     settings = {"LESIONKD_RUNS": str(runs_root()), "LESIONKD_DATA": str(data_root())}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from ..config import LesionKDError
+from ..config import LesionKDError, MissingExtra
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif"}
 VOLUME_SUFFIXES = {".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm"}
@@ -172,6 +172,25 @@ def sources_in(folder: Path) -> list[Path]:
     visible = (path for path in folder.iterdir() if not path.name.startswith("."))
     known = (p for p in visible if suffix_of(p) in IMAGE_SUFFIXES or is_volume(p))
     return sorted(known, key=natural)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Files that are not hidden, in natural order; DICOM files often have no suffix."""
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(files, key=natural)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file, or any file of a folder, has the mark of DICOM."""
+    if path.is_dir():
+        return any(map(is_dicom, files_in(path)))
+    return beginning(path)[128:132] == b"DICM"
+
+
+def beginning(path: Path) -> bytes:
+    """Where a DICOM file has its mark and its SOP class."""
+    with open(path, "rb") as file:
+        return file.read(2048)
 
 
 def unpacked(folder: Path) -> Path:
@@ -342,8 +361,10 @@ def _finite(picture: _Picture, path: Path) -> np.ndarray:
     """(H, W), or (H, W, 3) if colours have 16 bits."""
     values = np.asarray(picture.image, dtype=np.float64)
     if picture.deep:  # Pillow keeps the upper 8 of 16 bits
-        import SimpleITK as sitk
-
+        try:
+            import SimpleITK as sitk
+        except ImportError:
+            raise MissingExtra(f"{path.name} (16 bits for each colour)", "volumes") from None
         with reading(path, "an image of 16 bits"):
             stored = sitk.GetArrayFromImage(sitk.ReadImage(path))[..., :3].astype(np.float32)
             planes = (_turn(stored[..., i], picture.orientation) for i in range(3))

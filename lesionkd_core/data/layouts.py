@@ -28,6 +28,7 @@ from .images import (
     by_stem,
     count_pages,
     images_in,
+    is_dicom,
     is_volume,
     natural,
     pair,
@@ -250,8 +251,6 @@ def own_pairs(folder: Path) -> tuple[list[Case], str]:
 
 def images_alone(folder: Path) -> list[Case]:
     """Images, volumes and DICOM series of a folder and its sub-folders, which have no masks."""
-    from .volumes import is_dicom
-
     inner = {path: images_in(path) for path in _folders(folder) if not is_dicom(path)}
     sources = [file for path in sources_in(folder) for file in inner.get(path) or [path]]
     if masks := _named_after_others(sources):
@@ -333,8 +332,6 @@ def unread(folders: Collection[Path]) -> list[Case]:
         suffix = path.suffix.lower()
         why = f"{suffix} files are not read; convert it to PNG or TIFF" * (suffix in UNREAD)
         if not suffix and path.is_file():
-            from .volumes import is_dicom
-
             why = "a DICOM file; give it the suffix .dcm, or a series its own folder"
             why *= is_dicom(path)
         if why:

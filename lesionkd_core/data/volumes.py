@@ -19,11 +19,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from .. import results
+from ..config import MissingExtra
 from . import images
-from .images import Case, Reading, UnreadableFile
+from .images import Case, Reading, UnreadableFile, beginning, files_in
+
+try:
+    import SimpleITK as sitk
+except ImportError:
+    raise MissingExtra("a volume", "volumes") from None
 
 os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "YES"  # ITK refuses the shear of a tilted gantry
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -212,7 +217,7 @@ def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
     series = source if isinstance(source, _Series) else None
     union = np.zeros(source.space.shape, bool)
     for path in case.masks:
-        if path.is_file() and SEGMENTATION in _beginning(path):
+        if path.is_file() and SEGMENTATION in beginning(path):
             why = "DICOM SEG is not read; save it as NIfTI as docs/data.md shows"
             raise UnreadableFile(f"{path.name}: {why}")
         if not path.is_dir() and images.suffix_of(path) in FILES:
@@ -404,25 +409,6 @@ def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
 # DICOM --------------------------------------------------------------------------------------------
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Files that are not hidden, in natural order; DICOM files often have no suffix."""
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(files, key=images.natural)
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file, or any file of a folder, has the mark of DICOM."""
-    if path.is_dir():
-        return any(map(is_dicom, files_in(path)))
-    return _beginning(path)[128:132] == b"DICM"
-
-
-def _beginning(path: Path) -> bytes:
-    """Where a DICOM file has its mark and its SOP class."""
-    with open(path, "rb") as file:
-        return file.read(2048)
-
-
 class _Series:
     """A DICOM file, or the series in a folder, from first to last slice.
 
@@ -454,7 +440,7 @@ class _Series:
     def _attributes(self, file: Path) -> dict[str, str]:
         """The attributes of `TAGS`, and the size; empty for what is not an image."""
         with images.reading(file, "DICOM"):
-            start = _beginning(file)
+            start = beginning(file)
             if start[128:132] != b"DICM":
                 if file == self.path or images.suffix_of(file) == ".dcm":
                     raise ValueError("the mark DICM is missing")
