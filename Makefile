@@ -18,8 +18,10 @@ lint: $(ALL)  ## style, formatting, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-soak: $(ALL)  ## the long tests: kills in every stage, full disks, flipped bits, JupyterLab started again
+soak: $(ALL)  ## the long tests: kills in every stage, full disks, flipped bits; then faults in the losses
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 lab: $(RUN)  ## read and run the notebooks
 	$(BIN)/python -m jupyterlab notebooks

@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 
-from tests import interruption
 from tests.conftest import ROOT
 from tests.interruption import STAGES, outcome
 
@@ -132,29 +131,6 @@ def test_soak_full_disk_in_every_stage(trial, server, undisturbed, tmp_path, soa
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("trial", range(10))
-def test_soak_killed_by_the_clock(trial, server, undisturbed, tmp_path, soaked):
-    """From outside, after a random time, whatever it is doing."""
-    code = "from tests import interruption as i; raise SystemExit(i.work(i.STAGES[-1], '', 0, ''))"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LESIONKD_RUNS": str(tmp_path)}
-    seconds = float(np.random.default_rng([3, trial]).uniform(4, 16))
-    with soaked("kill -9 by the clock, all stages") as done:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-        )
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        started = time.perf_counter()
-        [(code, _, errors)] = server.run((tmp_path, STAGES[-1]))
-        assert code == 0, errors
-        assert outcome(tmp_path) == outcome(undisturbed[0])
-        done(time.perf_counter() - started)
-
-
-@pytest.mark.soak
 @pytest.mark.parametrize("trial", range(20))
 def test_soak_flipped_bits(trial, server, undisturbed, tmp_path, soaked):
     """One bit of one file: named, and repaired by removing the folder; or never read again."""
@@ -179,7 +155,3 @@ def test_soak_flipped_bits(trial, server, undisturbed, tmp_path, soaked):
         expected, got = outcome(undisturbed[0]), outcome(runs)
         assert {name: expected[name] for name in got} == got
         done(time.perf_counter() - started)
-
-
-def test_the_stages_are_those_of_the_chain():
-    assert all(callable(getattr(interruption.Chain, stage)) for stage in STAGES)
