@@ -110,7 +110,7 @@ def test_functions_and_modules_that_a_page_names_exist(page):
             if isinstance(found, type):
                 break
     core = {p.name for p in (ROOT / "lesionkd_core").rglob("*")} | {p.name for p in ROOT.iterdir()}
-    core |= {p.name for p in (ROOT / "tests").rglob("*.py")}
+    core |= {p.name for folder in ("tests", "tools") for p in (ROOT / folder).rglob("*.py")}
     for name in set(re.findall(r"`(?:\w+/)*(\w+\.(?:py|toml|mplstyle))`", prose(page))):
         assert name in core, name
 
