@@ -3,6 +3,7 @@ RUN := .venv/.run
 ALL := .venv/.all
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
+unexport PYTHONDONTWRITEBYTECODE  # modules are compiled when they are first imported
 
 .PHONY: run test lint soak lab notebooks paper bench cost
 

@@ -82,7 +82,7 @@ def test_the_first_section_names_the_two_commands():
 @by_page
 def test_options_that_a_page_names_are_options(page):
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"(?:^|[\s`(])-[pr] ([a-z]\w*)(?![\w.])", text)
+    named = re.findall(r"(?:^|[\s`(])-[pr] ([a-z]\w*)(?![\w.-])", text)
     named += re.findall(r"`([a-z]\w+) = [^`]+`", prose(page))
     assert {name for name in named} <= OPTION_NAMES
 

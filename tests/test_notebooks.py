@@ -147,7 +147,7 @@ SHORT = TINY | {"teacher_epochs": 2, "weak_teacher": "allow"}
 ARMS = SHORT | {"epochs": 2, "graph_epochs": 1, "arms": "alone, method", "seeds": 2}
 CHANGED = {  # 01 and 04 are run in test_docs.py, 06 in test_paper.py
     "02_edge_labels": TINY | {"grid": 3, "edge_width": 2},
-    "03_teacher": SHORT | {"split_seed": 3},
+    "03_teacher": TINY | {"teacher_epochs": 2, "split_seed": 3},
     "05_ablations": ARMS,
     "07_mobile": {"formats": "onnx", "sizes": 64, "engines": "torch", "cost_pixels": 64}
     | {"repeats": 1, "calibration": 8, "threshold": 0.4},
