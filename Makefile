@@ -1,49 +1,63 @@
 BIN := .venv/bin
-SETUP := .venv/.done
+RUN := .venv/.run
+ALL := .venv/.all
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
+unexport PYTHONDONTWRITEBYTECODE  # modules are compiled when they are first imported
 
 .PHONY: run test lint soak lab notebooks paper bench cost
 
-run: $(SETUP)  ## distil a student on the built-in data
+run: $(RUN)  ## distil a student on the built-in data
 	$(BIN)/lesionkd run 04_distill
 
-test: $(SETUP)  ## all tests but the long ones; nbval compares the committed outputs of the notebooks
+test: $(ALL)  ## all tests but the long ones; nbval compares the committed outputs of the notebooks
 	$(BIN)/python -m pytest --nbval -n 2 --no-loadscope-reorder --durations 10
 
-lint: $(SETUP)  ## style, formatting, types, import rules
+lint: $(ALL)  ## style, formatting, types, import rules
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check lesionkd_core tests tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-soak: $(SETUP)  ## the long tests: kills in every stage, full disks, flipped bits, every fault in the losses
+soak: $(ALL)  ## the long tests: kills in every stage, full disks, flipped bits; then faults in the losses
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
 
-lab: $(SETUP)  ## read and run the notebooks
+lab: $(RUN)  ## read and run the notebooks
 	$(BIN)/python -m jupyterlab notebooks
 
-notebooks: $(SETUP)  ## execute and save all notebooks, then what is generated in README and docs
+notebooks: $(ALL)  ## execute and save all notebooks, then what is generated in README and docs
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
-	$(BIN)/python -m tests.readme_index
+	$(BIN)/python -m tools.readme_index
 
-paper: $(SETUP)  ## notebook 06, then notebooks/paper/paper.tex with its figures and numbers; needs pdflatex
+paper: $(RUN)  ## notebook 06, then notebooks/paper/paper.tex with its figures and numbers; needs pdflatex
 	@command -v pdflatex > /dev/null || { echo "make paper needs pdflatex (Debian: texlive-latex-recommended, texlive-fonts-recommended)"; exit 1; }
 	@results=$$($(BIN)/lesionkd run 06_paper_figures | sed -n 's/^results: //p') && \
 	cd "$${results:?notebook 06 failed}" && for pass in 1 2; do \
 	TEXINPUTS="$(CURDIR)/notebooks/paper:" pdflatex -interaction=batchmode -halt-on-error -output-directory=.. paper || exit 1; \
 	done; echo "$${results%/*}/paper.pdf"
 
-bench: $(SETUP)  ## ratios of times in one run, into runs/bench.json; BEFORE=FILE shows an earlier one beside it
-	@mkdir -p runs
-	$(BIN)/python -m pytest tests/benchmarks -q --benchmark-only --benchmark-disable-gc --benchmark-json=runs/bench-raw.json --benchmark-columns=median,rounds
-	$(BIN)/python -m tests.benchmarks.report runs/bench-raw.json runs/bench.json $(BEFORE)
+bench: $(RUN)  ## ratios of times in one run, into runs/bench.json; BEFORE=FILE shows an earlier one beside it
+	$(BIN)/python -m tools.speed $(BEFORE)
 
-cost: $(SETUP)  ## latency of all networks in all engines, into data/results/cost.csv
+cost: $(ALL)  ## latency of all networks in all engines, into data/results/cost.csv; needs an idle machine
 	$(BIN)/python -m tools.cost
 
-$(SETUP): requirements.lock pyproject.toml
-	@echo "installing packages into .venv: 3 GB on the disk, some minutes"
+$(RUN): requirements.lock pyproject.toml
+	@echo "installing packages into .venv: 1.4 GB on the disk, a minute or more"
+	@test ! -e .venv/.unfinished || rm -rf .venv  # an installation was interrupted
 	python3 -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+	@touch .venv/.unfinished
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps --no-build-isolation -e .
+	@rm .venv/.unfinished
+	@touch $@
+
+$(ALL): requirements-test.lock $(RUN)
+	@echo "installing the packages of all extras into .venv: 1.3 GB more"
+	@test ! -e .venv/.unfinished || { rm -rf .venv && $(MAKE) $(RUN); }
+	@touch .venv/.unfinished
+	$(PIP) -r requirements-test.lock
+	@rm .venv/.unfinished
+	@touch $@

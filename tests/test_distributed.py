@@ -119,6 +119,7 @@ def test_one_process_prints_for_all(two):
         assert two.out.count(line) == 1, (line, two.out)
 
 
+@pytest.mark.soak
 @pytest.mark.fault
 def test_after_a_killed_process_the_same_command_resumes_to_the_same_bytes(two, tmp_path):
     for stage in ("prepare", "teacher", "graph"):

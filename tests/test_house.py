@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import lesionkd_core
 from lesionkd_core.data.layouts import CATALOGUE
 from tests.conftest import ROOT
+from tests.test_cli import command
+from tests.tiny import picture, save
 
 CORE = ROOT / "lesionkd_core"
 MODULES = sorted(CORE.rglob("*.py"))
@@ -64,30 +68,87 @@ def test_every_public_name_is_there():
         lesionkd_core.predikt  # noqa: B018
 
 
-def lock():
-    lines = (ROOT / "requirements.lock").read_text().split()
-    return dict(line.lower().replace("_", "-").split("==") for line in lines)
+def named(requirement):
+    """Lower-case name of a requirement, with hyphens."""
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
 
 
-def test_the_lock_pins_every_dependency_exactly():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    names = {re.match(r"[A-Za-z0-9_-]+", line)[0].lower().replace("_", "-") for line in wanted}
-    assert names <= set(lock())
-    assert lock()["torch"] == "2.13.0"
-    assert not any(name.startswith("nvidia") for name in lock())
+def locked(name):
+    """Name and version of every package of a lock file, without those that it includes."""
+    lines = (ROOT / name).read_text().split("\n")
+    pins = [line.split("==") for line in lines if line and not line.startswith("-r ")]
+    return {named(package): version for package, version in pins}
 
 
-def test_what_is_installed_is_what_the_lock_says():
-    for name in ("torch", "monai", "pandas", "papermill", "nbval", "SimpleITK"):
-        assert version(name).split("+")[0] == lock()[name.lower()]
+def needed(requirements):
+    """Names of packages and of all that they require here."""
+    found, rest = set(), list(requirements)
+    while rest:
+        requirement = Requirement(rest.pop())
+        key = (named(requirement.name), frozenset(requirement.extras))
+        if key not in found:
+            found.add(key)
+            for line in distribution(requirement.name).requires or []:
+                marker = Requirement(line).marker
+                extras = ["", *requirement.extras]
+                if not marker or any(marker.evaluate({"extra": extra}) for extra in extras):
+                    rest.append(line)
+    return {name for name, _ in found}
 
 
-def test_conda_installs_the_same_lock():
+def test_make_run_installs_what_the_project_needs_and_nothing_of_the_extras():
+    """requirements.lock is for `make run`; requirements-test.lock adds all extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = project["project"]["dependencies"] + project["build-system"]["requires"]
+    extras = sum(project["project"]["optional-dependencies"].values(), [])
+    core, rest = locked("requirements.lock"), locked("requirements-test.lock")
+    main, all_of_it = needed(wanted), needed(wanted + extras)
+    assert main <= set(core) and all_of_it <= {*core, *rest}
+    assert not set(core) & (all_of_it - main) and not set(core) & set(rest)
+    assert core["torch"] == "2.13.0" and not any(name.startswith("nvidia") for name in core)
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    [pip] = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
-    assert pip[0] == "-r requirements.lock"
-    assert any(str(d).startswith("python=3.1") for d in environment["dependencies"])
+    assert environment["dependencies"][-1]["pip"][0] == "-r requirements.lock"
+
+
+EXTRAS = "SimpleITK distributed dask onnx onnxruntime onnxscript executorch coremltools ziglang"
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["predict", "busi", "volumes", "--out", "out"], "volumes"),
+        (["predict", "student.onnx", "pictures", "--out", "out"], "mobile"),
+        (["export", "-p", "run", "busi", "-p", "formats", "onnx"], "mobile"),
+        (["sweep", "sweep.yaml"], "cluster"),
+    ],
+    ids=str,
+)
+def test_what_needs_an_extra_that_is_not_installed_names_it(
+    words, extra, tmp_path, runs, monkeypatch
+):
+    for package in EXTRAS.split():
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "lesionkd_core.data.volumes", raising=False)
+    for file in ("volumes/a.nii.gz", "pictures/a.png", "student.onnx"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    (tmp_path / "sweep.yaml").write_text("include: [{}]")
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = command(*words)
+    assert code == 1 and len(errors.splitlines()) == 1, errors
+    assert f"pip install -e '.[{extra}]'" in errors
+
+
+def test_without_any_extra_data_are_prepared_and_pictures_segmented(tmp_path):
+    save(tmp_path / "pictures" / "a.png", picture(0))
+    code = f"""import sys
+sys.modules |= dict.fromkeys({EXTRAS.split()})
+from lesionkd_core.cli import main
+main(["prepare", "-p", "cases", "20", "-p", "pixels", "32"], standalone_mode=False)
+main(["predict", "busi", "pictures", "--out", "out"])"""
+    environment = os.environ | {"LESIONKD_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "out" / "a.png").exists()
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

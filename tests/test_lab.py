@@ -175,8 +175,8 @@ def use_viewer(page):
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory):
-    """Two runs of all cells, with small parameters; the second in a restarted kernel."""
+def opened(tmp_path_factory):
+    """Notebook 04 with small parameters on a page, its file and the folder of results."""
     if not CHROMIUM.exists():
         pytest.skip(f"JupyterLab is tested in Debian's chromium, which is not at {CHROMIUM}")
     folder = tmp_path_factory.mktemp("lab")
@@ -187,7 +187,6 @@ def session(tmp_path_factory):
         cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
     notebook = parameterize_notebook(notebook, PARAMETERS, kernel_name="python3", language="python")
     nbformat.write(notebook, notebooks / NAME)
-    found = {}
     with lab(folder, notebooks, runs) as address, playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
@@ -195,26 +194,38 @@ def session(tmp_path_factory):
         page.goto(address)
         page.locator(".jp-KernelName", has_text="Python 3").wait_for()
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-        for run in ("first", "second"):
-            choose(page, "Run", f"runmenu:{'' if run == 'first' else 'restart-and-'}run-all")
-            if run == "second":
-                page.locator(".jp-Dialog .jp-mod-accept").click()
-            bars = watch(page)
-            looked = {"bars": bars, "shown": shown(page), "viewer": use_viewer(page)}
-            found[run] = SimpleNamespace(
-                **looked, cells=saved(page, notebooks / NAME), results=results(runs)
-            )
+        yield SimpleNamespace(page=page, file=notebooks / NAME, runs=runs)
         browser.close()
-    return SimpleNamespace(**found)
 
 
-by_run = pytest.mark.parametrize("run", ["first", "second"])
+def looked_at(opened):
+    """What is seen while all cells run and after it."""
+    page = opened.page
+    seen = {"bars": watch(page), "shown": shown(page), "viewer": use_viewer(page)}
+    return SimpleNamespace(**seen, cells=saved(page, opened.file), results=results(opened.runs))
+
+
+@pytest.fixture(scope="module")
+def first(opened):
+    choose(opened.page, "Run", "runmenu:run-all")
+    return looked_at(opened)
+
+
+@pytest.fixture(scope="module")
+def second(opened, first):
+    """In a restarted kernel."""
+    choose(opened.page, "Run", "runmenu:restart-and-run-all")
+    opened.page.locator(".jp-Dialog .jp-mod-accept").click()
+    return looked_at(opened)
+
+
+by_run = pytest.mark.parametrize("run", ["first", pytest.param("second", marks=pytest.mark.soak)])
 
 
 @by_run
-def test_run_all_ends_with_done(session, run):
+def test_run_all_ends_with_done(run, request):
     """In order, without an error and without a line on standard error."""
-    found = getattr(session, run)
+    found = request.getfixturevalue(run)
     assert [cell.execution_count for cell in found.cells] == list(range(1, len(found.cells) + 1))
     assert found.cells[-1].outputs[0].text.endswith("DONE\n")
     outputs = [output for cell in found.cells for output in cell.outputs]
@@ -223,33 +234,34 @@ def test_run_all_ends_with_done(session, run):
 
 
 @by_run
-def test_figures_are_drawn_on_the_page(session, run):
-    found = getattr(session, run).shown
+def test_figures_are_drawn_on_the_page(run, request):
+    found = request.getfixturevalue(run).shown
     assert found["pictures"] == found["drawn"] >= 8
 
 
 @by_run
-def test_the_viewer_draws_again_after_each_change_of_a_control(session, run):
-    assert getattr(session, run).viewer == ["start", "case", "threshold", "truth"]
+def test_the_viewer_draws_again_after_each_change_of_a_control(run, request):
+    assert request.getfixturevalue(run).viewer == ["start", "case", "threshold", "truth"]
 
 
-def test_a_bar_moves_while_the_students_train(session):
-    bars = [bar for state in session.first.bars for bar in state]
+def test_a_bar_moves_while_the_students_train(first):
+    bars = [bar for state in first.bars for bar in state]
     steps = [found for bar in bars if (found := re.search(r"2 students: .*?(\d+)/(\d+)", bar))]
     done = [int(step[1]) for step in steps]
     assert {int(step[2]) for step in steps} == {EPOCHS} and done[-1] == EPOCHS
     assert done == sorted(done) and len({step for step in done if 0 < step < EPOCHS}) >= 2, done
 
 
-def test_epochs_are_reported_by_the_bar_alone(session):
-    outputs = [output for cell in session.first.cells for output in cell.outputs]
+def test_epochs_are_reported_by_the_bar_alone(first):
+    outputs = [output for cell in first.cells for output in cell.outputs]
     assert not any("students, epoch" in output.get("text", "") for output in outputs)
-    assert session.first.shown["bars"] >= 1
+    assert first.shown["bars"] >= 1
 
 
-def test_after_a_restart_the_results_are_found_and_nothing_is_trained(session):
-    assert session.second.shown["bars"] == 0
-    left = set(session.first.bars[-1])  # bars of the first run vanish, none is added
-    assert all(set(state) <= left for state in session.second.bars)
-    assert session.second.results == session.first.results
-    assert any(name.startswith("distill/") for name in session.first.results)
+@pytest.mark.soak
+def test_after_a_restart_the_results_are_found_and_nothing_is_trained(first, second):
+    assert second.shown["bars"] == 0
+    left = set(first.bars[-1])  # bars of the first run vanish, none is added
+    assert all(set(state) <= left for state in second.bars)
+    assert second.results == first.results
+    assert any(name.startswith("distill/") for name in first.results)

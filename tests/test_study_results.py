@@ -1,11 +1,10 @@
-"""The committed study: complete, paired, and drawn again without training."""
+"""The committed study: complete and paired. Notebook 06 draws its figures."""
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pytest
 
-from lesionkd_core.analysis import figures, statistics, tables
+from lesionkd_core.analysis import statistics, tables
 from lesionkd_core.losses import TERMS
 
 ARMS = {"alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist", "sobel", "alone_long"}
@@ -22,16 +21,6 @@ def scored():
 @pytest.fixture(scope="module")
 def main(scored):
     return scored[scored["seg_loss"] == "bce_dice"]
-
-
-@pytest.fixture(scope="module")
-def compared(main):
-    return statistics.compare_arms(main)
-
-
-@pytest.fixture(scope="module")
-def helps():
-    return tables.study("when_teacher_helps")
 
 
 def test_the_tables_have_their_columns():
@@ -78,53 +67,6 @@ def test_a_missed_lesion_counts_with_dice_0(scored):
     assert len(missed) and (missed["dice"] == 0).all() and missed["hd95"].notna().all()
 
 
-def drawn(main, compared, helps):
-    """Every figure of the study."""
-    history = tables.study("history").query("arm != 'teacher' and seg_loss == 'bce_dice'")
-    yield "study", lambda: figures.ablation(main, compared)
-    yield "forest", lambda: figures.forest(statistics.compare_with(main, "alone"))
-    yield "curves", lambda: figures.learning_curves(statistics.learning_curves(history))
-    points = tables.cost_points(main, tables.committed("cost"))
-    yield "pareto", lambda: figures.pareto(points)
-    gains = statistics.compare_with(helps, "alone", arms=("feat", "method", "cwd"))
-    yield "when_teacher_helps", lambda: figures.when_teacher_helps(gains)
-    yield "latency", lambda: figures.latency(tables.committed("cost"))
-
-
-def test_its_figures_are_drawn_again_without_training(main, compared, helps, tmp_path, monkeypatch):
-    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "no-runs"))
-    for name, draw in drawn(main, compared, helps):
-        first, second = (tmp_path / f"{name}-{i}.svg" for i in (1, 2))
-        for path in (first, second):
-            fig = draw()
-            with figures.style():
-                fig.savefig(path, metadata={"Date": None})
-            plt.close(fig)
-        assert first.read_bytes() == second.read_bytes(), name
-    assert not (tmp_path / "no-runs").exists()
-
-
-def test_its_tables_are_made_again(main, compared, tmp_path):
-    means = statistics.means(main)
-    assert len(means) == sum(len(arms) + 1 for arms in STUDY.values())
-    alone = means.query("dataset == 'busi' and arm == 'alone'")
-    own = main.query("dataset == 'busi' and arm == 'alone'")
-    assert alone["dice"].item() == pytest.approx(own["dice"].mean())
-    for table, name in ((tables.arms(means), "arms"), (tables.differences(compared), "pairs")):
-        assert tables.save(table, name, tmp_path).read_text().count(r"\\") == len(table) + 1
-        assert "nan" not in tables.markdown(table).data
-    assert len(tables.differences(compared)) == len(compared)
-    assert len(compared) == sum(len(arms) - 1 for arms in STUDY.values())
-    assert "busi method minus alone verdict" in tables.numbers(means, compared)
-
-
-def test_its_verdicts_are_those_of_its_numbers(compared):
-    significant = (compared["p_holm"] <= 0.05) & ((compared["low"] > 0) | (compared["high"] < 0))
-    assert (compared["verdict"].isin(["better", "worse"]) == significant).all()
-    few = compared[compared["dataset"] == "em-isbi2012"]
-    assert set(few["verdict"]) == {"too few groups"}
-
-
 def test_the_ratio_to_u_net_64_is_measured_where_it_was_trained(main):
     ratio = statistics.accuracy_ratio(main, "unet64").set_index("dataset")["ratio"].dropna()
     assert set(ratio.index) == {"em-isbi2012"} and 0.95 < ratio["em-isbi2012"] < 1.02
@@ -146,7 +88,8 @@ def test_default_weights_are_among_those_that_were_compared():
         assert TERMS[arm].weight in set(part["weight"]), arm
 
 
-def test_every_budget_and_fraction_has_all_arms_and_three_seeds(helps):
+def test_every_budget_and_fraction_has_all_arms_and_three_seeds():
+    helps = tables.study("when_teacher_helps")
     students = helps[helps["arm"] != "teacher"]
     for _, part in students.groupby(["budget", "labels"]):
         counts = part.groupby("arm")["seed"].nunique()

@@ -1,4 +1,4 @@
-"""Fetching a release with pooch: resumed after an interruption, checked, unpacked completely.
+"""Downloading a release with pooch: checked against a checksum, unpacked completely or not at all.
 
 `checksums.json` in the folder of data sets holds the SHA-256 of every archive that was unpacked;
 another content is refused from then on.
@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import stat
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 from urllib.parse import quote, unquote, urlsplit
 
 import pooch
@@ -27,12 +25,9 @@ from ..config import LesionKDError, nearest
 from ..results import live_bar, lock, log, write_json
 from .layouts import CATALOGUE, DatasetNotFound, Release, data_root, find
 
-TRIES, WAIT = 5, 1.0
-"""Attempts in a row that bring nothing new, and the first pause between them, s."""
 TIMEOUT = (15, 60)
 """Limits to connect and to read, s."""
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|gz|bz2|xz|rar|7z)$", re.IGNORECASE)
-OUTSIDE = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^\w:")
 pooch.get_logger().setLevel("WARNING")
 
 
@@ -103,7 +98,7 @@ def download(
             _unpack(release, files, root)
     except OSError as error:
         raise DownloadError(
-            f"{error.filename or root}: {error.strerror or error}. What was fetched is kept.\n"
+            f"{error.filename or root}: {error.strerror or error}. Complete archives are kept.\n"
             "Check permissions and free space, or choose another folder (--to), and start again."
         ) from None
     log.info(f"{name}: {len(release.cases(target))} of {release.count} images in {target}")
@@ -152,28 +147,58 @@ def _size(count: float) -> str:
 
 
 def _fetch(release: Release, address: str, mirror: str, root: Path) -> Path:
-    """Fetch one archive with pooch, which checks it against the lock file."""
+    """Download one archive unless it is there and as it was."""
     name, kept = _file_name(address, release), root / "downloads" / release.name
-    address = f"{mirror.rstrip('/')}/{quote(name)}" if mirror else address
-    known = _known(release, root).get(name)
+    if mirror:
+        address = f"{mirror.rstrip('/')}/{quote(name)}"
+    for unfinished in kept.glob("tmp*"):  # pooch's, of a killed process
+        unfinished.unlink()
 
-    def resuming(address: str, output: str, _: Any) -> None:
-        partial = kept / f"{name}.part"
-        _fetch_all(address, partial, release.page)
-        partial.replace(output)
-        partial.with_suffix(".json").unlink()
+    def announce(response: requests.Response, *_: object, **__: object) -> None:
+        if response.status_code == 200:
+            size = int(response.headers.get("Content-Length", 0))
+            _require_space(kept, name, size)
+            log.info(f"{name}: {_size(size)}")
 
+    live = live_bar()
+    bar = live and live(unit="B", unit_scale=True, desc=name, file=sys.stdout)
+    fetch = pooch.HTTPDownloader(
+        bar, chunk_size=1 << 18, timeout=TIMEOUT, hooks={"response": announce}
+    )
     try:
-        return Path(pooch.retrieve(address, known, name, kept, downloader=resuming))
+        known = _known(release, root).get(name)
+        return Path(pooch.retrieve(address, known, name, kept, downloader=fetch))
+    except requests.RequestException as error:
+        raise DownloadError(
+            f"{address}: {type(error).__name__}: {error}\nStart again, or give another address "
+            f"with --mirror (mirror=...). Or get the file from {release.page}\n(curl -L -C - -O "
+            "ADDRESS resumes after an interruption) and give it with --archive (archive=...).\n"
+            "A proxy needs HTTPS_PROXY and REQUESTS_CA_BUNDLE."
+        ) from None
     except ValueError:  # of pooch: another checksum
         raise _another_file(release, name, address, root) from None
 
 
 def _known(release: Release, root: Path) -> dict[str, str]:
     """SHA-256 of the archives of a release that were unpacked before, by name."""
-    entries = _read_json(root / "checksums.json")
-    names = {key: key.removeprefix(f"{release.name}/") for key in entries}
-    return {name: entries[key]["sha256"] for key, name in names.items() if name != key}
+    before = f"{release.name}/"
+    return {
+        key.removeprefix(before): entry["sha256"]
+        for key, entry in _read_checksums(root).items()
+        if key.startswith(before)
+    }
+
+
+def _read_checksums(root: Path) -> dict[str, dict[str, str]]:
+    path = root / "checksums.json"
+    if not path.exists():
+        return {}
+    try:
+        return cast("dict[str, dict[str, str]]", json.loads(path.read_text("utf-8")))
+    except ValueError:
+        raise DownloadError(
+            f"{path} is damaged: restore it, or remove it and start again."
+        ) from None
 
 
 def _another_file(release: Release, name: str, source: str, root: Path) -> DownloadError:
@@ -183,89 +208,6 @@ def _another_file(release: Release, name: str, source: str, root: Path) -> Downl
         f"authors changed the release and you want the new one, remove '{release.name}/{name}' "
         f"from {root / 'checksums.json'} first."
     )
-
-
-def _fetch_all(address: str, partial: Path, page: str) -> None:
-    """Ask again after every interruption, until several attempts in a row bring nothing new."""
-    failed = reached = 0
-    while True:
-        try:
-            return _fetch_rest(address, partial)
-        except requests.RequestException as error:
-            size = partial.stat().st_size if partial.exists() else 0
-            answer: Any = error.response
-            status = 500 if answer is None else answer.status_code
-            if status == 416:  # nothing is left: it is complete, or the server has another file now
-                if answer.headers.get("Content-Range") == f"bytes */{size}":
-                    return
-                partial.unlink()
-            final = isinstance(error, requests.exceptions.SSLError | ValueError)
-            final |= status < 500 and status not in (408, 416, 429)
-            why = f"{type(error).__name__}: {error}"
-        failed, reached = (0, size) if size > reached else (failed + 1, reached)
-        if final or failed == TRIES:
-            raise DownloadError(
-                f"{address}: {why}\n{_size(size)} are kept. Start again to resume, give another "
-                f"address with --mirror (mirror=...), or get the file from {page}\nand give it "
-                "with --archive (archive=...). A proxy needs HTTPS_PROXY and REQUESTS_CA_BUNDLE."
-            )
-        log.info(f"{partial.stem}: interrupted at {_size(size)} ({why}); trying again")
-        time.sleep(WAIT * 2**failed)
-
-
-def _fetch_rest(address: str, partial: Path) -> None:
-    """Append what the server has beyond the partial file; start over if it is another file."""
-    state = partial.with_suffix(".json")
-    before = _read_json(state) if partial.exists() else {}
-    start = partial.stat().st_size if before else 0
-    headers = {"Accept-Encoding": "identity"}
-    headers |= {"Range": f"bytes={start}-"} if start else {}
-    headers |= {"If-Range": before["mark"]} if start and before["mark"] else {}
-
-    def check(response: requests.Response, *_: Any, **__: Any) -> None:
-        if response.status_code not in (200, 206):
-            return  # a redirect, or an error that pooch raises
-        about = response.headers
-        tag = about.get("ETag", "W/")  # a weak one is not valid for ranges
-        mark = about.get("Last-Modified", "") if tag.startswith("W/") else tag
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", about.get("Content-Range", ""))
-        now = {"mark": mark, "total": span[2] if span else about.get("Content-Length", "0")}
-        response.raw.headers.pop("Content-Encoding", None)  # keep the bytes as they are sent
-        if response.status_code == 200:
-            file.truncate(0)
-            write_json(state, now)
-        elif (
-            not span
-            or int(span[1]) != start
-            or any(now[key] != before[key] for key in now if now[key] and before[key])
-        ):
-            file.truncate(0)
-            raise requests.RequestException("the server has another file now; starting over")
-        _require_space(partial.parent, partial.stem, int(now["total"]) - start)
-        log.info(
-            f"{partial.stem}: {_size(int(now['total']))}" + f", from {_size(start)}" * bool(start)
-        )
-
-    bar = live_bar()
-    how = {"unit": "B", "unit_scale": True, "desc": partial.stem, "file": sys.stdout}
-    fetch = pooch.HTTPDownloader(
-        bar(**how) if bar else False,
-        chunk_size=1 << 18,
-        headers=headers,
-        timeout=TIMEOUT,
-        hooks={"response": check},
-    )
-    with open(partial, "ab") as file:
-        fetch(address, file, None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return content
-    except ValueError:
-        why = "restore it, or remove it and start again"
-        raise DownloadError(f"{path} is damaged: {why}.") from None
 
 
 # Unpacking ----------------------------------------------------------------------------------------
@@ -294,64 +236,69 @@ def _unpack(release: Release, files: list[Path], root: Path) -> None:
                 f"it by hand into {target}."
             )
         with lock(root / "downloads" / "checksums"):
-            entries = _read_json(root / "checksums.json")
-            new = {f"{release.name}/{name}": {"sha256": value} for name, value in sums.items()}
-            write_json(root / "checksums.json", entries | new)
+            entries = _read_checksums(root)
+            for name, value in sums.items():
+                entries[f"{release.name}/{name}"] = {"sha256": value}
+            write_json(root / "checksums.json", entries)
         min(places or likely, key=lambda path: len(path.parts)).replace(target)
     finally:
         shutil.rmtree(top.parent, ignore_errors=True)
 
 
 def _extract(file: Path, into: Path, release: Release, target: Path) -> None:
-    """Check all members of a zip or tar archive, then unpack it with pooch."""
+    """Unpack a zip or tar archive; refuse one that is damaged or would write elsewhere."""
     into.mkdir(parents=True, exist_ok=True)
+    into = into.resolve()
     try:
-        is_tar = tarfile.is_tarfile(file)
-        members = _members(file, is_tar)
-        for name, _, problem in members:
-            if problem := problem or "is outside of the folder" * bool(OUTSIDE.search(name)):
-                raise DownloadError(
-                    f"{file}: member {name!r} {problem}. Nothing was unpacked; if you trust the "
-                    f"archive, unpack it by hand into {target}."
-                )
-        tops = {name.removeprefix("./").partition("/")[0] for name, *_ in members}
-        if file.stem in release.holds and file.stem not in tops:  # loose files of images.zip
-            into = into / file.stem
-        _require_space(target.parent, file.name, sum(size for _, size, _ in members))
-        unpack = pooch.Untar if is_tar else pooch.Unzip
-        unpack(extract_dir=str(into))(str(file), "download", None)
+        with _opened(file) as archive:
+            sizes = _sizes(archive)
+            for name in sizes:
+                if not (into / name).resolve().is_relative_to(into):
+                    raise DownloadError(f"{file}: its member {name!r} would be written elsewhere.")
+            _require_space(target.parent, file.name, sum(sizes.values()))
+            tops = {name.removeprefix("./").partition("/")[0] for name in sizes}
+            if file.stem in release.holds and file.stem not in tops:  # loose files of images.zip
+                into = into / file.stem
+            if isinstance(archive, tarfile.TarFile):
+                archive.extractall(into, filter="data")  # no device, no link to the outside
+                while archive.fileobj and archive.fileobj.read(1 << 20):
+                    pass  # to the checksum at the end of a .gz
+            else:
+                archive.extractall(into)
     except LesionKDError:
         raise
     except Exception as error:  # damaged bytes make zipfile and tarfile raise almost anything
         if getattr(error, "errno", None):
             raise  # of the disk
-        with open(file, "rb") as opened:
-            head = opened.read(64).lstrip()
-        why = f"is damaged, or neither zip nor tar ({error or type(error).__name__}); start again"
-        if head.startswith((b"Rar!", b"7z\xbc\xaf")) or isinstance(error, NotImplementedError):
-            why = f"is an archive that is not read here; unpack it by hand into {target} (7-Zip)"
-        elif "downloads" in file.parts:  # ours: the next start fetches it again
-            file = file.replace(file.with_name(f"damaged-{file.name}"))
-        if head.startswith(b"<"):
-            why = f"is a web page, perhaps a login; see {release.page}"
-        raise DownloadError(f"{file} {why}.") from None
+        raise _unreadable(file, error, release, target) from None
     for path in [*into.rglob("__MACOSX"), *into.rglob("._*")]:  # of macOS, not of the release
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _members(file: Path, is_tar: bool) -> list[tuple[str, int, str]]:
-    """Name, bytes and problem of every file in an archive."""
-    odd = "is a link or a device"
-    if is_tar:
-        with tarfile.open(file) as tar:
-            found = [(m.name, m.size, odd * (not m.isfile())) for m in tar if not m.isdir()]
-            while tar.fileobj and tar.fileobj.read(1 << 20):  # to the checksum of a .gz
-                pass
-            return found
-    with zipfile.ZipFile(file) as archive:
-        found = []
-        for member in archive.infolist():
-            usual = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-            problem = "is encrypted" * (member.flag_bits & 1) if usual else odd
-            found.append((member.filename, member.file_size, problem))
-        return found
+def _opened(file: Path) -> tarfile.TarFile | zipfile.ZipFile:
+    return tarfile.open(file) if tarfile.is_tarfile(file) else zipfile.ZipFile(file)
+
+
+def _sizes(archive: tarfile.TarFile | zipfile.ZipFile) -> dict[str, int]:
+    """Bytes of every member when it is unpacked."""
+    if isinstance(archive, tarfile.TarFile):
+        return {member.name: member.size for member in archive}
+    return {member.filename: member.file_size for member in archive.infolist()}
+
+
+def _unreadable(file: Path, error: Exception, release: Release, target: Path) -> DownloadError:
+    """The error about an archive; one that was downloaded is moved away, to be fetched again."""
+    with open(file, "rb") as opened:
+        head = opened.read(64).lstrip()
+    if file.is_relative_to(target.parent / "downloads"):
+        file = file.replace(file.with_name(f"damaged-{file.name}"))
+    if head.startswith(b"<"):
+        return DownloadError(f"{file} is a web page, perhaps a login; see {release.page}.")
+    return DownloadError(
+        f"{file} cannot be unpacked ({type(error).__name__}: {error}). If it may be damaged, "
+        "start again. If it is complete (a .rar, a .7z, one with a password), unpack it by hand "
+        f"into {target}."
+    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..config import LesionKDError
+from ..config import LesionKDError, MissingExtra
 
 if TYPE_CHECKING:
     from .masks import Decision
@@ -162,6 +162,25 @@ def sources_in(folder: Path) -> list[Path]:
     visible = (path for path in folder.iterdir() if not path.name.startswith("."))
     known = (p for p in visible if suffix_of(p) in IMAGE_SUFFIXES or is_volume(p))
     return sorted(known, key=natural)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Files that are not hidden, in natural order; DICOM files often have no suffix."""
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(files, key=natural)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file, or any file of a folder, has the mark of DICOM."""
+    if path.is_dir():
+        return any(map(is_dicom, files_in(path)))
+    return beginning(path)[128:132] == b"DICM"
+
+
+def beginning(path: Path) -> bytes:
+    """Where a DICOM file has its mark and its SOP class."""
+    with open(path, "rb") as file:
+        return file.read(2048)
 
 
 def unpacked(folder: Path) -> Path:
@@ -363,8 +382,10 @@ def _deep_values(picture: Picture, path: Path) -> np.ndarray:
         stored = imread(path)
         stored = stored[picture.page] if stored.ndim == 4 else stored
     else:
-        import SimpleITK as sitk
-
+        try:
+            import SimpleITK as sitk
+        except ImportError:
+            raise MissingExtra(f"{path.name} (16 bits for each colour)", "volumes") from None
         stored = sitk.GetArrayFromImage(sitk.ReadImage(path))
     if stored.shape[-1] == 2:  # grey and transparency
         stored = stored[..., [0, 0, 0, 1]]

@@ -31,6 +31,7 @@ from .images import (
     by_stem,
     count_pages,
     images_in,
+    is_dicom,
     is_volume,
     natural,
     pair,
@@ -478,7 +479,6 @@ def images_beside_masks(folder: Path) -> Path | None:
 
 def _sources(folder: Path) -> list[Path]:
     """Pictures, volume files and DICOM series, but no other folders."""
-    from .volumes import is_dicom
 
     return [path for path in sources_in(folder) if path.is_file() or is_dicom(path)]
 
@@ -551,7 +551,6 @@ def _matched(images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
 
 def unread(folders: Collection[Path]) -> list[Case]:
     """A case with a problem for every image in a format that is not read."""
-    from .volumes import is_dicom
 
     known = UNREAD | {suffix for suffix in Image.registered_extensions() if suffix != ".pdf"}
     known -= IMAGE_SUFFIXES

@@ -23,6 +23,7 @@ from .images import (
     Picture,
     Reading,
     UnreadableFile,
+    files_in,
     finite_values,
     is_volume,
     noted_image,
@@ -366,8 +367,6 @@ def look_at_all(cases: Sequence[Case]) -> dict[Key, Look]:
 def _files(case: Case) -> Iterator[Key]:
     for path in case.masks:
         if is_volume(path) and path.is_dir():
-            from .volumes import files_in
-
             yield from ((file, None) for file in files_in(path))
         else:
             yield path, case.page

@@ -19,12 +19,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 
 from .. import results
+from ..config import MissingExtra
 from . import images
-from .images import Case, Reading, UnreadableFile
+from .images import Case, Reading, UnreadableFile, beginning, files_in, is_dicom
 from .masks import colour_codes, decision_for, read_values, whole_numbers
+
+try:
+    import SimpleITK as sitk
+except ImportError:
+    raise MissingExtra("a volume", "volumes") from None
 
 os.environ["ITK_NIFTI_SFORM_PERMISSIVE"] = "YES"  # ITK refuses the shear of a tilted gantry
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -217,7 +222,7 @@ def read_mask_volume(path: Path) -> tuple[np.ndarray, bool]:
 
 
 def _refuse_segmentation(path: Path) -> None:
-    if path.is_file() and SEGMENTATION in _beginning(path):
+    if path.is_file() and SEGMENTATION in beginning(path):
         why = "DICOM SEG is not read; save it as NIfTI as docs/data.md shows"
         raise UnreadableFile(f"{path.name}: {why}")
 
@@ -411,30 +416,11 @@ def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
 # DICOM --------------------------------------------------------------------------------------------
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Files that are not hidden, in natural order; DICOM files often have no suffix."""
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(files, key=images.natural)
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file, or any file of a folder, has the mark of DICOM."""
-    if path.is_dir():
-        return any(map(is_dicom, files_in(path)))
-    return _beginning(path)[128:132] == b"DICM"
-
-
 def holds_series(folder: Path) -> bool:
     """Whether the DICOM files of a folder are the slices of one series."""
     if not is_dicom(folder) or sum(map(is_dicom, files_in(folder))) < 2:
         return False
     return len(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))) == 1
-
-
-def _beginning(path: Path) -> bytes:
-    """Where a DICOM file has its mark and its SOP class."""
-    with open(path, "rb") as file:
-        return file.read(2048)
 
 
 class _Series:
@@ -468,7 +454,7 @@ class _Series:
     def _attributes(self, file: Path) -> dict[str, str]:
         """The attributes of `TAGS`, and the size; empty for what is not an image."""
         with images.reading(file, "DICOM"):
-            start = _beginning(file)
+            start = beginning(file)
             if start[128:132] != b"DICM":
                 if file == self.path or images.suffix_of(file) == ".dcm":
                     raise ValueError("the mark DICM is missing")

@@ -1,13 +1,24 @@
-"""Training steps, whole runs, batches and preparation; ratios within one test, no assertion."""
+"""Ratios of times within one run, into runs/bench.json: python -m tools.speed [EARLIER.json]
+
+Steps are timed in turns, so that a busy moment of the machine affects all of them.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 
 import numpy as np
-import pytest
+import pandas as pd
 import torch
 from torch import nn
 
@@ -28,16 +39,23 @@ LOSSES = {
     "with both": "feat, edge",
 }
 EIGHT = ["", "feat", "edge", "feat, edge", "feat, edge_shuffled", "kd", "cwd", "dist"]
-PRECISIONS = ("32-true", "bf16-mixed")
+ROWS: list[dict[str, object]] = []
 
 
-@pytest.fixture(autouse=True)
-def repeatable():
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
+def in_turns(steps: dict[str, Callable], base: str, rounds: int = 10, warmup: int = 2) -> None:
+    """Time several steps round by round; their medians become rows of the table."""
+    times = {name: [] for name in steps}
+    for _ in range(warmup + rounds):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - started)
+    medians = {name: 1000 * median(values[warmup:]) for name, values in times.items()}
+    for name, value in medians.items():
+        ratio = round(value / medians[base], 3)
+        ROWS.append({"name": name, "ms": round(value, 3), "ratio_to": base, "ratio": ratio})
 
 
-@pytest.fixture(scope="module")
 def batch():
     """Images and masks of one training step."""
     masks = torch.zeros(BATCH, 1, PIXELS, PIXELS)
@@ -46,8 +64,7 @@ def batch():
     return images.contiguous(memory_format=torch.channels_last), masks
 
 
-@pytest.fixture(scope="module")
-def teacher():
+def new_teacher():
     return freeze(ResNet34UNet()).to(memory_format=torch.channels_last)
 
 
@@ -83,8 +100,8 @@ def seen_by(teacher, images):
     return logits.float(), maps
 
 
-def test_a_students_step(in_turns, batch, teacher):
-    images, masks = batch
+def time_a_students_step():
+    teacher, (images, masks) = new_teacher(), batch()
     seen = seen_by(teacher, images)
     steps = {"frozen ResNet34-UNet, one pass": lambda: seen_by(teacher, images)}
     for name, losses in LOSSES.items():
@@ -95,9 +112,8 @@ def test_a_students_step(in_turns, batch, teacher):
     in_turns(steps, "step, student alone")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_step_of_eight_arms(in_turns, batch, teacher, precision):
-    images, masks = batch
+def time_a_step_of_eight_arms(precision):
+    teacher, (images, masks) = new_teacher(), batch()
     updates = [(losses, step_of(losses, teacher)) for losses in EIGHT]
 
     def separately():
@@ -120,8 +136,7 @@ def test_a_step_of_eight_arms(in_turns, batch, teacher, precision):
         in_turns(steps, f"8 arms, each alone, {precision}", rounds=5, warmup=1)
 
 
-@pytest.mark.parametrize("kind", ["training step", "prediction"])
-def test_networks(in_turns, kind):
+def time_networks(kind):
     images = torch.randn(4, 3, PIXELS, PIXELS).contiguous(memory_format=torch.channels_last)
     masks = torch.zeros(4, 1, PIXELS, PIXELS)
     networks = {
@@ -144,9 +159,8 @@ def test_networks(in_turns, kind):
     in_turns(steps, f"{kind} of student, batch 4", rounds=5, warmup=1)
 
 
-def test_whole_runs(in_turns, monkeypatch, tmp_path):
+def time_whole_runs(folder):
     """From a finished teacher to scored students: batches, validation and checkpoints included."""
-    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
     sizes = {"pixels": PIXELS, "cases": 80, "batch_size": 16, "teacher_epochs": 1, "epochs": 6}
     cfg = DistillConfig(**sizes, label_fraction=1.0, weak_teacher="allow")
     data = lkd.prepare(cfg)
@@ -154,7 +168,7 @@ def test_whole_runs(in_turns, monkeypatch, tmp_path):
     graph = lkd.fit_edge_graph(teacher, data, cfg)
 
     def train(losses, views=0):
-        shutil.rmtree(tmp_path / "distill", ignore_errors=True)
+        shutil.rmtree(folder / "distill", ignore_errors=True)
         arms = [cfg.with_values(losses=name, teacher_views=views) for name in losses]
         lkd.distill_arms(teacher, graph, data, arms)
 
@@ -169,11 +183,10 @@ def test_whole_runs(in_turns, monkeypatch, tmp_path):
     in_turns(runs, "run, student alone", rounds=2, warmup=0)
 
 
-def test_batches(in_turns, batch, teacher, monkeypatch, tmp_path):
-    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
+def time_batches():
     data = lkd.prepare(TeacherConfig(pixels=PIXELS, cases=100))
-    images, masks = batch
-    update = step_of("", teacher)
+    images, masks = batch()
+    update = step_of("", new_teacher())
     steps = {"step, student alone": lambda: update(images, masks, None)}
     for augment in ("full", "flips", "none"):
         steps[f"batch, augment {augment}"] = lambda augment=augment: next(
@@ -182,35 +195,65 @@ def test_batches(in_turns, batch, teacher, monkeypatch, tmp_path):
     in_turns(steps, "step, student alone")
 
 
-def test_preparing(in_turns, monkeypatch, tmp_path):
+def time_preparing(folder):
     """60 photographs of 600 x 450 px, as JPEG with PNG masks."""
     from PIL import Image
 
-    monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path / "runs"))
-    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    rng, photos = np.random.default_rng(0), folder / "photos"
     for name in ("images", "masks"):
-        (folder / name).mkdir(parents=True)
+        (photos / name).mkdir(parents=True)
     for i in range(60):
         small = rng.integers(0, 255, (15, 20, 3), np.uint8)
-        Image.fromarray(small).resize((600, 450)).save(folder / "images" / f"{i}.jpg")
+        Image.fromarray(small).resize((600, 450)).save(photos / "images" / f"{i}.jpg")
         mask = np.zeros((450, 600), np.uint8)
         mask[100 : 200 + i, 150 : 300 + i] = 255
-        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+        Image.fromarray(mask).save(photos / "masks" / f"{i}.png")
 
     def prepare(**options):
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        lkd.prepare(PrepareConfig(dataset=str(folder), **options))
+        shutil.rmtree(folder / "prepare", ignore_errors=True)
+        lkd.prepare(PrepareConfig(dataset=str(photos), **options))
 
     def only_decode():
-        for path in folder.rglob("*.*"):
+        for path in photos.rglob("*.*"):
             np.asarray(Image.open(path))
 
     in_turns({"decoding 60 pairs": only_decode, "preparing 60 pairs": prepare}, "decoding 60 pairs")
 
 
-def test_importing(in_turns):
+def time_importing():
     def start(code):
         return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
     code = {"starting Python": "pass", "import lesionkd_core": "import lesionkd_core"}
     in_turns({name: start(text) for name, text in code.items()}, "starting Python", rounds=7)
+
+
+def main(earlier: str = "") -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    with TemporaryDirectory() as name:
+        os.environ["LESIONKD_RUNS"] = name
+        for measure in (
+            time_a_students_step,
+            partial(time_a_step_of_eight_arms, "32-true"),
+            partial(time_a_step_of_eight_arms, "bf16-mixed"),
+            partial(time_networks, "training step"),
+            partial(time_networks, "prediction"),
+            partial(time_whole_runs, Path(name)),
+            time_batches,
+            partial(time_preparing, Path(name)),
+            time_importing,
+        ):
+            measure()
+    table, out = pd.DataFrame(ROWS), Path("runs/bench.json")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(table.to_json(orient="records", indent=1) + "\n")
+    if earlier:
+        before = pd.DataFrame(json.loads(Path(earlier).read_text())).set_index("name")["ratio"]
+        table["ratio before"] = table["name"].map(before[~before.index.duplicated()])
+    print(table.astype(object).fillna("").to_markdown(index=False))
+    print(f"\nwritten: {out}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

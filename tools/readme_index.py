@@ -1,20 +1,14 @@
-"""Writes the README's results table, docs/options.md and docs/method.svg.
-
-python -m tests.readme_index
-"""
+"""Writes the README's results table and docs/options.md: python -m tools.readme_index"""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pandas as pd
 
 from lesionkd_core.analysis import statistics, tables
-from tests import draw_method
-from tests.conftest import ROOT
-from tests.option_reference import option_reference
+from lesionkd_core.results import CHECKOUT
+from tools.option_reference import option_reference
 
-README = ROOT / "README.md"
+README = CHECKOUT / "README.md"
 BEGIN = "<!-- results: made from data/results by `make notebooks` -->"
 END = "<!-- end of results -->"
 
@@ -69,10 +63,9 @@ def with_results(text: str) -> str:
 
 
 def main() -> None:
-    """Write them all."""
+    """Write both."""
     README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
-    (ROOT / "docs" / "options.md").write_text(option_reference(), encoding="utf-8")
-    draw_method.save(Path(ROOT / "docs" / "method.svg"))
+    (CHECKOUT / "docs" / "options.md").write_text(option_reference(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import Any
 from lesionkd_core import config
 from lesionkd_core.config import PROFILES, UNHASHED, StageConfig
 from lesionkd_core.export import ExportConfig
+from lesionkd_core.results import CHECKOUT
 from lesionkd_core.sweep import configuration
-from tests.conftest import ROOT
 
 SECTIONS = {
     "Everywhere": config.StageConfig,
@@ -84,7 +84,7 @@ def takers(kind: type[StageConfig]) -> str:
     """Notebooks and commands that have these options."""
     notebooks = [
         f"[{path.stem[:2]}](../notebooks/{path.name})"
-        for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))
+        for path in sorted((CHECKOUT / "notebooks").glob("0*.ipynb"))
         if issubclass(configuration(path), kind)
     ]
     commands = [f"`lesionkd {name}`" for name, taken in COMMANDS.items() if issubclass(taken, kind)]
