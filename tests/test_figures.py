@@ -194,8 +194,8 @@ def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_in_small_print(name,
     assert fig.get_figheight() * 25.4 < 240, "fits on a page"
     texts = [text for text in fig.findobj(mpl.text.Text) if text.get_text()]
     sizes = {round(text.get_fontsize(), 2) for text in texts}
-    assert sizes <= {6.25, 7, 7.5}, "6.25 pt in small cells only"
-    assert all(size * figures.NOTEBOOK_SCALE >= 8.7 for size in sizes - {6.25})
+    assert sizes <= {7, 7.5}
+    assert 7 * figures.NOTEBOOK_SCALE >= 8.7, "9 pt in a notebook"
     (width, height), drawn = fig.get_size_inches(), fig.get_tightbbox()
     assert min(drawn.x0, drawn.y0) > -0.1, "nothing is clipped"  # in inches, but for hinting
     assert drawn.x1 < width + 0.1 and drawn.y1 < height + 0.1, "nothing is clipped"
@@ -295,7 +295,7 @@ def test_a_notebook_shows_the_colours_of_the_style_at_160_dpi(draw, arms):
     assert {figures.style_of(arm).colour for arm in arms} | {"#FFFFFF", "#000000"} <= found
 
 
-@pytest.mark.parametrize("name", ["segmentations", "cases", "nodes"])
+@pytest.mark.parametrize("name", ["segmentations", "cases"])
 def test_photos_are_shown_as_jpeg(name):
     kind, content, _ = figures.notebook_image(DRAWINGS[name]())
     assert kind == "jpeg" and len(content) < 100_000

@@ -27,7 +27,6 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import AbstractPathEffect, withStroke
@@ -63,6 +62,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 ONE_COLUMN, TWO_COLUMNS = 85 / 25.4, 174 / 25.4
 """Widths of a figure in inches: 85 and 174 mm."""
+PHOTO = "photo"
+"""Label of an image with continuous colours."""
 NOTEBOOK_SCALE, NOTEBOOK_DPI = 1.25, 160
 """A notebook shows a figure this much larger than a paper, with 9 pt, at this resolution."""
 
@@ -253,21 +254,16 @@ def notebook_image(fig: Figure) -> tuple[str, bytes, int]:
         fig.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.02)
     image = Image.open(drawn).convert("RGB")
     width = round(image.width * 96 / NOTEBOOK_DPI)
-    if any(_is_photo(shown) for axis in fig.axes for shown in axis.images):
-        image.save(content, "JPEG", quality=60, optimize=True)
+    if any(shown.get_label() == PHOTO for axis in fig.axes for shown in axis.images):
+        image.save(content, "JPEG", quality=45, optimize=True, progressive=True)
         return "jpeg", content.getvalue(), width
     image = image.point([17 * round(level / 17) for level in range(256)] * 3)
     frequent = sorted(image.getcolors(1 << 20) or [], reverse=True)[:256]
     palette = Image.new("P", (1, 1))
-    palette.putpalette([level for _, colour in frequent for level in colour])
+    palette.putpalette(np.ravel([colour for _, colour in frequent]).tolist())
     image = image.quantize(palette=palette, dither=Image.Dither.NONE)
     image.save(content, "PNG", optimize=True)
     return "png", content.getvalue(), width
-
-
-def _is_photo(shown: AxesImage) -> bool:
-    values = shown.get_array()
-    return values is not None and values.ndim == 3
 
 
 def publish(fig: Figure, name: str, folder: Path, data: pd.DataFrame | None = None) -> None:
@@ -297,8 +293,10 @@ def _parts(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     naming: list[str] = []
     found = list(settings(table))
     for column in (name for name in SETTING if name in table and table[name].nunique() > 1):
-        if len(found) > len({tuple(setting[name] for name in naming) for setting, _ in found}):
-            naming.append(column)
+        names = {tuple(setting[name] for name in naming) for setting, _ in found}
+        if len(names) == len(found):
+            break
+        naming.append(column)
     for setting, part in found:
         yield ", ".join(dict.fromkeys(label(str(setting[name])) for name in naming)), part
 
@@ -361,7 +359,10 @@ def draw_image(axis: Axes, image: np.ndarray, title: str = "", /, **masks: np.nd
 
     A prediction is lightly filled. `truth` is a thin white dashed line, filled if it is alone.
     """
-    axis.imshow(image, interpolation="bicubic" if image.ndim == 3 else "nearest")
+    if image.ndim == 3:
+        axis.imshow(image, interpolation="bicubic", label=PHOTO)
+    else:
+        axis.imshow(image)
     if title:
         axis.set_title(title, loc="center")
     for name, mask in sorted(masks.items(), key=lambda item: item[0] == "truth"):
@@ -626,7 +627,9 @@ def nodes(image: np.ndarray, views: Mapping[str, NodeView]) -> Figure:
     live = np.flatnonzero(first.live).tolist()
     edge_nodes = [node for node in live if node != first.background]
     colours = dict(zip(edge_nodes, NODE_COLOURS * len(edge_nodes)))
-    fig, axes = panels(1, 1 + len(views), ratio=1.1)
+    fig, axes = panels(1, max(3, 1 + len(views)), ratio=1.1)
+    for axis in axes[0, 1 + len(views) :]:
+        axis.remove()
     _draw_nodes(axes[0, 0], image, first.members, colours, first)
     axes[0, 0].set_title(f"edge pixels of {len(edge_nodes)} nodes", loc="center")
     for axis, (who, view) in zip(axes[0, 1:], views.items()):
@@ -649,7 +652,7 @@ def _draw_nodes(
         here = (weight.argmax(0) == node) & (weight[node] > 0)
         painted[here, :3] = to_rgb(colour)
         painted[here, 3] = 0.35 + 0.6 * weight[node][here]
-    axis.imshow(painted)
+    axis.imshow(painted, label=PHOTO)
     for node in colours:
         y, x = view.anchors[node]
         drawn = axis.text(x, y, str(node), ha="center", va="center", weight="bold")
@@ -732,12 +735,7 @@ def projection(x: np.ndarray, edge: np.ndarray, projections: Mapping[str, np.nda
     count = max(channels, len(projections))
     size = (TWO_COLUMNS, 0.95 * count + 0.4)
     fig, axes = plt.subplots(count, 2, figsize=size, squeeze=False, width_ratios=(1, 4.5))
-    how: dict[str, Any] = {
-        "annot": True,
-        "cbar": False,
-        "linewidths": 0.5,
-        "annot_kws": {"fontsize": "small"},
-    }
+    how: dict[str, Any] = {"annot": True, "cbar": False, "linewidths": 0.5}
     for i, (axis, channel) in enumerate(zip(axes[:, 0], x)):
         sns.heatmap(channel, ax=axis, cmap="Greys", vmax=2 * np.abs(x).max(), fmt="g", **how)
         axis.set(title=f"X, channel {i}", xticks=[], yticks=[], aspect="equal")
@@ -838,10 +836,13 @@ def interval_charts(
         _legend(fig, legend)
     for axis in axes.flat[len(charts) :]:
         axis.set_visible(False)
-    for i, (axis, chart) in enumerate(zip(axes.flat, charts)):
+    for axis, chart in zip(axes.flat, charts):
         _draw_chart(axis, chart, columns)
-        if i % columns and (rows.count(rows[0]) == len(rows) or chart.title == ""):
-            axis.tick_params(labelleft=False)
+    for column in range(1, columns):
+        below = range(column, len(charts), columns)
+        if all(rows[i] == rows[i - 1] for i in below):
+            for axis in axes[:, column]:
+                axis.tick_params(labelleft=False)
     return fig
 
 
@@ -853,7 +854,8 @@ def _height(marks: Sequence[Mark]) -> float:
 def _draw_chart(axis: Axes, chart: Chart, columns: int) -> None:
     top, middles = 0.0, []  # in inches
     for marks in chart.rows.values():
-        lanes = {name: top - 0.1 - 0.1 * i for i, name in enumerate({m.name: 0 for m in marks})}
+        names = dict.fromkeys(mark.name for mark in marks)
+        lanes = {name: top - 0.1 - 0.1 * i for i, name in enumerate(names)}
         middles.append(top - _height(marks) / 2)
         top -= _height(marks)
         if chart.linked:
@@ -1180,7 +1182,8 @@ def gain_and_hours(table: pd.DataFrame) -> Figure:
     for name, part in found:
         part = part.sort_values("hours")
         texts = part["what"] if "what" in part else part["arm"].map(label)
-        rows = [f"{text}, {hours:+.1f} h" for text, hours in zip(texts, part["hours"])]
+        hours = part["hours"].map("{:+.1f} h".format, na_action="ignore").fillna("hours unknown")
+        rows = [f"{text}, {more}" for text, more in zip(texts, hours)]
         marks = [replace(mark, row=row) for mark, row in zip(_differences(part, "arm"), rows)]
         charts.append(Chart(name, "Gain in Dice over the student alone", marks, zero=True))
     fig = interval_charts(charts, columns=2, legend=KEYS)
