@@ -20,7 +20,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 
 from lesionkd_core.analysis import figures, inspect, statistics, tables
 from lesionkd_core.analysis.figures import Chart, Mark
-from lesionkd_core.analysis.inspect import FeatureView, NodeView, RefinementView
+from lesionkd_core.analysis.inspect import NodeView, RefinementView
 from lesionkd_core.config import LesionKDError
 from lesionkd_core.losses import TERMS, Term
 from lesionkd_core.pipeline import ARMS
@@ -97,14 +97,6 @@ def picture(size: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (size, size, 3)).astype(np.uint8)
 
 
-def maps() -> dict[str, dict[str, FeatureView]]:
-    def view(seed: int, size: int) -> FeatureView:
-        return FeatureView(np.random.default_rng(seed).normal(size=(size, size)), seed, 1.5)
-
-    networks = enumerate(("teacher", "alone", "method"))
-    return {who: {"a": view(i, 8), "b": view(i + 5, 4)} for i, who in networks}
-
-
 def calibrated() -> statistics.Calibration:
     p = np.random.default_rng(0).uniform(size=(2, 8, 8))
     return statistics.calibration(p, p > 0.4)
@@ -136,9 +128,6 @@ DRAWINGS = {
     "cases": lambda: figures.cases(PREPARED, [0, 2]),
     "dice_and_cost": lambda: figures.dice_and_cost(POINTS),
     "edges": lambda: figures.edges(PREPARED, [1], {"stride 4": np.ones((1, 8, 8))}),
-    "feature_maps": lambda: figures.feature_maps(
-        picture(), EYE, maps(), dict.fromkeys(maps(), EYE)
-    ),
     "forest": lambda: figures.forest(compared().query("arm == 'method'")),
     "gain_and_hours": lambda: figures.gain_and_hours(gains().assign(hours=1.5)),
     "gradients": lambda: figures.gradients(history()),
@@ -541,16 +530,6 @@ def test_a_pixel_has_the_colour_of_its_most_likely_node_and_none_for_the_backgro
     assert min(apart) > 15, "nine nodes are told apart"
 
 
-def test_feature_maps_of_one_level_share_a_scale():
-    views = maps()
-    fig = figures.feature_maps(picture(), EYE, views, dict.fromkeys(views, EYE))
-    shown = [axis.images[0] for axis in fig.axes if axis.get_title(loc="center")]
-    for image, (who, level) in zip(shown, itertools.product(views, "ab"), strict=True):
-        assert np.array_equal(image.get_array(), views[who][level].values)
-        most = max(np.abs(of[level].values).max() for of in views.values())
-        assert image.get_clim() == (-most, most)
-
-
 @pytest.mark.parametrize("part", figures.METHOD_PARTS)
 def test_all_parts_of_the_method_but_one_are_faded(part):
     original = (ROOT / "docs" / "method.svg").read_text(encoding="utf-8")
@@ -588,8 +567,6 @@ def degenerate():
     bare = history(("method",), seeds=1, epochs=1).drop(columns=["arm", "seed"])
     yield "one epoch", lambda: figures.gradients(bare)
     yield "no live node", lambda: figures.nodes(picture(), {"": node_view(())})
-    flat = {"teacher": {"a": FeatureView(np.zeros((4, 4)), 0, 0.0)}}
-    yield "a flat map", lambda: figures.feature_maps(picture(), 0 * EYE, flat, {"teacher": 0 * EYE})
     yield "a flat channel", lambda: figures.margin(np.zeros((4, 4)), -0.1)
     yield "one case in a split", lambda: figures.lesion_sizes(release(5).assign(split="test"))
     sure = statistics.calibration(np.zeros((1, 4, 4)), np.zeros((1, 4, 4)))

@@ -188,49 +188,6 @@ def test_the_cost_of_an_element_is_the_partial_l2_by_hand():
     assert len(curves) == 22 and s.min() == -2.5 and s.max() == 2.5
 
 
-# Feature maps -------------------------------------------------------------------------------------
-
-
-class Given(nn.Module):
-    """A network whose maps are given."""
-
-    def __init__(self, **maps: torch.Tensor) -> None:
-        super().__init__()
-        self.maps = maps
-
-    def forward_features(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return torch.zeros(1, 1, 8, 8), self.maps
-
-
-def test_the_channel_that_separates_the_lesion_best_is_shown_in_standard_deviations():
-    mask = np.zeros((8, 8), np.uint8)
-    mask[:3, :5] = 1  # some pixels of the map are partly lesion
-    share = mask.reshape(4, 2, 4, 2).mean((1, 3))
-    x = np.random.default_rng(0).normal(size=(5, 4, 4))
-    x[2] += 4 * share
-    x[3] -= 9 * share  # separates most, but is low in the lesion
-    x[4] = 1000 / 3  # constant: rounding must not separate anything
-    networks = {
-        who: TrainedNetwork(Given(**{name: torch.tensor(x[None])}), CFG, None)
-        for who, name in (("teacher", "far"), ("alone", "near"))
-    }
-    image = np.zeros((8, 8, 3), np.uint8)
-    found = inspect.feature_views(networks, image, mask, ["near:far"])
-    z = (x[2] - x[2].mean()) / x[2].std()
-    d = (z * share).sum() / share.sum() - (z * (1 - share)).sum() / (1 - share).sum()
-    for who in networks:
-        view = found[who]["near:far"]
-        assert view.channel == 2 and view.separation == pytest.approx(d, rel=1e-5)
-        assert view.values == pytest.approx(z, rel=1e-4)
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize("mask", [np.zeros((8, 8)), np.ones((8, 8))])
-def test_a_mask_of_one_value_is_refused(mask):
-    with pytest.raises(LesionKDError, match="choose another case"):
-        inspect.feature_views({}, np.zeros((8, 8, 3), np.uint8), mask, [])
-
-
 # A finished run -----------------------------------------------------------------------------------
 
 

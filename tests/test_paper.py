@@ -19,7 +19,7 @@ from tests.test_notebooks import ARMS, cells_of, faults, through_papermill
 
 NOTEBOOK = ROOT / "notebooks" / "06_paper_figures.ipynb"
 SOURCE = ROOT / "notebooks" / "paper" / "paper.tex"
-FIGURES = {"feature_maps", "segmentations", "ablation"}
+FIGURES = {"refinement", "segmentations", "ablation"}
 FIGURES |= {"study", "study_alone", "when_teacher_helps", "dice_and_cost"}
 TABLES = {"arms", "comparison", "study_scores", "study_comparison", "study_ratios", "study_bce"}
 
@@ -69,7 +69,7 @@ def test_figures_have_three_formats_and_numbers_and_tables_have_two(twice):
         formats.setdefault(stem, set()).add(kind)
     assert {stem for stem, kinds in formats.items() if {"pdf", "svg", "png"} <= kinds} == FIGURES
     assert {stem for stem, kinds in formats.items() if "tex" in kinds} == TABLES | {"variables"}
-    assert all("csv" in formats[stem] for stem in (FIGURES | TABLES) - {"feature_maps"})
+    assert all("csv" in formats[stem] for stem in (FIGURES | TABLES) - {"refinement"})
 
 
 def test_the_csv_of_a_figure_has_what_is_drawn(twice):

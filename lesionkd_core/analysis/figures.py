@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from matplotlib.typing import LineStyleType, MarkerType
 
     from ..data.prepare import Prepared
-    from .inspect import FeatureView, NodeView, RefinementView
+    from .inspect import NodeView, RefinementView
     from .statistics import Calibration
 
 P = ParamSpec("P")
@@ -564,42 +564,6 @@ def refinement(image: np.ndarray, view: RefinementView) -> Figure:
     fig.colorbar(axes[0, -1].images[0], ax=axes[0, -1], shrink=0.75)
     text = "the teacher's T before its ReLU, the target T' = max(T, m), the student's connected S"
     return _described(fig, f"An image, and one channel on one colour scale: {text}.")
-
-
-@styled
-def feature_maps(
-    image: np.ndarray,
-    mask: np.ndarray,
-    views: Mapping[str, Mapping[str, FeatureView]],
-    predicted: Mapping[str, np.ndarray],
-) -> Figure:
-    """The channel of each map that separates the lesion best: rows networks, columns levels.
-
-    Values are deviations from the channel's mean over the image, in standard deviations; d is
-    Cohen's d between lesion and rest. A level has one scale for all networks.
-
-    Parameters
-    ----------
-    image, mask : (S, S, 3) uint8, (S, S)
-    views : {network: {level: FeatureView}}
-        From `inspect.feature_views`.
-    predicted : {network: (S, S)}
-        The mask of each network.
-    """
-    levels = list(next(iter(views.values())))
-    fig, axes = panels(len(views), 1 + len(levels), ratio=1.25)
-    for line, (who, maps) in zip(axes, views.items()):
-        draw_image(line[0], image, truth=mask, **{who: predicted[who]})
-        for axis, level in zip(line[1:], levels):
-            scale = max(np.abs(of[level].values).max() for of in views.values()) or 1.0
-            title = f"channel {maps[level].channel}, d = {maps[level].separation:.2f}"
-            _draw_map(axis, maps[level].values, scale, title)
-    for column, level in zip(axes.T[1:], levels):
-        bar = fig.colorbar(column[0].images[0], ax=column, location="bottom", shrink=0.8)
-        bar.set_label(level)
-    _row_labels(axes, map(_label, views))
-    text = f"rows {_names(views)}, with their masks on the left; columns {'; '.join(levels)}"
-    return _described(fig, f"The channel of each map that separates the lesion best: {text}.")
 
 
 # fmt: off

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,66 +168,6 @@ def feature_maps(trained: TrainedNetwork, images: np.ndarray) -> tuple[Tensor, d
     `images` are (N, S, S, 3) uint8.
     """
     return trained.network.forward_features(normalize(images))
-
-
-class FeatureView(NamedTuple):
-    """The channel of a map that separates the lesion best, from `feature_views`.
-
-    values (h, w) are deviations from its mean over the image in standard deviations; separation is
-    Cohen's d between lesion and rest.
-    """
-
-    values: np.ndarray
-    channel: int
-    separation: float
-
-
-@torch.no_grad()
-def feature_views(
-    networks: Mapping[str, TrainedNetwork],
-    image: np.ndarray,
-    mask: np.ndarray,
-    levels: Sequence[str],
-) -> dict[str, dict[str, FeatureView]]:
-    """The channel of each map that separates the lesion best: {network: {level: FeatureView}}.
-
-    Channels of two networks do not correspond, so one rule chooses for each network: largest (mean
-    in the lesion - mean outside) / standard deviation over the image.
-
-    Parameters
-    ----------
-    networks : {name: TrainedNetwork}
-        The teacher first.
-    image, mask : (S, S, 3) uint8, (S, S) 0/1
-    levels : sequence of str
-        As in `models.match_levels`: 'a', or 'student:teacher'.
-    """
-    if not mask.any() or mask.all():
-        raise LesionKDError(
-            "feature_views compares a lesion with the rest of its image, but this mask is all one "
-            "value; choose another case"
-        )
-    shown: dict[str, dict[str, FeatureView]] = {}
-    for who, trained in networks.items():
-        maps, part = feature_maps(trained, image[None])[1], 0 if shown else -1
-        shown[who] = {
-            level: _best_channel(maps[level.split(":")[part]][0], mask) for level in levels
-        }
-    return shown
-
-
-def _best_channel(x: Tensor, mask: np.ndarray) -> FeatureView:
-    """(C, h, w) and mask (S, S) 0/1."""
-    height, width = x.shape[-2:]
-    lesion = torch.tensor(mask).double()[None]
-    lesion = F.adaptive_avg_pool2d(lesion, (height, width)).flatten()  # fraction of each pixel
-    flat = x.flatten(1).double()
-    deviation = flat.std(1, correction=0, keepdim=True).clamp_min(1e-6)
-    flat = (flat - flat.mean(1, keepdim=True)) / deviation
-    separation = flat @ (lesion / lesion.sum() - (1 - lesion) / (1 - lesion).sum())
-    best = int(separation.argmax())
-    values = flat[best].view(height, width).float().numpy()
-    return FeatureView(values, best, float(separation[best]))
 
 
 # A finished run -----------------------------------------------------------------------------------
