@@ -80,10 +80,10 @@ def test_an_arm_is_split_into_its_base_and_its_length():
 
 
 def test_longer_trainings_follow_their_arm():
-    arms = ["zzz", "kd", "method*4", "alone_long", "alone*4", "alone*2", "method", "alone"]
+    arms = ["zzz", "kd+at", "kd", "method*4", "alone_long", "alone*4", "alone*2", "method", "alone"]
     found = st.in_order(pd.DataFrame({"arm": arms}))
     assert found == [
-        "alone", "alone*2", "alone*4", "alone_long", "method", "method*4", "kd", "zzz"
+        "alone", "alone*2", "alone*4", "alone_long", "method", "method*4", "kd", "kd+at", "zzz"
     ]  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def test_a_label_that_begins_with_plus_is_no_bullet():
         ("method", "both (method)"),
         ("alone*2", "student alone, 2x longer"),
         ("kd*4", "logit KD, 4x longer"),
+        ("feat=0.5+kd*2", "L_feat 0.5 + logit KD, 2x longer"),
         ("other", "other"),
         ("alone_long", "student alone, longer"),  # arms of earlier versions
         ("edge_joint", "+ L_edge, joint graph"),

@@ -47,6 +47,17 @@ def split_arm(arm: str) -> tuple[str, float]:
     return (base, float(times)) if times.isdecimal() and base else (arm, 1.0)
 
 
+def terms_of(arm: str) -> list[str]:
+    """The loss terms of an arm besides L_seg.
+
+    >>> terms_of("feat=0.5+kd*2"), terms_of("method")
+    (['feat', 'kd'], ['feat', 'edge'])
+    """
+    base = split_arm(arm)[0]
+    names = ARMS.get(base, base.replace("+", ", ")).split(", ")
+    return [name.partition("=")[0] for name in names if name]
+
+
 def settings(table: pd.DataFrame) -> Iterator[tuple[Setting, pd.DataFrame]]:
     """The parts of a table that are compared within, and the values that the rows of each share."""
     if "split" in table and table["split"].nunique() > 1:
@@ -72,7 +83,8 @@ def in_order(table: pd.DataFrame, without: str | None = None) -> list[str]:
 
     def place(arm: str) -> tuple[int, str, float]:
         base, times = split_arm(arm)
-        return known.index(base) if base in known else len(known), base, times
+        first = base if base in known else terms_of(arm)[0]
+        return known.index(first) if first in known else len(known), base, times
 
     return sorted(set(table["arm"]) - {without}, key=place)
 

@@ -13,8 +13,7 @@ import pandas as pd
 from .. import results
 from ..evaluate import score_external
 from ..losses import TERMS, needs_teacher
-from ..pipeline import ARMS
-from .statistics import SETTING, TEACHER, Setting, by_seed, case_mean, settings, split_arm
+from .statistics import SETTING, TEACHER, Setting, by_seed, case_mean, settings, split_arm, terms_of
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -55,6 +54,9 @@ def label(name: str) -> str:
     """
     base, times = split_arm(name)
     text = TERMS[base].label if base in TERMS else LABELS.get(base, base)
+    if "+" in base or "=" in base:
+        joined = (part.partition("=") for part in base.split("+"))
+        text = " + ".join(f"{label(n).removeprefix('+ ')} {w}".strip() for n, _, w in joined)
     if times == 1:
         return text
     return f"{text}, {times:g}x longer" if times < float("inf") else f"{text}, longer"
@@ -251,8 +253,7 @@ def gain_and_hours(comparison: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame
 
 def _taught(arm: str) -> bool:
     """Whether an arm has a teacher; an arm of an earlier version has one."""
-    base = split_arm(arm)[0]
-    terms = [name for name in ARMS.get(base, base).split(", ") if name]
+    terms = terms_of(arm)
     return any(name not in TERMS for name in terms) or needs_teacher(terms)
 
 
