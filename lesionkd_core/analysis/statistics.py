@@ -83,7 +83,7 @@ def in_order(table: pd.DataFrame, without: str | None = None) -> list[str]:
 
     def place(arm: str) -> tuple[int, str, float]:
         base, times = split_arm(arm)
-        first = base if base in known else terms_of(arm)[0]
+        first = base if base in known else base.partition("+")[0].partition("=")[0]
         return known.index(first) if first in known else len(known), base, times
 
     return sorted(set(table["arm"]) - {without}, key=place)
