@@ -471,9 +471,17 @@ def _save(path: Path, pixels: np.ndarray) -> None:
         Image.fromarray(pixels).save(partial, format="PNG")
 
 
+OUTLINE = (51, 187, 238)
+"""Colour of a student's masks on images: cyan, which skin, mucosa and grey tissue do not have."""
+
+
 def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Draw a mask's contour into a copy of an image (H, W, 3) uint8, orange between black lines."""
+    """Draw a mask into a copy of an image: lightly filled, with an outline between dark lines.
+
+    image (H, W, 3) uint8, mask (H, W) bool -> (H, W, 3) uint8.
+    """
     drawn, width = image.copy(), max(1, round(max(mask.shape) * 0.002))
+    drawn[mask] = np.rint(0.75 * image[mask] + 0.25 * np.array(OUTLINE))
     drawn[edge_label(mask, width + 1)] = (0, 0, 0)
-    drawn[edge_label(mask, width)] = (238, 119, 51)
+    drawn[edge_label(mask, width)] = OUTLINE
     return drawn

@@ -171,7 +171,7 @@ class Learner:
         self.fabric, self.path, self.cfg, self.training = fabric, path, cfg, training
         self.recipe = recipe = Recipe.of(cfg)
         self.uses_teacher = needs_teacher(recipe.weights)
-        self.best, self.seconds = -1.0, 0.0
+        self.best, self.seconds, self.together = -1.0, 0.0, 1
         self.history: list[dict[str, float]] = []
         objective: nn.Module = Objective(network, terms, recipe.edge_width)
         objective = objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -303,6 +303,7 @@ class Learner:
             "best_epoch": best["epoch"],
             "epochs": len(self.history),
             "seconds": round(self.seconds, 1),
+            "together": self.together,
             "parameters": parameter_count(self.network),
             "split_hash": data.split_hash,
             "data": data.digest,
@@ -343,6 +344,8 @@ def train(fabric: Fabric, learners: list[Learner], teacher: TeacherPass | None, 
     All learners have one training set, are at the same epoch and have the same number of epochs.
     """
     first = learners[0]
+    for learner in learners:
+        learner.together = len(learners)  # its seconds are this fraction of the measured time
     with Progress(name, "epoch", first.recipe.epochs, len(first.history)) as progress:
         for epoch in range(len(first.history), first.recipe.epochs):
             started, steps = time.perf_counter(), 0

@@ -3,9 +3,11 @@
 import inspect as python_inspect
 import io
 import itertools
+import re
 import warnings
 from functools import cache
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -13,13 +15,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from PIL import Image
+from skimage.color import deltaE_ciede2000, rgb2lab
 
-from lesionkd_core.analysis import figures, statistics, tables
-from lesionkd_core.analysis.inspect import FeatureView, NodeView, RefinementView
-from lesionkd_core.analysis.statistics import compare_arms
-from lesionkd_core.config import ARMS, LesionKDError
+from lesionkd_core.analysis import figures, inspect, statistics, tables
+from lesionkd_core.analysis.figures import Chart, Mark
+from lesionkd_core.analysis.inspect import NodeView, RefinementView
+from lesionkd_core.config import LesionKDError
 from lesionkd_core.losses import TERMS, Term
-from tests.test_statistics import study, table_of_arms
+from lesionkd_core.pipeline import ARMS
+from lesionkd_core.predict import OUTLINE, overlay
+from tests.conftest import ROOT
+from tests.test_statistics import study
 
 mpl.use("Agg")
 ALL_ARMS = [*ARMS, *(name for name in TERMS if name not in ("seg", *ARMS))]
@@ -45,7 +52,7 @@ def history(arms=("alone", "method"), seeds: int = 2, epochs: int = 6, **columns
 
 @cache
 def compared() -> pd.DataFrame:
-    return compare_arms(study(), draws=200)
+    return statistics.compare(study(), draws=200)
 
 
 @cache
@@ -57,40 +64,37 @@ def thirds() -> pd.DataFrame:
 @cache
 def gains() -> pd.DataFrame:
     """Gain over the student alone for budgets, fractions of labels and teachers around one base."""
-    rows, rng = [], np.random.default_rng(0)
+    table = study().query("dataset == 'isic2018' and arm in ['alone', 'method', 'kd']")
     settings = [(b, 1.0, "unet64") for b in (5, 20, 80)] + [(20, 0.1, "unet64"), (20, 1.0, "other")]
-    for budget, labels, teacher in settings:
-        for arm, seed, case in itertools.product(("alone", "feat", "method"), (0, 1), range(8)):
-            row = {"budget": budget, "labels": labels, "teacher": teacher, "arm": arm, "seed": seed}
-            row |= {"id": f"c{case}", "group": f"c{case}"}
-            rows.append(row | {"dice": 0.5 + (arm != "alone") / budget + rng.normal(0, 0.02)})
-    return statistics.compare_with(pd.DataFrame(rows), arms=("feat", "method"), draws=200)
+    parts = [table.assign(budget=b, labels=n, teacher=t) for b, n, t in settings]
+    return statistics.compare_with(pd.concat(parts), arms=("kd", "method"), draws=200)
 
 
-def node_view(live=(0, 3), size: int = 8, nodes: int = 4) -> NodeView:
+@cache
+def lengths() -> pd.DataFrame:
+    """Three lengths of the student alone, on its own test cases and on another data set."""
+    table = study().query("dataset == 'isic2018'")
+    longer = table.query("arm == 'alone'")
+    longer = [longer.assign(arm=f"alone*{n}", dice=longer["dice"] + n / 100) for n in (2, 4)]
+    own = pd.concat([table, *longer]).assign(test_dataset="isic2018")
+    return pd.concat([own, own.assign(test_dataset="ham10000")])
+
+
+def node_view(live=(0, 3), size: int = 8, nodes: int = 5) -> NodeView:
+    """Four cells and the background's node."""
     rng = np.random.default_rng(2)
     projection, anchors = np.zeros((nodes, size, size)), np.full((nodes, 2), np.nan)
+    members = np.zeros((nodes, size, size))
     if live:
         drawn = rng.dirichlet(np.ones(len(live)), (size, size))
         projection[list(live)] = drawn.transpose(2, 0, 1)
         anchors[list(live)] = rng.uniform(0, size - 1, (len(live), 2))
-    return NodeView(np.eye(size) * bool(live), projection, anchors)
+        members[list(live), range(len(live)), range(len(live))] = 1
+    return NodeView(np.eye(size) * bool(live), members, projection, anchors, nodes - 1)
 
 
 def picture(size: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (size, size, 3)).astype(np.uint8)
-
-
-def maps() -> dict[str, dict[str, FeatureView]]:
-    def view(seed: int, size: int) -> FeatureView:
-        return FeatureView(np.random.default_rng(seed).normal(size=(size, size)), seed, 1.5)
-
-    networks = enumerate(("teacher", "alone", "method"))
-    return {who: {"a": view(i, 8), "b": view(i + 5, 4)} for i, who in networks}
-
-
-def refined() -> RefinementView:
-    return RefinementView(*np.random.default_rng(0).normal(size=(3, 3, 8, 8)), 1)
 
 
 def calibrated() -> statistics.Calibration:
@@ -105,9 +109,10 @@ def release(count: int = 60) -> pd.DataFrame:
     return pd.DataFrame({"split": split, "lesion_share": share, "contrast": rng.normal(size=count)})
 
 
+EYE = np.eye(32)
 PREPARED = SimpleNamespace(
     images=np.stack([picture()] * 3),
-    masks=np.stack([np.eye(32)] * 3),
+    masks=np.stack([EYE] * 3),
     cases=pd.DataFrame({"id": ["case_a", "case_b", "case_c"], "split": ["train"] * 3}),
     summary={"joined": {"largest": [["case_a", "case_c"]]}},
 )
@@ -116,17 +121,17 @@ POINTS = pd.DataFrame(
 ).assign(low=[0.5, 0.55, 0.6], high=[0.7, 0.75, 0.8], macs=[1e7, 1e7, 1e10])
 PAIR = pd.DataFrame({"first": [0], "second": [2], "bits": [5], "correlation": [0.9]})
 PAIR["content"] = 0.7
-EYE = np.eye(32)
+TWO = np.array([[[1, 1], [2, 2]], [[0, 0], [4, 4]]])
+SHARES = {"raw products": np.full((2, 4), 0.5), "cosine": np.eye(4)[:2]}
 
 DRAWINGS = {
     "ablation": lambda: figures.ablation(study().query("dataset == 'isic2018'"), compared()),
     "calibration": lambda: figures.calibration({"teacher": calibrated(), "method": calibrated()}),
     "cases": lambda: figures.cases(PREPARED, [0, 2]),
+    "dice_and_cost": lambda: figures.dice_and_cost(POINTS),
     "edges": lambda: figures.edges(PREPARED, [1], {"stride 4": np.ones((1, 8, 8))}),
-    "feature_maps": lambda: figures.feature_maps(
-        picture(), EYE, maps(), {who: EYE for who in maps()}
-    ),
-    "forest": lambda: figures.forest(compared()),
+    "forest": lambda: figures.forest(compared().query("arm == 'method'")),
+    "gain_and_hours": lambda: figures.gain_and_hours(gains().assign(hours=1.5)),
     "gradients": lambda: figures.gradients(history()),
     "latency": lambda: figures.latency(tables.committed("cost")),
     "joined_groups": lambda: figures.joined_groups(PREPARED),
@@ -134,22 +139,28 @@ DRAWINGS = {
         statistics.learning_curves(history(ALL_ARMS, dataset="busi"))
     ),
     "lesion_sizes": lambda: figures.lesion_sizes(release()),
-    "nodes": lambda: figures.nodes(
-        [picture()], [EYE], {"teacher": [node_view()], "method": [node_view()]}
-    ),
+    "margin": lambda: figures.margin(np.random.default_rng(0).normal(size=(16, 16)), -0.8),
+    "nodes": lambda: figures.nodes(picture(), {"teacher": node_view(), "method": node_view()}),
     "pairs": lambda: figures.pairs(PREPARED, PAIR),
-    "pareto": lambda: figures.pareto(POINTS),
-    "per_case_scores": lambda: figures.per_case_scores({"student": table_of_arms(0.05)}),
-    "refinement": lambda: figures.refinement(picture(), refined()),
-    "segmentations": lambda: figures.segmentations(
-        PREPARED, [0, 1], {"teacher": [EYE] * 2, "otsu": [EYE] * 2}
+    "partial_l2": lambda: figures.partial_l2(inspect.partial_l2_curves(points=21)),
+    "per_case_scores": lambda: figures.per_case_scores({"student": study()}),
+    "projection": lambda: figures.projection(TWO, np.eye(2), SHARES),
+    "refinement": lambda: figures.refinement(
+        picture(), RefinementView(*np.random.default_rng(0).normal(size=(3, 3, 8, 8)), 1)
     ),
+    "segmentations": lambda: figures.segmentations(
+        PREPARED, [0, 1], {"teacher": np.stack([EYE] * 2), "otsu": np.stack([EYE] * 2)}
+    ),
+    "study": lambda: figures.study(lengths()),
     "tertiles": lambda: figures.tertiles(thirds()),
     "training_curves": lambda: figures.training_curves(
         {"teacher": history(("alone",)), "student": history(("alone",))}
     ),
     "when_teacher_helps": lambda: figures.when_teacher_helps(gains()),
 }
+
+
+# Every figure -------------------------------------------------------------------------------------
 
 
 def test_every_function_that_draws_is_tested_here():
@@ -161,7 +172,7 @@ def test_every_function_that_draws_is_tested_here():
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
-def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_without_a_title(name, tmp_path, caplog):
+def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_in_small_print(name, tmp_path, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for folder in ("a", "b"):
@@ -173,24 +184,75 @@ def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_without_a_title(name
     assert not caplog.records, "no message of a font"
     assert any(fig.get_figwidth() * 25.4 == pytest.approx(width) for width in (85, 174))
     assert fig.get_figheight() * 25.4 < 240, "fits on a page"
-    assert not any(axis.get_title() for axis in fig.axes) and fig.get_suptitle() == ""
     texts = [text for text in fig.findobj(mpl.text.Text) if text.get_text()]
-    assert {t.get_fontsize() for t in texts if not t.get_text().isdigit()} <= {7, 7.5}
+    sizes = {round(text.get_fontsize(), 2) for text in texts}
+    assert sizes <= {7, 7.5}
+    assert 7 * figures.NOTEBOOK_SCALE >= 8.7, "9 pt in a notebook"
     (width, height), drawn = fig.get_size_inches(), fig.get_tightbbox()
-    assert min(drawn.x0, drawn.y0) > -0.06, "nothing is clipped"
-    assert drawn.x1 < width + 0.06 and drawn.y1 < height + 0.06, "nothing is clipped"
+    assert min(drawn.x0, drawn.y0) > -0.1, "nothing is clipped"  # in inches, but for hinting
+    assert drawn.x1 < width + 0.1 and drawn.y1 < height + 0.1, "nothing is clipped"
+    text = fig.get_label()
+    assert 40 <= len(text) <= 400 and text.endswith(".") and "\n" not in text and "$" not in text
 
 
-# Styles -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("forest", ["busi, U-Net 64", "student alone; both, edges shuffled; logit KD", "right: m"]),
+        ("latency", ["U-Net 64", "128 px, 256 px", "ExecuTorch", "int8"]),
+        ("nodes", ["2 nodes", "teacher; both (method)"]),
+        ("pairs", ["case_a and case_c, 5 bits"]),
+        ("segmentations", ["2 images", "teacher; Otsu"]),
+    ],
+)
+def test_the_alternative_text_is_made_from_what_is_drawn(name, words):
+    text = DRAWINGS[name]().get_label()
+    assert all(word in text for word in words), text
+
+
+# Colours ------------------------------------------------------------------------------------------
+
+
+def lab(*colours) -> np.ndarray:
+    return rgb2lab(np.array([to_rgb(colour) for colour in colours])[None])[0]
+
+
+TISSUE = {  # mean, and mean +- standard deviation, of pixels at the border of 60 lesions each
+    "skin": ("#BF9B8F", "#DCBDB5", "#A27969"),
+    "mucosa": ("#A65D42", "#E08867", "#6C321D"),
+    "ultrasound": ("#5B5B5B", "#919191", "#252525"),
+}
+
+
+@pytest.mark.parametrize("tissue", TISSUE)
+@pytest.mark.parametrize("name", ["teacher", "student", "alone"])
+def test_an_outline_differs_from_the_tissue_below_it(name, tissue):
+    def distance(colour: str) -> float:
+        [[*found]] = [deltaE_ciede2000(lab(colour), lab(*TISSUE[tissue]))]
+        return min(found)
+
+    assert distance(figures.style_of(name).colour) > 20
+    assert tissue != "mucosa" or distance("#EE7733") < 20, "orange, as it was, does not"
 
 
 def test_every_arm_is_distinguished_by_marker_and_by_dash_alone():
-    assert set(ALL_ARMS) <= set(figures.STYLES)
-    looks = [figures.STYLES[arm] for arm in ALL_ARMS]
+    assert set(ALL_ARMS) | {"teacher", "student", "otsu"} <= set(figures.STYLES)
+    looks = [figures.STYLES[arm] for arm in (*ALL_ARMS, "sobel_mask", "pseudo")]
     for part in ("colour", "marker", "dash"):
-        assert len({getattr(look, part) for look in looks}) == len(ALL_ARMS), part
-    assert len({tables.label(arm) for arm in ALL_ARMS}) == len(ALL_ARMS)
-    assert {"teacher", "student", "otsu"} <= set(figures.STYLES)
+        assert len({getattr(look, part) for look in dict.fromkeys(looks)}) == len(set(looks)), part
+    apart = [lab(figures.style_of(name).colour)[0] for name in ("teacher", "student", "alone")]
+    greys = sorted(lightness for lightness, *_ in apart)
+    assert min(np.diff(greys)) > 10, "legible in grey"
+
+
+def test_a_longer_training_has_the_hue_and_marker_of_its_arm_darker():
+    pen, twice, four = (figures.style_of(f"alone{n}") for n in ("", "*2", "*4"))
+    assert pen.marker == twice.marker == four.marker
+    lightness = [lab(look.colour)[0, 0] for look in (pen, twice, four)]
+    assert lightness == sorted(lightness, reverse=True) and min(-np.diff(lightness)) > 8
+    hues = [mpl.colors.rgb_to_hsv(to_rgb(look.colour))[0] for look in (pen, twice, four)]
+    assert hues == pytest.approx([hues[0]] * 3, abs=0.01)
+    assert figures.style_of("alone_long") == four
 
 
 def test_a_loss_term_of_a_user_gets_a_style_and_a_label(monkeypatch):
@@ -198,117 +260,183 @@ def test_a_loss_term_of_a_user_gets_a_style_and_a_label(monkeypatch):
         monkeypatch.setitem(TERMS, name, Term(name, None, f"{name}, my term", 1.0))
     looks = [figures.style_of(name) for name in ("mine", "yours", "theirs")]
     for part in ("colour", "marker", "dash"):
-        known = {getattr(look, part) for look in figures.STYLES.values()}
-        assert len({getattr(look, part) for look in looks} - known) >= 2, part
-    assert len({look.marker for look in looks}) == 3
-    assert tables.label("mine") == "mine, my term"
+        assert len({getattr(look, part) for look in looks}) == 3, part
     fig = figures.learning_curves(statistics.learning_curves(history(("alone", "mine"))))
     assert "mine, my term" in fig.get_label()
-
-
-def test_a_name_without_a_term_has_the_same_style_each_time():
     assert figures.style_of("anything") == figures.style_of("anything")
-    assert tables.label("anything") == "anything"
 
 
-def test_a_mask_is_outlined_in_two_tones_and_shaded():
-    fig = figures.segmentations(PREPARED, [0], {"teacher": [EYE]})
+EIGHT = ("alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist")
+
+
+@pytest.mark.parametrize(
+    ("draw", "arms"),
+    [
+        (DRAWINGS["dice_and_cost"], ("alone", "method", "unet64")),
+        (lambda: figures.learning_curves(statistics.learning_curves(history(EIGHT))), EIGHT),
+    ],
+    ids=["intervals", "lines"],
+)
+def test_a_notebook_shows_the_colours_of_the_style_at_160_dpi(draw, arms):
+    kind, content, width = figures.notebook_image(draw())
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    assert kind == "png" and len(content) < 60_000
+    assert image.width / (width / 96) == pytest.approx(160, abs=1)
+    assert width == pytest.approx(174 / 25.4 * 96 * figures.NOTEBOOK_SCALE, rel=0.05)
+    found = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in image.getcolors(1 << 20)}
+    assert {figures.style_of(arm).colour for arm in arms} | {"#FFFFFF", "#000000"} <= found
+
+
+@pytest.mark.parametrize("name", ["segmentations", "cases"])
+def test_photos_are_shown_as_jpeg(name):
+    kind, content, _ = figures.notebook_image(DRAWINGS[name]())
+    assert kind == "jpeg" and len(content) < 100_000
+
+
+def test_a_prediction_is_filled_and_the_true_mask_is_a_dashed_line_above_it():
+    fig = figures.segmentations(PREPARED, [0], {"teacher": EYE[None]})
     axis = fig.axes[1]
-    outlines = [c for c in axis.collections if c.get_path_effects()]
-    assert len(outlines) == 2, "truth and teacher"
-    for outline in outlines:
-        [effect] = outline.get_path_effects()
-        assert effect._gc["foreground"] == "black" and effect._gc["linewidth"] > 1
-    shades = [c for c in axis.collections if c.get_alpha() == 0.2]
-    assert len(shades) == 1
-    assert to_rgb(shades[0].get_facecolor()[0][:3]) == to_rgb(figures.STYLES["teacher"].colour)
+    assert axis.get_title(loc="center") == "Dice 1.00"
+    fill, outline, truth = axis.collections
+    assert fill.get_alpha() == 0.25
+    assert to_rgb(fill.get_facecolor()[0][:3]) == to_rgb(figures.STYLES["teacher"].colour)
+    assert to_rgb(truth.get_edgecolor()[0][:3]) == (1, 1, 1)
+    assert truth.get_linestyle()[0][1] is not None and outline.get_linestyle()[0][1] is None
+    for line in (outline, truth):
+        [rim] = line.get_path_effects()
+        assert rim._gc["foreground"] == "black" and rim._gc["linewidth"] > line.get_linewidth()[0]
+    alone = figures.cases(PREPARED, [0]).axes[0]
+    assert len(alone.collections) == 2, "a mask alone is filled, so that an inverted one is seen"
 
 
-# What is drawn ------------------------------------------------------------------------------------
+def test_the_command_draws_masks_in_the_colour_of_the_student():
+    assert figures.style_of("student").colour == "#{:02X}{:02X}{:02X}".format(*OUTLINE)
+    image, mask = np.full((40, 40, 3), 100, np.uint8), np.zeros((40, 40), bool)
+    mask[10:30, 10:30] = True
+    drawn = overlay(image, mask)
+    assert tuple(drawn[10, 20]) == OUTLINE and tuple(drawn[8, 20]) == (0, 0, 0)
+    assert drawn[20, 20] == pytest.approx(0.75 * 100 + 0.25 * np.array(OUTLINE), abs=0.5)
+    assert (drawn[:7] == 100).all() and (image == 100).all()
 
 
-def drawn_intervals(axis, along: str) -> list[tuple[str, float, float, float, float]]:
-    """Label, x, y, low, high of each interval of a chart; NaN if none is drawn."""
-    found = []
-    for container in axis.containers:
-        (x,), (y,) = container.lines[0].get_data()
-        bars = [s for bars in container.lines[2] for s in bars.get_segments()]
-        ends = [s[:, "xy".index(along)] for s in bars] or [[np.nan, np.nan]]
-        found.append((container.get_label(), x, y, *sorted(ends[0])))
+# Means and differences ----------------------------------------------------------------------------
+
+
+def marks(axis) -> dict[tuple[str, str], list[float]]:
+    """{(row, name): [value, low, high, filled]} of an interval chart, from above."""
+    rows = [(y, axis.yaxis.get_major_formatter()(y)) for y in axis.get_yticks()]
+    pairs = [line for line in axis.lines if len(line.get_xdata()) == 2]
+    spans = {line.get_ydata()[0]: list(line.get_xdata()) for line in pairs}
+    found = {}
+    for line in (line for line in axis.lines if not line.get_label().startswith("_")):
+        [x], [y] = line.get_data()
+        _, row = min(rows, key=lambda place, y=y: abs(place[0] - y))
+        limits = spans.get(y, [np.nan, np.nan])
+        found[row, line.get_label()] = [x, *limits, line.get_markerfacecolor() != "white"]
     return found
 
 
-def seed_ticks(axis) -> dict[float, list[float]]:
-    """{place: the values of the seeds} of a chart with one row for each arm."""
-    ticks = [line for line in axis.lines if line.get_marker() == "|"]
-    ticks = [line for line in ticks if line.get_markersize() == 4]
-    return {round(line.get_ydata()[0] + 0.28, 6): list(line.get_xdata()) for line in ticks}
+def trainings(axis) -> list[list[float]]:
+    ticks = [line for line in axis.lines if line.get_marker() == "|" and line.get_markersize() == 4]
+    return [list(line.get_xdata()) for line in ticks]
 
 
-def check_differences(axis, rows: pd.DataFrame, places: dict[str, float]) -> None:
-    drawn = drawn_intervals(axis, "x")
-    expected = [(r.difference, places[r.other], r.low, r.high) for r in rows.itertuples()]
-    assert [row[0] for row in drawn] == rows["other"].tolist()
-    np.testing.assert_allclose([row[1:] for row in drawn], expected)
-    for row in rows.to_dict("records"):
-        seeds = [value for name, value in row.items() if name.startswith("difference_seed")]
-        assert seed_ticks(axis)[places[row["other"]]] == pytest.approx(seeds)
+def check_differences(axis, rows: pd.DataFrame, who: str) -> None:
+    significant = rows["verdict"].isin(["better", "worse"])
+    expected = rows[["difference", "low", "high"]].assign(filled=significant).to_numpy(float)
+    found = {name: mark for (_, name), mark in marks(axis).items() if not np.isnan(mark[0])}
+    assert set(found) == set(rows[who])
+    np.testing.assert_allclose([found[name] for name in rows[who]], expected)
 
 
-def of_family(table: pd.DataFrame, dataset: str, teacher: str) -> pd.DataFrame:
-    return table[(table["dataset"] == dataset) & (table["teacher"] == teacher)]
+def test_marks_are_drawn_at_their_values_in_their_rows():
+    shown = [Mark("above", "kd", 0.5, 0.4, 0.7, (0.45, 0.55)), Mark("above", "cwd", 0.6)]
+    shown += [Mark("below", "kd", 0.1, 0.0, 0.2, (0.1,), filled=False)]
+    axis = figures.interval_charts([Chart("", "x", shown, zero=True)]).axes[0]
+    found = marks(axis)
+    assert found["above", "kd"] == [0.5, 0.4, 0.7, True] and found["above", "cwd"][0] == 0.6
+    assert found["below", "kd"] == [0.1, 0.0, 0.2, False]
+    assert trainings(axis) == [[0.45, 0.55]], "one training is the mean itself"
 
 
-def test_the_forest_plot_draws_every_difference_interval_and_seed():
-    axes = [axis for axis in figures.forest(compared()).axes if axis.get_visible()]
-    names = {
-        "busi, ResNet34-UNet": ("busi", "resnet34_unet"),
-        "busi, U-Net 64": ("busi", "unet64"),
-        "isic2018, ResNet34-UNet": ("isic2018", "resnet34_unet"),
-    }
-    assert [axis.get_xlabel() for axis in axes] == list(names)
-    labels = [text.get_text() for text in axes[0].get_yticklabels()]
-    assert labels == ["student alone", "both, edges shuffled", "logit KD"]
-    for axis, family in zip(axes, names.values()):
-        places = {"alone": 0, "shuffled": -1, "kd": -2}
-        check_differences(axis, of_family(compared(), *family), places)
-
-
-def test_the_forest_plot_of_every_arm_against_one_says_so():
-    table = study().query("dataset == 'isic2018'")
-    comparison = statistics.compare_with(table, draws=200)
-    fig = figures.forest(comparison)
-    labels = [text.get_text() for text in fig.axes[0].get_yticklabels()]
-    assert labels == ["both, edges shuffled", "logit KD"]
-    places = {"shuffled": 0, "kd": -1}
-    check_differences(fig.axes[0], comparison.assign(other=comparison["arm"]), places)
-    assert fig.get_label().startswith("Arm minus student alone, Dice (right: arm better)")
-    other = figures.forest(statistics.compare_arms(table, "kd", draws=200)).get_label()
-    assert other.startswith("Logit KD minus other, Dice (right: logit KD better)")
+def test_the_forest_plot_draws_every_difference_interval_and_training():
+    method = compared().query("arm == 'method'")
+    axes = [axis for axis in figures.forest(method).axes if axis.get_visible()]
+    titles = ["busi, ResNet34-UNet", "busi, U-Net 64", "isic2018, ResNet34-UNet"]
+    assert [axis.get_title(loc="left") for axis in axes] == titles
+    for axis, (_, part) in zip(axes, method.groupby(["dataset", "teacher"])):
+        check_differences(axis, part, "other")
+        np.testing.assert_allclose(trainings(axis), part.filter(like="difference_seed"))
+    alone = figures.forest(compared().query("other == 'alone'"))
+    assert alone.get_label().startswith("Arm minus student alone, Dice (right: arm better)")
 
 
 def test_a_marker_is_filled_if_the_verdict_is_better_or_worse():
-    words = ("better", "inconclusive", "not significant", "worse", "too few groups")
+    words = ("better", "inconclusive", "reached by longer training", "worse", "one training")
     table = pd.DataFrame({"other": ["alone", "feat", "edge", "kd", "cwd"], "verdict": words})
     table = table.assign(arm="method", metric="dice", difference=0.03, low=0.01, high=0.05)
-    containers = figures.forest(table).axes[0].containers
-    faces = {c.get_label(): c.lines[0].get_markerfacecolor() for c in containers}
-    assert [name for name, face in faces.items() if face != "white"] == ["alone", "kd"]
+    found = marks(figures.forest(table).axes[0])
+    assert [name for (_, name), mark in found.items() if mark[3]] == ["alone", "kd"]
 
 
 def test_the_ablation_draws_means_seeds_and_differences():
-    scores = study()
-    axes = np.array(figures.ablation(scores, compared()).axes).reshape(3, 2)
+    scores, method = study(), compared().query("arm == 'method'")
+    axes = np.array(figures.ablation(scores, method).axes).reshape(3, 2)
     for (left, right), (family, part) in zip(axes, scores.groupby(["dataset", "teacher"])):
-        places = {arm: -i for i, arm in enumerate(dict.fromkeys(part["arm"]))}
-        drawn = {name: row for name, *row in drawn_intervals(left, "x")}
-        assert set(drawn) == set(places)
-        for arm, place in places.items():
-            mean, low, high = statistics.case_mean(statistics.by_seed(part, arm))
-            assert drawn[arm] == pytest.approx([mean, place, low, high])
+        means = {name: mark[:3] for (_, name), mark in marks(left).items()}
+        assert list(means) == ["teacher", "alone", "method", "shuffled", "kd"]
+        expected = [statistics.case_mean(statistics.by_seed(part, arm)) for arm in means]
+        np.testing.assert_allclose(list(means.values()), expected)
         kd = part[part["arm"] == "kd"].groupby("seed")["dice"].mean().tolist()
-        assert seed_ticks(left)[places["kd"]] == pytest.approx(kd)
-        check_differences(right, of_family(compared(), *family), places)
+        assert trainings(left)[-1] == pytest.approx(kd)
+        own = (method["dataset"] == family[0]) & (method["teacher"] == family[1])
+        check_differences(right, method[own], "other")
+
+
+def test_the_study_has_the_lengths_of_an_arm_in_one_row_own_test_cases_first():
+    own, other = figures.study(lengths()).axes
+    titles = [axis.get_title(loc="left") for axis in (own, other)]
+    assert titles == ["isic2018", "ham10000, trained on isic2018"]
+    alone = {name: mark[0] for (row, name), mark in marks(own).items() if row == "student alone"}
+    part = lengths().query("test_dataset == 'isic2018' and arm.str.startswith('alone')")
+    assert alone == pytest.approx(part.groupby("arm")["dice"].mean().to_dict())
+    joined = [line.get_xdata() for line in own.lines if len(line.get_xdata()) == 3]
+    assert any(list(x) == pytest.approx(list(alone.values())) for x in joined)
+
+
+def test_tertiles_are_in_order_with_their_ranges():
+    axes = [axis for axis in figures.tertiles(thirds()).axes if axis.get_visible()]
+    parts = [part for _, part in thirds().groupby(["dataset", "teacher"])]
+    parts = [own for part in parts for _, own in part.groupby("column", sort=False)]
+    for axis, part in zip(axes, parts, strict=True):
+        found = marks(axis)
+        drawn = [mark[:3] for mark in found.values()]
+        np.testing.assert_allclose(drawn, part[["difference", "low", "high"]])
+        assert [row.split(":")[0] for row, _ in found] == ["lowest", "middle", "highest"]
+        assert all(f"{n} cases" in row for (row, _), n in zip(found, part["cases"]))
+
+
+def test_gains_are_drawn_by_budget_labels_and_teacher_around_the_base():
+    table = gains()
+    by_budget, by_labels, by_teacher = figures.when_teacher_helps(table).axes
+    own = table.query("arm == 'kd' and labels == 1 and teacher == 'unet64'")
+    found = {row: mark[0] for (row, name), mark in marks(by_budget).items() if name == "kd"}
+    assert found == pytest.approx(dict(zip(["5", "20", "80"], own["difference"])))
+    assert {row for row, _ in marks(by_labels)} == {"10 %", "100 %"}
+    assert {row for row, _ in marks(by_teacher)} == {"U-Net 64", "other"}
+    assert "epochs: 20" in by_labels.get_xlabel() and "epochs" not in by_budget.get_xlabel()
+
+
+def test_costs_stand_beside_the_networks_from_the_cheapest_on():
+    rows = [row for row, _ in marks(figures.dice_and_cost(POINTS).axes[0])]
+    assert rows == ["student alone, 10 M", "both (method), 10 M", "U-Net 64, 10,000 M"]
+    hours = gains().query("budget == 20 and labels == 1 and teacher == 'unet64'")
+    hours = hours.assign(hours=[2.0, 0.5], what=["slow", "fast"])
+    rows = [row for row, _ in marks(figures.gain_and_hours(hours).axes[0])]
+    assert rows == ["fast, +0.5 h", "slow, +2.0 h"]
+
+
+# Lines --------------------------------------------------------------------------------------------
 
 
 def lines(axis) -> dict[str, tuple[list, list]]:
@@ -320,7 +448,7 @@ def test_learning_curves_are_the_means_with_the_range_of_the_seeds():
     both = pd.concat([history(dataset="busi"), history(dataset="isic2018")])
     curves = statistics.learning_curves(both)
     left, right = figures.learning_curves(curves).axes
-    assert (left.get_xlabel(), right.get_xlabel()) == ("Epoch\nbusi", "Epoch\nisic2018")
+    assert (left.get_title(loc="left"), right.get_title(loc="left")) == ("busi", "isic2018")
     part = curves[(curves["dataset"] == "busi")]
     for arm, band in zip(("alone", "method"), left.collections):
         of_arm = part[part["arm"] == arm]
@@ -330,130 +458,97 @@ def test_learning_curves_are_the_means_with_the_range_of_the_seeds():
             assert set(zip(of_arm["epoch"], of_arm[side].round(9))) <= corners
 
 
-def test_many_arms_are_drawn_in_two_charts():
-    own, baselines = figures.learning_curves(statistics.learning_curves(history(ALL_ARMS))).axes
+def test_many_arms_are_drawn_in_two_charts_with_a_legend_few_are_named_beside_their_lines():
+    many = figures.learning_curves(statistics.learning_curves(history(ALL_ARMS)))
+    own, baselines = many.axes
     assert set(lines(own)) == {"alone", "feat", "edge", "method", "shuffled"}
-    assert {"alone", "method", "kd", "cwd", "dist", "sobel", "stem2"} <= set(lines(baselines))
+    assert {"alone", "method", "kd", "cwd", "dist", "sobel"} <= set(lines(baselines))
+    assert len(many.legends[0].get_texts()) == len(ALL_ARMS)
+    few = figures.learning_curves(statistics.learning_curves(history()))
+    assert not few.legends
+    assert {text.get_text() for text in few.axes[0].texts} == {"student alone", "both (method)"}
 
 
 def test_gradients_are_means_over_seeds_term_by_term():
     table = history(("method", "edge", "alone"))
     table.loc[table["arm"] == "edge", ["grad_feat", "cos_feat"]] = np.nan
-    axes = figures.gradients(table).axes
-    below = [axis.get_xlabel() for axis in axes[3:]]
-    labels = ("student alone", r"+ $L_\mathrm{edge}$", "both (method)")
-    assert below == [f"Epoch\n{label}" for label in labels]
-    assert set(lines(axes[4])) == {"edge"} and set(lines(axes[3])) == set()
-    norms, cosines = figures.gradients(table[table["arm"] == "method"]).axes
+    table.loc[table["arm"] == "alone", "grad_seg"] = np.nan  # not measured without a teacher
+    norm_edge, norm_method, cos_edge, cos_method = figures.gradients(table).axes
+    assert set(lines(cos_edge)) == {"edge"} and set(lines(norm_edge)) == {"seg", "edge"}
     by_epoch = table[table["arm"] == "method"].groupby("epoch")
-    assert set(lines(norms)) == {"seg", "feat", "edge"} and set(lines(cosines)) == {"feat", "edge"}
-    assert lines(norms)["edge"][1] == pytest.approx(by_epoch["grad_edge"].mean().tolist())
+    assert set(lines(norm_method)) == {"seg", "feat", "edge"}
+    assert lines(norm_method)["edge"][1] == pytest.approx(by_epoch["grad_edge"].mean().tolist())
     means = by_epoch["cos_feat"].mean().tolist()
-    assert lines(cosines)["feat"] == ([*range(1, 7)], pytest.approx(means))
-    assert norms.get_yscale() == "log"
-
-
-def test_the_cosine_of_two_terms_has_a_line_of_its_own():
-    fig = figures.gradients(history(("method",)).assign(cos_feat_edge=0.3))
-    assert lines(fig.axes[1])["feat_edge"][1] == [0.3] * 6
-    assert set(lines(fig.axes[0])) == {"seg", "feat", "edge"}
-    assert any(" and " in text.get_text() for text in fig.legends[0].get_texts())
-    assert "feat_edge" not in fig.get_label()
-
-
-def ticks(axis) -> list[str]:
-    return [text.get_text() for text in axis.get_yticklabels()]
-
-
-def test_tertiles_are_in_order_with_their_ranges():
-    table = thirds()
-    axes = np.array(figures.tertiles(table).axes).reshape(3, 2)
-    for line, (_, part) in zip(axes, table.groupby(["dataset", "teacher"])):
-        for axis, measure in zip(line, ("lesion_pixels", "contrast")):
-            rows = part[part["column"] == measure]
-            drawn = drawn_intervals(axis, "y")
-            assert [row[1] for row in drawn] == [0, 1, 2]
-            assert {row[0] for row in drawn} == {"method - alone"}
-            expected = rows[["difference", "low", "high"]]
-            np.testing.assert_allclose([row[2:] for row in drawn], expected)
-            labels = [label.get_text().split("\n") for label in axis.get_xticklabels()]
-            assert [label[0] for label in labels] == ["lowest", "middle", "highest"]
-            assert [label[2] for label in labels] == [f"{cases} cases" for cases in rows["cases"]]
-        assert line[0].get_xlabel().startswith("Lesion size (px)")
-
-
-def test_gains_are_drawn_by_budget_labels_and_teacher_around_the_base():
-    table = gains()
-    by_budget, by_labels, by_teacher = figures.when_teacher_helps(table).axes
-    assert [t.get_text() for t in by_budget.get_xticklabels()] == ["5", "20", "80"]
-    assert [t.get_text() for t in by_labels.get_xticklabels()] == ["10%", "100%"]
-    assert {t.get_text() for t in by_teacher.get_xticklabels()} == {"U-Net 64", "other"}
-    feat = table[(table["arm"] == "feat") & (table["labels"] == 1) & (table["teacher"] == "unet64")]
-    drawn = [row for row in drawn_intervals(by_budget, "y") if row[0] == "feat"]
-    expected = feat.sort_values("budget")[["difference", "low", "high"]]
-    np.testing.assert_allclose([row[2:] for row in drawn], expected)
-    assert [row[1] for row in drawn] == pytest.approx([-0.11, 0.89, 1.89])
-    seeds = [line for line in by_budget.lines if line.get_marker() == "_"]
-    first = [line for line in seeds if line.get_xdata()[0] == pytest.approx(-0.11)]
-    values = feat.sort_values("budget").iloc[0][["difference_seed0", "difference_seed1"]]
-    assert any(list(line.get_ydata()) == pytest.approx(list(values)) for line in first)
-    assert "epochs: 20" in by_labels.get_xlabel() and "epochs" not in by_budget.get_xlabel()
-    chosen = figures.when_teacher_helps(table, {"budget": 5}).axes[1]
-    assert len(chosen.containers) == 2, "only the base has 5 epochs with all labels"
+    assert lines(cos_method)["feat"] == ([*range(1, 7)], pytest.approx(means))
+    assert norm_method.get_yscale() == "log"
+    both = figures.gradients(history(("method",)).assign(cos_feat_edge=0.3))
+    assert lines(both.axes[1])["feat_edge"][1] == [0.3] * 6
+    assert any(" and " in text.get_text() for text in both.axes[1].texts)
 
 
 def test_the_calibration_curve_leaves_out_empty_bins():
     found = statistics.calibration(np.array([[[0.1, 0.9, 0.95]]]), np.array([[[0, 1, 0]]]))
-    above, below = figures.calibration({"method": found}).axes
-    [curve] = [line for line in above.lines if line.get_label().startswith("both")]
-    assert list(curve.get_xdata()) == pytest.approx([0.1, 0.925])
-    assert list(curve.get_ydata()) == [0, 0.5]
-    assert f"ECE {found.ece:.4f}" in curve.get_label()
-    assert list(below.lines[0].get_ydata()) == pytest.approx([1 / 3, 2 / 3])
+    left, right = figures.calibration({"method": found}).axes
+    x, y = lines(left)["method"]
+    assert x == pytest.approx([0.1, 0.925]) and y == [0, 0.5]
+    assert any(f"ECE {found.ece:.4f}" in text.get_text() for text in left.texts)
+    assert lines(right)["method"][1] == pytest.approx([1 / 3, 2 / 3])
 
 
-def test_networks_are_drawn_at_their_cost_and_the_best_are_joined():
-    [axis] = figures.pareto(POINTS).axes
-    places = {name: (x, y) for name, x, y, *_ in drawn_intervals(axis, "y")}
-    assert places["method"][0] == places["alone"][0] == 1e7 and places["unet64"] == (1e10, 0.7)
-    front = axis.lines[0]
-    assert list(front.get_ydata()) == [0.65, 0.7]
+# The method ---------------------------------------------------------------------------------------
 
 
-def test_feature_maps_of_one_level_share_a_scale():
-    views = maps()
-    fig = figures.feature_maps(picture(), EYE, views, {who: EYE for who in views})
-    pictures = [axis for axis in fig.axes if axis.get_label() != "<colorbar>"]
-    for line, who in zip(np.array(pictures).reshape(3, 3), views):
-        for axis, level in zip(line[1:], "ab"):
-            assert np.array_equal(axis.images[0].get_array(), views[who][level].values)
-            most = max(np.abs(of[level].values).max() for of in views.values())
-            assert axis.images[0].get_clim() == (-most, most)
-            channel = f"channel {views[who][level].channel}, d = 1.50"
-            assert channel in [text.get_text() for text in axis.texts]
+def test_the_margin_is_a_border_of_the_histogram():
+    values = np.random.default_rng(0).normal(size=200)
+    counts, borders = figures.margin_histogram(values, -0.8)
+    assert counts.sum() == 200 and np.abs(borders + 0.8).min() < 1e-12
+    assert counts[borders[:-1] < -0.8 - 1e-9].sum() == (values < -0.8).sum()
+    constant, _ = figures.margin_histogram(np.full(5, -0.8), -0.8)
+    assert constant.sum() == 5
 
 
-def test_a_pixel_has_the_colour_of_its_most_likely_node():
-    view = node_view()
-    _, edge, assigned, entropy = figures.nodes([picture()], [EYE], {"teacher": [view]}).axes[:4]
-    assert np.array_equal(edge.images[0].get_array(), view.edge)
-    assert np.array_equal(entropy.images[0].get_array(), view.entropy)
-    numbers = {t.get_text(): t.get_position() for t in edge.texts if t.get_text().isdigit()}
+def test_a_projection_is_written_as_numbers():
+    fig = figures.projection(
+        TWO, np.eye(2), {"cosine": np.array([[0.9, 0.2, 0.1, 0], [0.1, 0.8, 0.9, 1]])}
+    )
+    written = [float(text.get_text()) for text in fig.axes[1].texts]
+    assert written == [0.9, 0.2, 0.1, 0, 0.1, 0.8, 0.9, 1]
+    assert [float(text.get_text()) for text in fig.axes[0].texts] == [1, 1, 2, 2]
+
+
+def test_a_pixel_has_the_colour_of_its_most_likely_node_and_none_for_the_background():
+    view = node_view(live=(0, 3, 4))  # 4 is the background's
+    edge, assigned = figures.nodes(picture(), {"teacher": view}).axes
+    numbers = {t.get_text(): t.get_position() for t in edge.texts}
     assert numbers == {str(node): tuple(view.anchors[node][::-1]) for node in (0, 3)}
-    assert edge.texts[-1].get_text() == "2 of 4 live"
     drawn = np.asarray(assigned.images[1].get_array())
-    assert drawn[..., 3] == pytest.approx(0.8 * view.projection.max(0)), "paler if less likely"
-    for node in (0, 3):
-        here = view.projection.argmax(0) == node
-        assert here.any()
-        assert (drawn[here][:, :3] == to_rgb(figures.NODE_COLOURS[node])).all()
-    assert sorted(zip(*assigned.lines[0].get_data())) == [(i, i) for i in range(8)]
+    most = view.projection.argmax(0)
+    for place, node in enumerate((0, 3)):
+        here = most == node
+        assert here.any() and (drawn[here][:, :3] == to_rgb(figures.NODE_COLOURS[place])).all()
+        assert drawn[here][:, 3] == pytest.approx(0.35 + 0.6 * view.projection[node][here])
+    assert (drawn[most == 4][:, 3] == 0).all()
+    colours = lab(*figures.NODE_COLOURS[:9])
+    apart = [deltaE_ciede2000(a, b) for a, b in itertools.combinations(colours, 2)]
+    assert min(apart) > 15, "nine nodes are told apart"
 
 
-def test_cases_with_equal_scores_are_drawn():
-    """Rounding puts the mean of equal numbers beside its own interval."""
-    table = pd.DataFrame({"dice": [0.1 + 0.2] * 12, "group": list("abcdefghijkl")})
-    assert figures.per_case_scores({"student": table}).axes
+@pytest.mark.parametrize("part", figures.METHOD_PARTS)
+def test_all_parts_of_the_method_but_one_are_faded(part):
+    original = (ROOT / "docs" / "method.svg").read_text(encoding="utf-8")
+    assert len(original) < 20_000 and set(re.findall(r'<g id="(\w+)"', original)) == set(
+        figures.METHOD_PARTS
+    )
+    groups = ElementTree.fromstring(figures.method_svg(part)).findall("{*}g")
+    faded = {group.get("id"): group.get("opacity") for group in groups}
+    assert faded == {name: None if name == part else "0.2" for name in figures.METHOD_PARTS}
+    assert "opacity" not in re.sub(r'opacity="\.6"', "", figures.method_svg())
+
+
+@pytest.mark.fault
+def test_the_method_has_no_other_part():
+    with pytest.raises(LesionKDError, match="no part 'graph'; parts: teacher"):
+        figures.method_svg("graph")
 
 
 # Tables of next to nothing ------------------------------------------------------------------------
@@ -461,37 +556,21 @@ def test_cases_with_equal_scores_are_drawn():
 
 def degenerate():
     empty = study().iloc[:0]
-    curves = statistics.learning_curves
-    yield "nothing compared", lambda: figures.forest(compare_arms(empty))
-    yield "no case", lambda: figures.ablation(empty, compare_arms(empty))
-    yield "no third", lambda: figures.tertiles(statistics.by_tertile(empty))
-    yield "no epoch", lambda: figures.gradients(history().iloc[:0])
-    yield "no curve", lambda: figures.learning_curves(curves(history()).iloc[:0])
-    yield "no case in the graph", lambda: figures.nodes([], [], {"teacher": []})
+    yield "nothing compared", lambda: figures.forest(statistics.compare(empty))
+    yield "no case", lambda: figures.ablation(empty, statistics.compare(empty))
     yield "no factor varies", lambda: figures.when_teacher_helps(gains().query("budget == 5"))
-    yield (
-        "one arm",
-        lambda: figures.ablation(table_of_arms(0).query("arm == 'method'"), compared().iloc[:0]),
-    )
     one = study().query("seed == 0 and group == 'g0'")
-    yield "one group, no interval", lambda: figures.forest(compare_arms(one))
-    yield "one case", lambda: figures.ablation(one, compare_arms(one))
-    undefined = {"method": table_of_arms(0).assign(precision=np.nan)}
+    yield "one group, no interval", lambda: figures.ablation(one, statistics.compare_arms(one))
+    undefined = {"method": study().assign(precision=np.nan)}
     yield "undefined scores", lambda: figures.per_case_scores(undefined, "precision")
-    mine = history(("mine",), seeds=1, epochs=1)
-    yield "an arm without a style", lambda: figures.learning_curves(curves(mine))
+    equal = {"student": pd.DataFrame({"dice": [0.1 + 0.2] * 12, "group": list("abcdefghijkl")})}
+    yield "equal scores", lambda: figures.per_case_scores(equal)
     zero = history(("method",)).assign(grad_seg=0.0, grad_feat=0.0, grad_edge=0.0)
     yield "no gradient at all", lambda: figures.gradients(zero)
-    some = history(("method",))
-    some["grad_edge"] = some["grad_edge"].where(some["epoch"] > 2, 0.0)
-    yield "a gradient of 0", lambda: figures.gradients(some)
     bare = history(("method",), seeds=1, epochs=1).drop(columns=["arm", "seed"])
     yield "one epoch", lambda: figures.gradients(bare)
-    for name, live in (("one live node", (2,)), ("no live node", ())):
-        yield name, lambda live=live: figures.nodes([picture()], [EYE], {"": [node_view(live)]})
-    flat = {"teacher": {"a": FeatureView(np.zeros((4, 4)), 0, 0.0)}}
-    nothing = {"teacher": np.zeros((32, 32))}
-    yield "a flat map", lambda: figures.feature_maps(picture(), nothing["teacher"], flat, nothing)
+    yield "no live node", lambda: figures.nodes(picture(), {"": node_view(())})
+    yield "a flat channel", lambda: figures.margin(np.zeros((4, 4)), -0.1)
     yield "one case in a split", lambda: figures.lesion_sizes(release(5).assign(split="test"))
     sure = statistics.calibration(np.zeros((1, 4, 4)), np.zeros((1, 4, 4)))
     yield "one bin", lambda: figures.calibration({"student": sure})
@@ -506,24 +585,3 @@ def test_degenerate_tables_are_drawn_without_a_warning(name, draw):
         fig = draw()
         fig.savefig(io.BytesIO(), dpi=40)
     assert fig.get_label().endswith(".")
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize(
-    ("draw", "column"),
-    [
-        (lambda: figures.gradients(history().drop(columns="grad_seg")), "grad_seg"),
-        (lambda: figures.learning_curves(history()), "mean, low, high"),
-        (lambda: figures.forest(compared().drop(columns="verdict")), "verdict"),
-    ],
-)
-def test_a_table_of_another_kind_is_refused_by_its_missing_column(draw, column):
-    with pytest.raises(LesionKDError, match=f"no column {column}"):
-        draw()
-
-
-@pytest.mark.fault
-def test_scores_of_two_runs_in_one_table_are_refused():
-    twice = pd.concat([table_of_arms(0), table_of_arms(0)])
-    with pytest.raises(LesionKDError, match="scored twice"):
-        figures.ablation(twice, pd.DataFrame())

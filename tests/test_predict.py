@@ -22,7 +22,7 @@ from tests.test_dicom import dicom
 from tests.tiny import image_folder, lesion, picture, save
 
 CFG = DistillConfig(losses="", pixels=32, width=2)
-ORANGE = (238, 119, 51)
+CYAN = (51, 187, 238)
 SIZES = {"a.png": (48, 64), "odd.jpg": (33, 47), "grey.tif": (40, 40)}
 SIZES |= {"alpha.png": (61, 35), "tiny.bmp": (2, 3)}
 
@@ -162,9 +162,13 @@ def test_masks_and_contours_follow_the_threshold(tmp_path, images):
     assert set(np.unique(hard)) == {0, 255} and np.array_equal(hard == 255, soft > level)
     contour = border(hard)
     original = pixels(images / "a.png")
-    assert contour.any() and (drawn[contour] == ORANGE).all()
-    changed = (drawn != original).any(-1)  # black lines are beside the contour
-    assert (drawn[changed & ~contour] == 0).all()
+    assert contour.any() and (drawn[contour] == CYAN).all()
+    black = (drawn == 0).all(-1)  # lines beside the contour
+    filled = (hard == 255) & ~contour & ~black
+    expected = 0.75 * original[filled] + 0.25 * np.array(CYAN)
+    assert np.abs(drawn[filled] - expected).max() <= 0.5
+    outside = (hard == 0) & ~contour & ~black
+    assert (drawn[outside] == original[outside]).all()
 
 
 def test_a_threshold_of_0_marks_everything_also_in_the_overlay(tmp_path, images):
@@ -174,7 +178,8 @@ def test_a_threshold_of_0_marks_everything_also_in_the_overlay(tmp_path, images)
     predict_folder(student, images, tmp_path / "out", 0.0, overlays=True)
     assert (pixels(tmp_path / "out" / "a.png") == 255).all()
     overlay = pixels(tmp_path / "out" / "a_overlay.png")
-    assert np.array_equal(overlay, pixels(images / "a.png"))  # no contour
+    filled = 0.75 * pixels(images / "a.png") + 0.25 * np.array(CYAN)
+    assert np.abs(overlay - filled).max() <= 0.5  # no contour
 
 
 NAMES = {  # images (stack.tif has two pages), and files that are written for them
@@ -323,7 +328,7 @@ def test_every_slice_is_segmented_in_the_window_of_the_run(tmp_path, runs, monke
     assert np.abs(written - expected).max() < 0.02  # a grey level may round either way
     fullest = (expected > 0.5).sum((1, 2)).argmax()
     drawn = pixels(tmp_path / "out" / f"a_z{fullest:03d}_overlay.png")
-    drawn = (drawn == ORANGE).all(-1)
+    drawn = (drawn == CYAN).all(-1)
     contour = border(expected[fullest] > 0.5)
     assert contour.any() and (drawn != contour).mean() < 0.02
 

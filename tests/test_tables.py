@@ -32,9 +32,22 @@ def test_a_label_that_begins_with_plus_is_no_bullet():
     assert "<td" in html and "+ L_feat" in html and "<li>" not in html and "<em>" not in html
 
 
-def test_labels_come_from_the_registry_of_losses():
-    assert tables.label("kd") == TERMS["kd"].label and tables.label("feat") == "+ L_feat"
-    assert tables.label("method") == "both (method)" and tables.label("other") == "other"
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("kd", TERMS["kd"].label),
+        ("method", "both (method)"),
+        ("alone*2", "student alone, 2x longer"),
+        ("kd*4", "logit KD, 4x longer"),
+        ("feat=0.5+kd*2", "L_feat 0.5 + logit KD, 2x longer"),
+        ("other", "other"),
+        ("alone_long", "student alone, longer"),  # arms of earlier versions
+        ("edge_joint", "+ L_edge, joint graph"),
+        ("stem2", "student, stem 2"),
+    ],
+)
+def test_every_arm_has_a_label(name, expected):
+    assert tables.label(name) == expected
 
 
 def test_signs_and_integers_stay_as_they_are_in_markdown():
@@ -73,6 +86,8 @@ def test_the_table_of_arms_has_intervals_seeds_and_only_what_differs():
     means = statistics.means(study().assign(hd95=12.345, profile="cpu"), draws=50)
     table = tables.arms(means)
     assert {"trained on", "teacher", "Dice [95 % interval]", "Dice, seed 2", "missed"} <= set(table)
+    folds = study().query("dataset == 'isic2018'").assign(fold=lambda t: t["group"].str[1:])
+    assert "Dice, fold 3" in tables.arms(statistics.means(folds, draws=50))
     assert "profile" not in table and set(table["teacher"]) == {"U-Net 64", "ResNet34-UNet"}
     row = means.iloc[1]
     cell = f"{row['dice']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
@@ -89,10 +104,21 @@ def test_a_data_set_that_is_only_tested_on_is_named():
     assert set(table["data set"]) == {"cvc-clinicdb", "busi"} and "trained on" not in table
 
 
-def test_differences_of_one_group_have_no_interval():
-    one = study().query("group == 'g1' and dataset == 'isic2018'")
-    table = tables.differences(statistics.compare_arms(one, draws=50))
-    assert set(table["95 % interval"]) == {"--"} and set(table["verdict"]) == {"too few groups"}
+def test_a_page_of_differences_shows_both_intervals_and_what_differs():
+    compared = statistics.compare(study(), draws=50)
+    table = tables.differences(compared)
+    assert set(table["trained on"]) == {"busi", "isic2018"}
+    assert set(table["teacher"]) == {"U-Net 64", "ResNet34-UNet"}
+    row = compared.iloc[0]
+    assert table.loc[0, "95 % interval"] == f"{row['low']:+.3f} to {row['high']:+.3f}"
+    assert table.loc[0, "over trainings"] == f"{row['t_low']:+.3f} to {row['t_high']:+.3f}"
+    one = study().query("group == 'g1' and dataset == 'isic2018' and seed == 0")
+    table = tables.differences(statistics.compare(one, draws=50))
+    assert list(table) == [
+        "arm", "minus", "Dice, difference", "95 % interval", "over trainings", "trainings",
+        "groups", "p (Holm)", "verdict",
+    ]  # fmt: skip
+    assert set(table["95 % interval"]) == set(table["over trainings"]) == {"--"}
 
 
 def test_macros_are_letters_only(tmp_path):
@@ -126,6 +152,7 @@ def test_macros_of_the_study_are_the_numbers_of_its_tables():
     row = compared[own].set_index("other").loc["kd"]
     assert values["busi method minus kd"] == f"{row['difference']:+.3f}"
     assert values["busi method minus kd low"] == f"{row['low']:+.3f}"
+    assert values["busi method minus kd t_low"] == f"{row['t_low']:+.3f}"
     assert values["busi method minus kd verdict"] == row["verdict"]
     assert values["busi method minus kd p"] == f"= {row['p_holm']:.2g}"
 
@@ -133,28 +160,38 @@ def test_macros_of_the_study_are_the_numbers_of_its_tables():
 def test_points_of_accuracy_and_cost_join_the_scores_with_the_network_at_the_size_of_its_training():
     scored = study().assign(pixels=128, test_dataset=lambda t: t["dataset"])
     scored.loc[scored["dataset"] == "isic2018", "pixels"] = 64
-    points = tables.cost_points(scored, tables.committed("cost")).set_index(["dataset", "model"])
-    assert ("busi", "method, U-Net 64") in points.index and ("busi", "unet64") in points.index
-    assert points.loc[("busi", "alone"), "parameters"] == 58_629
+    cost = tables.committed("cost")
+    points = tables.cost_points(scored, cost).set_index(["dataset", "teacher", "model"])
+    alone = points.loc[("isic2018", "resnet34_unet", "alone")]
     part = scored.query("arm == 'alone' and dataset == 'isic2018'")
-    assert points.loc[("isic2018", "alone"), "dice"] == pytest.approx(part["dice"].mean())
-    cost = tables.committed("cost").query("pixels == 128 and model == 'unet64'")
-    assert points.loc[("busi", "unet64"), "macs"] == cost["macs"].iloc[0]
-    macs = points.xs("alone", level="model")["macs"]
-    assert macs["busi"] == 4 * macs["isic2018"]
+    assert alone["dice"] == pytest.approx(part["dice"].mean()) and alone["parameters"] == 58_629
+    of_network = cost.query("pixels == 128").groupby("model")["macs"].first()
+    assert points.loc[("busi", "unet64", "unet64"), "macs"] == of_network["unet64"]
+    assert 4 * alone["macs"] == points.loc[("busi", "unet64", "alone"), "macs"]
+
+
+def test_hours_are_those_of_the_training_and_of_the_teacher_beyond_the_student_alone():
+    seconds = {"teacher": [7200], "alone": [1800, 5400], "alone*2": [7200], "kd": [3600, 10800]}
+    rows = [(a, s) for a, times in seconds.items() for s in times]
+    runs = pd.DataFrame(rows, columns=["arm", "seconds"]).assign(dataset="busi", teacher="unet64")
+    pairs = pd.DataFrame({"arm": ["alone*2", "kd", "gone"], "other": "alone", "difference": 0.1})
+    pairs = pairs.assign(dataset="busi", test_dataset="busi", teacher="unet64")
+    hours = tables.gain_and_hours(pairs, runs).set_index("arm")["hours"]
+    assert hours["alone*2"] == 2 - 1 and hours["kd"] == 2 + 2 - 1 and np.isnan(hours["gone"])
 
 
 # The study ----------------------------------------------------------------------------------------
 
 
-def made_run(folder, arm: str, seed: int, **config) -> results.Result:
+def made_run(folder, arm: str, seed: int, together: int = 1, **config) -> results.Result:
     """The files of a finished training run."""
     cfg = {"dataset": "data/own", "profile": "cpu", "teacher": "unet64", "fold": 0, "pixels": 64}
     cfg |= {"seg_loss": "bce_dice", "precision": "32-true", "digest": f"{arm}{seed}" * 8} | config
     path = folder / "distill" / f"own-cpu-s{seed}-{arm}"
     results.write_json(path / "config.json", cfg)
     results.write_json(path / "env.json", {"device": "cpu", "threads": 2, "commit": "abc"})
-    results.write_json(path / "summary.json", {"parameters": 5, "epochs": 2, "seconds": 1.5})
+    summary = {"parameters": 5, "epochs": 2, "seconds": 1.5, "together": together}
+    results.write_json(path / "summary.json", summary)
     history = pd.DataFrame({"epoch": [1, 2], "val_dice": [0.1, 0.2], "loss_seg": [1.0, 0.5]})
     results.write_table(path / "history.csv", history)
     scores = pd.DataFrame({"id": ["1", "02"], "group": ["g", "h"], "split": ["val", "test"]})
@@ -168,7 +205,7 @@ def made_run(folder, arm: str, seed: int, **config) -> results.Result:
 def test_a_study_is_collected_from_finished_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("LESIONKD_RUNS", str(tmp_path))
     keys = [("alone", 0), ("alone", 1), ("method", 0)]
-    runs = {(arm, seed): made_run(tmp_path, arm, seed) for arm, seed in keys}
+    runs = {key: made_run(tmp_path, *key, together=i) for i, key in enumerate(keys, start=1)}
     found = tables.collect_study(runs, {"teacher": "resnet34_unet", "budget": 20})
     per_case = found["per_case"]
     assert list(per_case) == [*tables.FIRST, "budget"]
@@ -186,6 +223,7 @@ def test_a_study_is_collected_from_finished_runs(tmp_path, monkeypatch):
         found["runs"]
     )
     assert found["runs"]["hash"].str.len().tolist() == [16] * 3
+    assert found["runs"]["timing"].tolist() == ["alone", "divided by 2", "divided by 3"]
     assert found["history"].groupby("run")["epoch"].max().tolist() == [2, 2, 2]
 
 
@@ -200,4 +238,4 @@ def test_a_collected_study_is_compared_after_it_was_written_and_read(tmp_path, m
     assert {"id", "lesion_pixels"} <= set(scored) and scored["id"].tolist() == ["02"] * 4
     compared = statistics.compare_arms(scored, draws=50)
     assert compared["other"].tolist() == ["alone"] and compared.loc[0, "seg_loss"] == "bce_dice"
-    assert len(statistics.convergence(tables.study("history"))) == 4
+    assert len(statistics.learning_curves(tables.study("history"))) == 4

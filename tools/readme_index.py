@@ -28,14 +28,14 @@ def results_table() -> pd.DataFrame:
     fastest = cost.query("pixels == 128").groupby("model")["latency_ms_median"].min()
     parameters = cost.groupby("model")["parameters"].first()
     rows = []
-    for family, part in statistics.families(study):
+    for setting, part in statistics.settings(study):
         if not {"teacher", "alone", "method"} <= set(part["arm"]):
             continue
         dice = {a: statistics.case_mean(statistics.by_seed(part, a)) for a in set(part["arm"])}
-        network = family["teacher"]
+        network = setting["teacher"]
         times = [fastest[name] for name in (network, "student")]
         size = f"{part['pixels'].iloc[0]} px, {part['id'].nunique()} test images"
-        row = {"data set": f"{family['dataset']}, {size}"}
+        row = {"data set": f"{setting['dataset']}, {size}"}
         row["teacher"] = f"{tables.label(network)} {dice['teacher'][0]:.3f}"
         row |= {name: shown(dice[arm]) for name, arm in ARMS.items()}
         row["distilled / teacher"] = f"{100 * dice['method'][0] / dice['teacher'][0]:.1f} %"

@@ -1,6 +1,7 @@
-"""Figures at paper widths, in one style, with an alternative text, the same bytes from run to run.
+"""Figures for notebooks and papers, in one style, with an alternative text.
 
-A function returns a figure whose label is its alternative text; `publish` shows and writes it.
+A function returns a figure whose label is its alternative text; `publish` shows and writes it. In a
+paper a figure is 85 or 174 mm wide; a notebook shows it larger.
 """
 
 from __future__ import annotations
@@ -8,106 +9,161 @@ from __future__ import annotations
 import io
 import re
 import sys
-import textwrap
 import zlib
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .. import results
 from ..config import LesionKDError
-from ..evaluate import HIGHER_IS_BETTER, bootstrap_mean
+from ..evaluate import HIGHER_IS_BETTER, bootstrap_mean, mask_dice
 from ..losses import TERMS
+from ..predict import OUTLINE
 from .statistics import (
-    FAMILY,
+    SETTING,
     SIGNIFICANT,
+    TEACHER,
     TERTILES,
     by_seed,
+    by_training,
     case_mean,
-    families,
     in_order,
+    settings,
+    split_arm,
+    terms_in,
 )
 from .tables import METRIC_LABELS, label
 
 if TYPE_CHECKING:
+    from matplotlib.typing import LineStyleType, MarkerType
+
     from ..data.prepare import Prepared
-    from .inspect import FeatureView, NodeView, RefinementView
+    from .inspect import NodeView, RefinementView
     from .statistics import Calibration
 
 P = ParamSpec("P")
 ONE_COLUMN, TWO_COLUMNS = 85 / 25.4, 174 / 25.4
 """Widths of a figure in inches: 85 and 174 mm."""
+PHOTO = "photo"
+"""Label of an image with continuous colours."""
+NOTEBOOK_SCALE, NOTEBOOK_DPI = 1.25, 160
+"""A notebook shows a figure this much larger than a paper, with 9 pt, at this resolution."""
 
 
 # Style --------------------------------------------------------------------------------------------
 
 
 class Style(NamedTuple):
-    """How an arm is drawn. Marker and dash alone tell the arms apart without colour."""
+    """How an arm or network is drawn, in charts and on images.
+
+    Marker and dash alone tell the arms apart without colour.
+    """
 
     colour: str
-    marker: Any
-    dash: Any  # in points; "" is a solid line
+    marker: MarkerType
+    dash: tuple[float, ...] = ()  # in points; () is a solid line
 
     @property
-    def line(self) -> dict[str, Any]:
-        """Options of a line."""
-        dash = (0, self.dash) if self.dash else "-"
-        return {"color": self.colour, "marker": self.marker, "linestyle": dash}
+    def linestyle(self) -> LineStyleType:
+        """For matplotlib."""
+        return (0, self.dash) if self.dash else "-"
+
+    @property
+    def rim(self) -> list[AbstractPathEffect]:
+        """A dark rim around a colour that would be lost on white paper."""
+        light = sum(to_rgb(self.colour)) > 1.9
+        return [withStroke(linewidth=2.2, foreground="#555555")] if light else []
+
+    def key(self, line: bool = True, hollow: bool = False) -> Line2D:
+        """What a legend shows."""
+        drawn = Line2D([], [], color=self.colour, marker=self.marker, path_effects=self.rim)
+        drawn.set_linestyle(self.linestyle if line else "")
+        drawn.set_markerfacecolor("none" if hollow else self.colour)
+        return drawn
 
 
-STYLES = {  # Tol's colour-blind safe colours
-    "alone": Style("#555555", "o", (4, 1.5)),
-    "alone_long": Style("#BBBBBB", "8", (7, 3)),
+# Every part of a colour is a multiple of 17, which `notebook_image` keeps. Teacher, student and
+# student alone are drawn on images: no skin, mucosa or grey tissue has these colours.
+YELLOW, CYAN, MAGENTA = "#EEDD33", "#{:02X}{:02X}{:02X}".format(*OUTLINE), "#FF0099"
+STYLES = {
+    "teacher": Style(YELLOW, "p"),
+    "resnet34_unet": Style(YELLOW, "p"),
+    "efficientnet_lite2_unet": Style(YELLOW, (4, 1, 0), (9, 1, 2, 1)),
+    "unet64": Style(YELLOW, "H", (3, 2)),
+    "student": Style(CYAN, "D"),
+    "method": Style(CYAN, "D"),
+    "alone": Style(MAGENTA, "o", (4, 1.5)),
+    "seg": Style("#000000", "."),
     "feat": Style("#4477AA", "s", (6, 1.5, 1, 1.5)),
     "edge": Style("#117733", "^", (3, 1, 1, 1, 1, 1)),
-    "method": Style("#CC3311", "D", ""),
-    "shuffled": Style("#AA3377", "v", (1, 1)),
-    "kd": Style("#CCBB44", "P", (8, 2)),
-    "boundary_kd": Style("#999933", "p", (10, 1, 1, 1)),
+    "shuffled": Style("#777777", "v", (1, 1)),
+    "edge_shuffled": Style("#AAAAAA", (3, 1, 0), (1, 1, 4, 1)),
+    "kd": Style("#EE7733", "P", (8, 2)),
+    "boundary_kd": Style("#778800", (5, 1, 0), (10, 1, 1, 1)),
     "cwd": Style("#332288", ">", (1, 2.5)),
-    "dist": Style("#EE6677", "h", (5, 3)),
-    "sobel": Style("#0077BB", "d", (3, 3)),
-    "fitnets": Style("#88CCEE", "X", (2, 1)),
-    "at": Style("#44AA99", "<", (8, 1, 2, 1)),
-    "edge_shuffled": Style("#882255", (3, 1, 0), (1, 1, 4, 1)),
-    "edge_joint": Style("#225522", (6, 1, 0), (2, 2, 6, 2)),
-    "edge_relation": Style("#663333", (5, 1, 180), (6, 1, 6, 3)),
-    "teacher": Style("#EE7733", "*", (11, 2.5)),
-    "student": Style("#CC3311", "D", ""),
+    "dist": Style("#882255", "h", (5, 3)),
+    "sobel": Style("#009988", "d", (3, 3)),
+    "sobel_mask": Style("#44BB99", (4, 0, 0), (3, 1, 3, 3)),
+    "pseudo": Style("#AA5500", "8", (6, 1, 6, 3)),
+    "fitnets": Style("#AA77DD", "X", (2, 1)),
+    "at": Style("#BB9955", "<", (8, 1, 2, 1)),
     "otsu": Style("#000000", "x", (1, 1.5)),
-    "resnet34_unet": Style("#EE7733", "*", (11, 2.5)),
-    "unet64": Style("#009988", "H", (3, 2)),
 }
-SPARE: tuple[Any, ...] = (
-    ("#004488", "#BB5566", "#DDAA33", "#009988", "#771155", "#6699CC", "#997700"),
-    ((4, 0, 45), (5, 1, 0), (3, 0, 180), (6, 0, 0), (8, 1, 0)),
-    ((9, 1), (2, 4), (6, 2, 2, 2), (4, 1, 1, 1, 1, 1, 1, 1)),
-)
-"""Colours, markers and dashes for other arms; their numbers have no common divisor."""
+TRUTH, TRUTH_FILL = "#FFFFFF", "#3399FF"
+SPARE_COLOURS = ("#004488", "#BB5566", "#DDAA33", "#663333", "#771155", "#6699CC", "#997700")
+SPARE_MARKERS: tuple[MarkerType, ...] = ((4, 0, 45), (3, 1, 180), (3, 0, 180), (6, 0, 0), (8, 1, 0))
+SPARE_DASHES = ((9.0, 1.0), (2.0, 4.0), (6.0, 2.0, 2.0, 2.0))
+"""For other arms; their numbers have no common divisor."""
 
 
 def style_of(name: str) -> Style:
-    """The style of an arm or network; another loss term or name gets one of the spare styles."""
-    if name in STYLES:
-        return STYLES[name]
+    """The style of an arm or network; another loss term or name gets one of the spare styles.
+
+    An arm with more epochs has the marker and hue of its arm, darker.
+    """
+    base, times = split_arm(name)
+    pen = STYLES.get(base) or _spare_style(base)
+    return _longer(pen, times)
+
+
+def _longer(pen: Style, times: float) -> Style:
+    """The style of an arm that is trained so many times as long."""
+    darker = 0.0 if times == 1 else 0.25 if times <= 2 else 0.5
+    return pen._replace(colour=_darker(pen.colour, darker)) if darker else pen
+
+
+def _spare_style(name: str) -> Style:
     own = [term for term in TERMS if term not in STYLES]
     place = own.index(name) if name in own else zlib.crc32(name.encode())
-    return Style(*(choices[place % len(choices)] for choices in SPARE))
+    return Style(
+        SPARE_COLOURS[place % len(SPARE_COLOURS)],
+        SPARE_MARKERS[place % len(SPARE_MARKERS)],
+        SPARE_DASHES[place % len(SPARE_DASHES)],
+    )
+
+
+def _darker(colour: str, fraction: float) -> str:
+    red, green, blue = to_rgb(colour)
+    kept = 1 - fraction
+    return to_hex((kept * red, kept * green, kept * blue))
 
 
 def _typeset(text: str) -> str:
@@ -125,26 +181,21 @@ def style() -> AbstractContextManager[None]:
     return context
 
 
-def styled(*columns: str) -> Callable[[Callable[P, Figure]], Callable[P, Figure]]:
-    """Decorator: draw in the style of all figures; the first argument is a table with `columns`."""
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Decorator: draw in the style of all figures; of an empty table, that it is empty."""
 
-    def decorate(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-        @wraps(draw)
-        def drawn(*args: P.args, **options: P.kwargs) -> Figure:
-            with style():
-                table: Any = next(iter((*args, *options.values())))
-                if isinstance(table, Sized) and not len(table):
-                    return _nothing()
-                if absent := [name for name in columns if name not in table]:
-                    raise LesionKDError(
-                        f"the table to draw has no column {', '.join(absent)}; it has "
-                        f"{', '.join(map(str, table))}"
-                    )
-                return draw(*args, **options)
+    @wraps(draw)
+    def drawn(*args: P.args, **options: P.kwargs) -> Figure:
+        first = next(iter((*args, *options.values())))
+        with style():
+            if isinstance(first, Sized) and not len(first):
+                return _nothing()
+            return draw(*args, **options)
 
-        return drawn
+    return drawn
 
-    return decorate
+
+# Showing and writing ------------------------------------------------------------------------------
 
 
 def save(fig: Figure, name: str, folder: Path, data: pd.DataFrame | None = None) -> None:
@@ -153,7 +204,7 @@ def save(fig: Figure, name: str, folder: Path, data: pd.DataFrame | None = None)
     The same figure gives the same bytes.
     """
     folder, text = Path(folder), fig.get_label()
-    metadata: dict[str, dict[str, Any]] = {
+    metadata = {
         "pdf": {"CreationDate": None, "Subject": text},
         "svg": {"Date": None, "Title": text},
         "png": {"Software": None, "Description": text},
@@ -167,29 +218,52 @@ def save(fig: Figure, name: str, folder: Path, data: pd.DataFrame | None = None)
 
 
 def display(fig: Figure) -> None:
-    """Show a figure in a notebook and close it: as JPEG if it has pictures, else PNG of 64 colours.
+    """Show a figure in a notebook and close it.
 
     Its label is the alternative text, which is also the output's text and what nbval compares. So
     it says what is drawn, without numbers that differ between machines.
     """
-    from IPython.display import display as show_in_notebook
-    from PIL import Image
-
     if not (text := str(fig.get_label())):
         raise LesionKDError(
             "the figure has no alternative text; say what it shows: fig.set_label('...')"
         )
-    drawn, pictures = io.BytesIO(), any(axis.images for axis in fig.axes)
-    kind = "jpeg" if pictures else "png"
-    with style():
-        fig.savefig(drawn, format=kind, dpi=100, pil_kwargs={"quality": 70} if pictures else None)
+    kind, content, width = notebook_image(fig)
     plt.close(fig)
-    if not pictures:
-        small = Image.open(drawn).convert("RGB").quantize(64)
-        drawn = io.BytesIO()
-        small.save(drawn, "PNG", optimize=True)
-    data = {f"image/{kind}": b64encode(drawn.getvalue()).decode(), "text/plain": text}
-    show_in_notebook(data, metadata={f"image/{kind}": {"alt": text}}, raw=True)
+    _show(f"image/{kind}", b64encode(content).decode(), text, {"width": width})
+
+
+def _show(kind: str, content: str, text: str, about: dict[str, int]) -> None:
+    from IPython.display import display as show_in_notebook
+
+    data = {kind: content, "text/plain": text}
+    show_in_notebook(data, metadata={kind: {"alt": text} | about}, raw=True)
+
+
+def notebook_image(fig: Figure) -> tuple[str, bytes, int]:
+    """A figure as JPEG if it has photos, else as PNG, and the width in px at which it is shown.
+
+    The PNG is small because each channel has 16 levels, and the 256 most frequent of these colours
+    are kept: the colours of `STYLES` do not change, and the rest, a few pixels at the border of
+    lines, become the nearest colour that is kept.
+    """
+    from PIL import Image
+
+    drawn, content = io.BytesIO(), io.BytesIO()
+    with style():
+        dpi = NOTEBOOK_DPI * NOTEBOOK_SCALE
+        fig.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.02)
+    image = Image.open(drawn).convert("RGB")
+    width = round(image.width * 96 / NOTEBOOK_DPI)
+    if any(shown.get_label() == PHOTO for axis in fig.axes for shown in axis.images):
+        image.save(content, "JPEG", quality=45, optimize=True, progressive=True)
+        return "jpeg", content.getvalue(), width
+    image = image.point([17 * round(level / 17) for level in range(256)] * 3)
+    frequent = sorted(image.getcolors(1 << 20) or [], reverse=True)[:256]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(np.ravel([colour for _, colour in frequent]).tolist())
+    image = image.quantize(palette=palette, dither=Image.Dither.NONE)
+    image.save(content, "PNG", optimize=True)
+    return "png", content.getvalue(), width
 
 
 def publish(fig: Figure, name: str, folder: Path, data: pd.DataFrame | None = None) -> None:
@@ -215,123 +289,64 @@ def _nothing() -> Figure:
 
 
 def _parts(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The parts of a table that are compared within, each named by the values that differ."""
-    differing = [name for name in FAMILY if name in table and table[name].nunique() > 1]
-    for family, part in families(table):
-        yield ", ".join(dict.fromkeys(label(family[name]) for name in differing)), part
+    """The parts of a table that are compared within, each named by what tells them apart."""
+    naming: list[str] = []
+    found = list(settings(table))
+    for column in (name for name in SETTING if name in table and table[name].nunique() > 1):
+        names = {tuple(setting[name] for name in naming) for setting, _ in found}
+        if len(names) == len(found):
+            break
+        naming.append(column)
+    for setting, part in found:
+        yield ", ".join(dict.fromkeys(label(str(setting[name])) for name in naming)), part
 
 
 def _same_part(table: pd.DataFrame, part: pd.DataFrame) -> pd.DataFrame:
     """The rows of another table that belong to a part."""
-    shared = [name for name in FAMILY if name in table and name in part]
+    shared = [name for name in SETTING if name in table and name in part]
     return table[(table[shared] == part[shared].iloc[0]).all(axis=1)] if shared else table
 
 
 def _names(names: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(label(name) for name in names))
+    return "; ".join(dict.fromkeys(label(name) for name in names if name))
 
 
 def _on(names: Iterable[str]) -> str:
     """' on busi; isic2018' of the parts of a table; empty if there is one without a name."""
     found = [name for name in dict.fromkeys(names) if name]
-    return " on " * bool(found) + "; ".join(found)
+    return f" on {'; '.join(found)}" if found else ""
 
 
-def _charts(
-    count: int,
-    height: float,
-    handles: dict[str, Line2D] | None = None,
-    columns: int = 3,
-    narrow: int = 1,
-    **shared: Any,
-) -> tuple[Figure, list[Axes]]:
-    """Up to `columns` charts side by side under a legend; one column wide if at most `narrow`."""
-    across = min(count, columns)
-    rows, width = -(-count // across), ONE_COLUMN if across <= narrow else TWO_COLUMNS
-    texts = [re.sub(r"\\mathrm|[$_{}]", "", text) for text in handles or {}]
-    abreast = max(1, min(6, int(width / (0.055 * max(map(len, texts), default=0) + 0.5))))
-    size = (width, height * rows + 0.16 * -(-len(texts) // abreast))
-    fig, axes = plt.subplots(rows, across, figsize=size, squeeze=False, **shared)
-    for axis in axes.flat[count:]:
-        axis.set_visible(False)
-    if handles:
-        where: dict[str, Any] = {"loc": "outside upper center", "ncols": abreast}
-        fig.legend(handles.values(), handles, handlelength=2.8, columnspacing=1.4, **where)
-    return fig, list(axes.flat[:count])
+BLACK = Style("black", "o")
+KEYS = {
+    "better or worse": BLACK.key(line=False),
+    "any other verdict": BLACK.key(line=False, hollow=True),
+    "one training (seed or fold)": Style("black", "|").key(line=False),
+}
 
 
-def _handles(pens: dict[str, Style], **changes: Any) -> dict[str, Line2D]:
-    """What a legend shows of each style, by its text."""
-    return {text: Line2D([], [], **pen.line | changes) for text, pen in pens.items()}
+def _legend(fig: Figure, keys: Mapping[str, Line2D]) -> None:
+    """A legend above all charts, for which the figure grows."""
+    longest = max(len(text) for text in keys)
+    abreast = max(1, min(6, int(fig.get_figwidth() / (0.055 * longest + 0.5))))
+    texts = [_typeset(text) for text in keys]
+    fig.legend(keys.values(), texts, loc="outside upper center", ncols=abreast, handlelength=2.8)
+    fig.set_figheight(fig.get_figheight() + 0.16 * -(-len(keys) // abreast))
 
 
-def _arm_handles(arms: Iterable[str], **changes: Any) -> dict[str, Line2D]:
-    return _handles({_label(arm): style_of(arm) for arm in arms}, **changes)
-
-
-def _interval(
-    axis: Axes, x: float, y: float, limits: Sequence[float], pen: Style, along: str, **how: Any
-) -> None:
-    """A mean and its interval (NaN: none) along x or y; `hollow=True` for a white marker."""
-    mean, (low, high) = x if along == "x" else y, limits
-    edge = pen.colour if (hollow := how.pop("hollow", False)) else "black"
-    how |= {
-        "marker": pen.marker,
-        "linestyle": "none",
-        "markersize": 5,
-        "ecolor": "black",
-        "elinewidth": 0.9,
-    }
-    how |= {"color": edge, "markeredgewidth": 0.9 if hollow else 0.5}
-    if low == low:
-        how[f"{along}err"] = [[max(mean - low, 0)], [max(high - mean, 0)]]
-    axis.errorbar(x, y, markerfacecolor="white" if hollow else pen.colour, **how)
-
-
-def _seeds(axis: Axes, values: Iterable[float], place: float, colour: str, along: str) -> None:
-    """The mean of each seed, as a tick beside the interval."""
-    known = [value for value in values if value == value]
-    beside = [place - 0.28 if along == "x" else place] * len(known)
-    xy = (known, beside) if along == "x" else (beside, known)
-    axis.plot(*xy, "|" if along == "x" else "_", color=colour, markersize=4, markeredgewidth=0.9)
-
-
-def _band(axis: Axes, x: Any, table: pd.DataFrame, pen: Style, name: str, shift: float) -> None:
-    """Columns mean, low, high over x; `shift` (0..1) moves the markers apart."""
-    step = max(1, len(x) // 5)
-    how = pen.line | {"markevery": (int(shift * step), step)}
-    axis.plot(x, table["mean"], label=name, zorder=2.5 if name == "method" else 2, **how)
-    if (table["high"] > table["low"]).any():
-        shade: dict[str, Any] = {"color": pen.colour, "alpha": 0.15, "linewidth": 0}
-        axis.fill_between(x, table["low"], table["high"], **shade)
-
-
-def _whole_epochs(axes: Iterable[Axes]) -> None:
-    for axis in axes:
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-def _plain_log(axis: Any, *steps: int) -> None:
+def _plain_log(axis: Axis, *steps: int) -> None:
     """A logarithmic axis with plain numbers, at the given steps of each decade."""
     axis.set_major_locator(LogLocator(subs=steps or (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-# Pictures -----------------------------------------------------------------------------------------
-
-# fmt: off
-NODE_COLOURS = (  # Tol's rainbow and a grey, in an order in which neighbours differ
-    "#1965B0", "#F7F056", "#882E72", "#4EB265", "#DC050C", "#7BAFDE", "#F1932D", "#777777",
-    "#CAE0AB", "#72190E", "#5289C7", "#F6C141", "#AE76A3", "#E8601C", "#90C987", "#D1BBD7",
-)
-# fmt: on
-TRUTH, ALONE = "#FFFFFF", "#33BBEE"
+# Images of cases ----------------------------------------------------------------------------------
 
 
 def panels(rows: int, columns: int, ratio: float = 1.0) -> tuple[Figure, np.ndarray]:
     """A grid of pictures without axes, panels `ratio` times as high as wide; (rows, columns)."""
-    width = ONE_COLUMN if columns <= 2 else TWO_COLUMNS
+    width = ONE_COLUMN if columns == 1 or (columns == 2 and rows > 1) else TWO_COLUMNS
     size = (width, width / max(columns, 2) * rows * ratio)
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
@@ -339,58 +354,59 @@ def panels(rows: int, columns: int, ratio: float = 1.0) -> tuple[Figure, np.ndar
     return fig, axes
 
 
-def draw_image(axis: Axes, image: np.ndarray, caption: str = "", /, **masks: np.ndarray) -> None:
-    """An image with the outline of masks, each in two tones, and the last one lightly shaded.
+def draw_image(axis: Axes, image: np.ndarray, title: str = "", /, **masks: np.ndarray) -> None:
+    """An image with the outlines of masks, each in the colour of its name with a dark rim.
 
-    Masks are drawn in the style of their name; `truth` is white and dashed.
+    A prediction is lightly filled. `truth` is a thin white dashed line, filled if it is alone.
     """
-    axis.imshow(image)
-    for name, mask in masks.items():
+    if image.ndim == 3:
+        axis.imshow(image, interpolation="bicubic", label=PHOTO)
+    else:
+        axis.imshow(image)
+    if title:
+        axis.set_title(title, loc="center")
+    for name, mask in sorted(masks.items(), key=lambda item: item[0] == "truth"):
         if not mask.any():
             continue
-        colour, line = (TRUTH, "--") if name == "truth" else (_network_colour(name), "-")
-        if name == list(masks)[-1]:
-            axis.contourf(mask, levels=[0.5, 1.5], colors=[colour], alpha=0.2)
-        drawn = axis.contour(mask, levels=[0.5], colors=[colour], linewidths=0.8, linestyles=line)
-        drawn.set_path_effects([withStroke(linewidth=1.9, foreground="black")])
-    _caption(axis, caption)
-
-
-def _network_colour(name: str) -> str:
-    """Brighter than in charts for the student alone, whose grey would be lost in an image."""
-    return (
-        ALONE if name == "alone" else STYLES["teacher" if name == "teacher" else "student"].colour
-    )
-
-
-def _caption(axis: Axes, text: str) -> None:
-    axis.text(0.5, -0.03, text, transform=axis.transAxes, ha="center", va="top")
+        true = name == "truth"
+        colour = TRUTH if true else style_of(name).colour
+        if not true or len(masks) == 1:
+            fill = TRUTH_FILL if true else colour
+            axis.contourf(mask, levels=[0.5, 1.5], colors=[fill], alpha=0.25)
+        drawn = axis.contour(
+            mask,
+            levels=[0.5],
+            colors=[colour],
+            linewidths=0.7 if true else 1.0,
+            linestyles=[(0, (3, 2.5))] if true else "-",
+        )
+        drawn.set_path_effects([withStroke(linewidth=1.9, foreground="black", alpha=0.7)])
 
 
 def _row_labels(axes: np.ndarray, names: Iterable[str]) -> None:
-    how: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center"}
     for axis, name in zip(axes[:, 0], names):
-        axis.text(-0.05, 0.5, name, transform=axis.transAxes, **how)
+        where = axis.transAxes
+        axis.text(-0.05, 0.5, name, transform=where, rotation=90, ha="right", va="center")
 
 
 def _short(name: str) -> str:
-    """A wider caption would shrink all pictures."""
-    return name if len(name) <= 16 else f"…{name[-15:]}"
+    """A longer title would run into its neighbour."""
+    return name if len(name) <= 14 else f"…{name[-13:]}"
 
 
-@styled()
+@styled
 def cases(prepared: Prepared, rows: Sequence[int], columns: int = 6) -> Figure:
-    """Prepared images with their mask, and id and split as caption."""
-    fig, axes = panels(-(-len(rows) // columns), columns, ratio=1.24)
+    """Prepared images with their mask, and id and split as title."""
+    fig, axes = panels(-(-len(rows) // columns), columns, ratio=1.2)
     for axis, row in zip(axes.flat, rows):
         case = prepared.cases.iloc[row]
-        caption = f"{_short(case['id'])}\n{case['split']}"
-        draw_image(axis, prepared.images[row], caption, truth=prepared.masks[row])
+        title = f"{_short(case['id'])}\n{case['split']}"
+        draw_image(axis, prepared.images[row], title, truth=prepared.masks[row])
     names = ", ".join(prepared.cases["id"].iloc[rows])
     return _described(fig, f"{len(rows)} prepared images with the outline of their mask: {names}.")
 
 
-@styled()
+@styled
 def pairs(prepared: Prepared, table: pd.DataFrame) -> Figure:
     """Pairs of images, one above the other, and how alike they are.
 
@@ -399,18 +415,18 @@ def pairs(prepared: Prepared, table: pd.DataFrame) -> Figure:
     table : DataFrame
         From `inspect.example_pairs`.
     """
-    fig, axes = panels(2, max(1, len(table)), ratio=1.14)
+    fig, axes = panels(2, max(2, len(table)), ratio=1.14)
     ids, said = prepared.cases["id"], []
     for (top, bottom), row in zip(axes.T, table.itertuples()):
-        draw_image(top, prepared.images[row.first], _short(ids[row.first]))
         alike = f"{row.bits} bits, r {min(row.correlation, row.content):.2f}"
-        draw_image(bottom, prepared.images[row.second], f"{_short(ids[row.second])}\n{alike}")
+        draw_image(top, prepared.images[row.first], f"{alike}\n{_short(ids[row.first])}")
+        draw_image(bottom, prepared.images[row.second], _short(ids[row.second]))
         said.append(f"{ids[row.first]} and {ids[row.second]}, {alike}")
     what = "Pairs of images, the distance of their hashes and the correlation r of their details"
     return _described(fig, f"{what}: {'; '.join(said) or 'none'}.")
 
 
-@styled()
+@styled
 def joined_groups(prepared: Prepared, count: int = 4) -> Figure:
     """Up to six images of each of the largest groups that were joined because they show the same.
 
@@ -429,23 +445,23 @@ def joined_groups(prepared: Prepared, count: int = 4) -> Figure:
     return _described(fig, f"The largest groups of images that show the same: {', '.join(sizes)}.")
 
 
-@styled()
-def edges(prepared: Prepared, rows: Sequence[int], levels: dict[str, np.ndarray]) -> Figure:
+@styled
+def edges(prepared: Prepared, rows: Sequence[int], levels: Mapping[str, np.ndarray]) -> Figure:
     """Rows are cases: the image with its mask, and its edge label at each named resolution."""
     fig, axes = panels(len(rows), 1 + len(levels), ratio=1.04)
     for i, (line, row) in enumerate(zip(axes, rows)):
         draw_image(line[0], prepared.images[row], truth=prepared.masks[row])
         for axis, stack in zip(line[1:], levels.values()):
             draw_image(axis, stack[i])
-    for axis, text in zip(axes[-1], ("image", *levels)):
-        _caption(axis, text)
+    for axis, text in zip(axes[0], ("image and mask", *levels)):
+        axis.set_title(text, loc="center")
     text = f"{len(rows)} images with their mask, and edge labels: {'; '.join(levels)}."
     return _described(fig, text)
 
 
-@styled()
+@styled
 def segmentations(
-    prepared: Prepared, rows: Sequence[int], predicted: dict[str, np.ndarray]
+    prepared: Prepared, rows: Sequence[int], predicted: Mapping[str, np.ndarray]
 ) -> Figure:
     """Columns are cases: the image, and below it the mask of each network, with the true one.
 
@@ -453,22 +469,22 @@ def segmentations(
     ----------
     predicted : {network: (len(rows), S, S) bool}
     """
-    fig, axes = panels(1 + len(predicted), len(rows), ratio=1.04)
-    for column, row in enumerate(rows):
-        image, mask = prepared.images[row], prepared.masks[row]
-        draw_image(axes[0, column], image)
-        for axis, (name, masks) in zip(axes[1:, column], predicted.items()):
-            draw_image(axis, image, truth=mask, **{name: masks[column]})
+    fig, axes = panels(1 + len(predicted), len(rows), ratio=1.13)
+    for i, (line, row) in enumerate(zip(axes.T, rows)):
+        image, truth = prepared.images[row], prepared.masks[row]
+        draw_image(line[0], image, _short(prepared.cases["id"].iloc[row]))
+        for axis, (name, masks) in zip(line[1:], predicted.items()):
+            [dice] = mask_dice(masks[i][None] > 0, truth[None] > 0)
+            draw_image(axis, image, f"Dice {dice:.2f}", truth=truth, **{name: masks[i]})
     _row_labels(axes, ("image", *map(_label, predicted)))
-    fig.supxlabel("dashed: the true mask", fontsize="medium")
-    what = f"and below each the outline of {_names(predicted)}, and of the true mask, dashed"
+    what = f"and below each the mask of {_names(predicted)}, with the true mask as a dashed line"
     return _described(fig, f"{len(rows)} images, {what}.")
 
 
-def viewer(prepared: Prepared, rows: Sequence[int], probabilities: dict[str, np.ndarray]) -> None:
+def viewer(
+    prepared: Prepared, rows: Sequence[int], probabilities: Mapping[str, np.ndarray]
+) -> None:
     """Explore cases in JupyterLab: sliders for case and threshold, overlays to switch on and off.
-
-    Outside JupyterLab (papermill, nbval) it shows the masks of eight cases at threshold 0.5.
 
     Parameters
     ----------
@@ -477,30 +493,27 @@ def viewer(prepared: Prepared, rows: Sequence[int], probabilities: dict[str, np.
     probabilities : {network: (len(rows), S, S)}
     """
     if not results.live_bar() or "ipykernel" not in sys.modules:
-        chosen = np.linspace(0, len(rows) - 1, min(8, len(rows))).round().astype(int)
-        shown = {name: stack[chosen] > 0.5 for name, stack in probabilities.items()}
-        display(segmentations(prepared, [rows[i] for i in chosen], shown))
+        print("sliders for the case and the threshold: run this cell in JupyterLab")
         return
     import ipywidgets as widgets
     from IPython.display import display as show
 
-    names = ("truth", *probabilities)
     case = widgets.IntSlider(0, 0, len(rows) - 1, description="case")
     threshold = widgets.FloatSlider(0.5, min=0.01, max=0.99, step=0.01, description="threshold")
+    names = ("truth", *probabilities)
     boxes = [widgets.Checkbox(True, description=name, indent=False) for name in names]
     picture = widgets.Image(format="png")
 
-    def draw(_: Any = None) -> None:
-        i = case.value
-        masks = {n: stack[i] > threshold.value for n, stack in probabilities.items()}
-        masks = {"truth": prepared.masks[rows[i]]} | masks
-        masks = {box.description: masks[box.description] for box in boxes if box.value}
+    def draw(_: object = None) -> None:
+        i, row = case.value, rows[case.value]
+        masks = {name: stack[i] > threshold.value for name, stack in probabilities.items()}
+        masks["truth"] = prepared.masks[row]
+        chosen = {box.description: masks[box.description] for box in boxes if box.value}
+        buffer = io.BytesIO()
         with style():
-            fig, axis = plt.subplots(figsize=(ONE_COLUMN, ONE_COLUMN))
-            axis.set_axis_off()
-            draw_image(axis, prepared.images[rows[i]], prepared.cases["id"].iloc[rows[i]], **masks)
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format="png", dpi=120)
+            fig, axes = panels(1, 1, ratio=2)
+            draw_image(axes[0, 0], prepared.images[row], prepared.cases["id"].iloc[row], **chosen)
+            fig.savefig(buffer, format="png", dpi=NOTEBOOK_DPI)
             plt.close(fig)
         picture.value = buffer.getvalue()
 
@@ -510,122 +523,7 @@ def viewer(prepared: Prepared, rows: Sequence[int], probabilities: dict[str, np.
     show(widgets.VBox([case, threshold, widgets.HBox(boxes), picture]))
 
 
-@styled()
-def refinement(image: np.ndarray, view: RefinementView) -> Figure:
-    """One channel of T, T' = max(T, m) and the connected S on one colour scale (step S3).
-
-    `view` is from `inspect.refinement_view`.
-    """
-    fig, axes = panels(1, 4, ratio=1.12)
-    draw_image(axes[0, 0], image, "image")
-    maps = [stack[view.channel] for stack in (view.teacher, view.target, view.student)]
-    scale = float(np.abs(maps).max()) or 1.0
-    captions = ("T, before its ReLU", "T' = max(T, m)", "S, after the connector")
-    for axis, values, caption in zip(axes[0, 1:], maps, captions):
-        drawn = axis.imshow(values, cmap="PuOr", vmin=-scale, vmax=scale)
-        _caption(axis, caption)
-    fig.colorbar(drawn, ax=axes[0, -1], shrink=0.75)
-    text = "the teacher's T before its ReLU, the target T' = max(T, m), the student's connected S"
-    return _described(fig, f"An image, and one channel on one colour scale: {text}.")
-
-
-@styled()
-def feature_maps(
-    image: np.ndarray,
-    mask: np.ndarray,
-    views: dict[str, dict[str, FeatureView]],
-    predicted: dict[str, np.ndarray],
-) -> Figure:
-    """The channel of each map that separates the lesion best: rows networks, columns levels.
-
-    Values are deviations from the channel's mean over the image, in standard deviations; d is
-    Cohen's d between lesion and rest. A level has one scale for all networks.
-
-    Parameters
-    ----------
-    image, mask : (S, S, 3) uint8, (S, S)
-    views : {network: {level: FeatureView}}
-        From `inspect.feature_views`.
-    predicted : {network: (S, S)}
-        The mask of each network.
-    """
-    levels = list(next(iter(views.values())))
-    fig, axes = panels(len(views), 1 + len(levels), ratio=1.22)
-    for line, (who, maps) in zip(axes, views.items()):
-        draw_image(line[0], image, truth=mask, **{who: predicted[who]})
-        for axis, level in zip(line[1:], levels):
-            scale = max(np.abs(of[level].values).max() for of in views.values()) or 1.0
-            axis.imshow(maps[level].values, cmap="PuOr", vmin=-scale, vmax=scale)
-            _caption(axis, f"channel {maps[level].channel}, d = {maps[level].separation:.2f}")
-    for column, level in zip(axes.T[1:], levels):
-        bar = fig.colorbar(column[0].images[0], ax=column, location="bottom", shrink=0.8)
-        bar.set_label(level)
-    _row_labels(axes, map(_label, views))
-    text = f"rows {_names(views)}, with their masks on the left; columns {'; '.join(levels)}"
-    return _described(fig, f"The channel of each map that separates the lesion best: {text}.")
-
-
-@styled()
-def nodes(
-    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], views: dict[str, list[NodeView]]
-) -> Figure:
-    """Rows are cases: image, edge pixels with anchors, and each network's projection P (step S4).
-
-    An anchor is drawn at the centroid of its cell's edge pixels with its node's number. A pixel has
-    the colour of its most likely node, paler if that is less likely. The entropy of P is in units
-    of log(live nodes): 1 is undecided; one node alone has none.
-
-    Parameters
-    ----------
-    images, masks : sequences of (S, S, 3) uint8 and (S, S)
-    views : {network: one NodeView for each case}
-        From `inspect.GraphCases.views`.
-    """
-    fig, axes = panels(len(images), 2 + 2 * len(views), ratio=1.3 if len(images) == 1 else 1.1)
-    for line, image, mask, *of_case in zip(axes, images, masks, *views.values()):
-        draw_image(line[0], image, truth=mask)
-        _draw_anchors(line[1], of_case[0])
-        for axis, view in zip(line[2::2], of_case):
-            _draw_assignment(axis, image, view)
-        for axis, view in zip(line[3::2], of_case):
-            drawn = axis.imshow(view.entropy, cmap="viridis", vmin=0, vmax=1)
-    _caption(axes[-1, 0], "image")
-    for i, who in enumerate(views):
-        _caption(axes[-1, 2 + 2 * i], f"{_label(who)}\nnode of each pixel".strip())
-        _caption(axes[-1, 3 + 2 * i], f"{_label(who)}\nentropy of $P$".strip())
-    fig.colorbar(drawn, ax=axes, shrink=0.7, pad=0.01)
-    live = ", ".join(f"{v.live.sum()} of {len(v.live)}" for v in next(iter(views.values())))
-    what = f"their edge pixels with {live} nodes live, the most likely node of each pixel"
-    whose = f" of {_names(filter(None, views))}" * any(views)
-    return _described(fig, f"Images, {what} and the entropy of P{whose}.")
-
-
-def _draw_anchors(axis: Axes, view: NodeView) -> None:
-    axis.imshow(view.edge, cmap="gray_r", vmin=-0.2, vmax=1.5)
-    for node, (y, x) in enumerate(view.anchors):
-        if np.isfinite(y):
-            colour = NODE_COLOURS[node % len(NODE_COLOURS)]
-            axis.plot(x, y, "o", color=colour, markersize=6.5)
-            how: dict[str, Any] = {"fontsize": 5, "ha": "center", "va": "center_baseline"}
-            ink = "black" if sum(to_rgb(colour)) > 1.7 else "white"
-            axis.text(x, y, str(node), color=ink, **how)
-    _caption(axis, f"{view.live.sum()} of {len(view.live)} live")
-
-
-def _draw_assignment(axis: Axes, image: np.ndarray, view: NodeView) -> None:
-    """The image under the colours of the nodes, in pixels of the map."""
-    height, width = view.edge.shape
-    axis.imshow(image.mean(-1), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-    count, cycle = len(view.projection), len(NODE_COLOURS)
-    colours = np.array([to_rgb(NODE_COLOURS[node % cycle]) for node in range(count)])
-    axis.imshow(np.dstack([colours[view.projection.argmax(0)], 0.8 * view.projection.max(0)]))
-    axis.plot(*np.argwhere(view.edge > 0).T[::-1], ".", color="white", markersize=1)
-
-
-# Data ---------------------------------------------------------------------------------------------
-
-
-@styled("split", "lesion_share", "contrast")
+@styled
 def lesion_sizes(cases: pd.DataFrame) -> Figure:
     """Lesion size and contrast of the cases of each split.
 
@@ -637,9 +535,15 @@ def lesion_sizes(cases: pd.DataFrame) -> Figure:
     lesions = cases[cases["lesion_share"] > 0]
     lesions = lesions.assign(percent=100 * lesions["lesion_share"])
     splits = [name for name in ("train", "val", "test") if name in set(lesions["split"])]
-    how: dict[str, Any] = {"hue": "split", "hue_order": splits, "element": "step", "fill": False}
-    how |= {"stat": "percent", "common_norm": False, "bins": 12, "palette": "muted"}
+    colours = ["#000000", "#EE7733", "#0077BB"][: len(splits)]
     fig, axes = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 1.9), sharey=True)
+    how: dict[str, Any] = {
+        "hue": "split",
+        "hue_order": splits,
+        "palette": colours,
+        "element": "step",
+    }
+    how |= {"fill": False, "stat": "percent", "common_norm": False, "bins": 12}
     for axis, column in zip(axes, ("percent", "contrast")):
         sns.histplot(lesions, x=column, ax=axis, log_scale=column == "percent", **how)
         keys = axis.get_legend().legend_handles
@@ -653,76 +557,335 @@ def lesion_sizes(cases: pd.DataFrame) -> Figure:
     return _described(fig, f"Distribution of the cases of {', '.join(splits)}: {what}.")
 
 
-# Arms on test cases -------------------------------------------------------------------------------
-
-MEASURES = {
-    "lesion_pixels": ("Lesion size (px)", "{:.0f}–{:.0f}"),
-    "contrast": ("Contrast of the lesion", "{:.2f}–{:.2f}"),
-}
-BLACK: dict[str, Any] = {"color": "black", "linestyle": ""}
-KEYS = {
-    "better or worse": Line2D([], [], marker="o", **BLACK),
-    "not significant or inconclusive": Line2D([], [], marker="o", markerfacecolor="none", **BLACK),
-    "one seed": Line2D([], [], marker="|", **BLACK),
-}
+# Maps of the networks -----------------------------------------------------------------------------
 
 
-@styled()
-def per_case_scores(tables: dict[str, pd.DataFrame], metric: str = "dice") -> Figure:
-    """Each test case as a point, with mean and 95 % interval, one column for each network."""
-    fig, axis = plt.subplots(figsize=(ONE_COLUMN, 2.4))
-    for x, (name, table) in enumerate(tables.items()):
-        values, pen = table[metric].to_numpy(float), style_of(name)
-        spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(values))
-        axis.plot(x + spread, values, ".", color=pen.colour, alpha=0.45, markersize=3, zorder=1)
-        limits = bootstrap_mean(values, table["group"].to_numpy())
-        _interval(axis, x, table[metric].mean(), limits, pen, "y", label=name)
-    axis.set_xticks(range(len(tables)), [_label(name) for name in tables])
-    axis.set(ylabel=f"{METRIC_LABELS[metric]} of a test case", xlim=(-0.6, len(tables) - 0.4))
-    counts = " or ".join(str(n) for n in sorted({len(table) for table in tables.values()}))
-    what = (
-        f"{METRIC_LABELS[metric]} of {counts} test cases, each a point, with mean and 95 % interval"
-    )
-    return _described(fig, f"{what}: {_names(tables)}.")
+def _draw_map(axis: Axes, values: np.ndarray, scale: float, title: str) -> None:
+    """A map (h, w) on a scale from -scale (purple) to scale (orange)."""
+    axis.set_axis_off()
+    axis.imshow(values, cmap="PuOr_r", vmin=-scale, vmax=scale)
+    axis.set_title(title, loc="center")
 
 
-@styled("arm", "seed", "id", "group")
-def ablation(per_case: pd.DataFrame, comparison: pd.DataFrame, metric: str = "dice") -> Figure:
-    """Left, mean of each arm; right, method minus arm; both with 95 % interval and seeds.
+@styled
+def refinement(image: np.ndarray, view: RefinementView) -> Figure:
+    """One channel of T, T' = max(T, m) and the connected S on one colour scale (step S3).
 
-    One row of charts for each data set and teacher. Filled markers on the right: better or worse.
+    `view` is from `inspect.refinement_view`.
+    """
+    fig, axes = panels(1, 4, ratio=1.12)
+    draw_image(axes[0, 0], image, "image")
+    maps = [stack[view.channel] for stack in (view.teacher, view.target, view.student)]
+    scale = float(np.abs(maps).max()) or 1.0
+    titles = ("T, before its ReLU", "T' = max(T, m)", "S, after the connector")
+    for axis, values, title in zip(axes[0, 1:], maps, titles):
+        _draw_map(axis, values, scale, title)
+    fig.colorbar(axes[0, -1].images[0], ax=axes[0, -1], shrink=0.75)
+    text = "the teacher's T before its ReLU, the target T' = max(T, m), the student's connected S"
+    return _described(fig, f"An image, and one channel on one colour scale: {text}.")
+
+
+# fmt: off
+NODE_COLOURS = (  # given to the live nodes of a case in turn
+    "#EE3377", "#33BBEE", "#EEDD33", "#228833", "#7744CC", "#EE7733", "#005588", "#99DD55",
+    "#AA5500", "#FFAABB", "#44BB99", "#BB0000", "#BBAAFF", "#777700", "#005544", "#880066",
+)
+# fmt: on
+
+
+@styled
+def nodes(image: np.ndarray, views: Mapping[str, NodeView]) -> Figure:
+    """The nodes of the graph of L_edge on one case (step S4): anchors, and each network's P.
+
+    Left, the edge pixels of each node, with its number. Then, of each network, every pixel in the
+    colour of its most likely node, paler if that is less likely; no colour: the background's node.
 
     Parameters
     ----------
-    per_case : DataFrame
-        Scores of one split: arm, seed, id, group, the metric and columns of `statistics.FAMILY`.
-    comparison : DataFrame
-        From `statistics.compare_arms` of the same scores.
+    image : (S, S, 3) uint8
+    views : {network: NodeView}
+        From `inspect.node_views`, of the same image.
     """
-    found = [(name, part, list(dict.fromkeys(part["arm"]))) for name, part in _parts(per_case)]
-    heights = [0.55 + 0.2 * len(arms) for *_, arms in found]
-    grid: dict[str, Any] = {"gridspec_kw": {"height_ratios": heights}, "sharey": "row"}
-    height = sum(heights) / len(found)
-    fig, axes = _charts(2 * len(found), height, KEYS, columns=2, **grid)
-    for left, right, (name, part, arms) in zip(axes[::2], axes[1::2], found):
-        places = {arm: -i for i, arm in enumerate(arms)}
-        for arm, y in places.items():
-            scores, pen = by_seed(part, arm, metric), style_of(arm)
-            mean, *limits = case_mean(scores)
-            _seeds(left, scores.mean(), y, pen.colour, "x")
-            _interval(left, mean, y, limits, pen, "x", label=arm)
-        _differences(right, _same_part(comparison, part), places)
-        _arm_ticks(left, places)
-        left.set_xlabel(f"{METRIC_LABELS[metric]}, mean over test cases\n{name}".strip())
-        right.set_xlabel(f"{_direction(metric, 'method', 'other')}\n{name}".strip())
-    where = f"{METRIC_LABELS[metric]}{_on(name for name, *_ in found)}"
-    what = f"left, mean, 95 % interval and seeds of {_names(in_order(per_case))}"
-    return _described(fig, f"{where}: {what}. Right, the method minus each.")
+    first = next(iter(views.values()))
+    live = np.flatnonzero(first.live).tolist()
+    edge_nodes = [node for node in live if node != first.background]
+    colours = dict(zip(edge_nodes, NODE_COLOURS * len(edge_nodes)))
+    fig, axes = panels(1, max(3, 1 + len(views)), ratio=1.1)
+    for axis in axes[0, 1 + len(views) :]:
+        axis.remove()
+    _draw_nodes(axes[0, 0], image, first.members, colours, first)
+    axes[0, 0].set_title(f"edge pixels of {len(edge_nodes)} nodes", loc="center")
+    for axis, (who, view) in zip(axes[0, 1:], views.items()):
+        _draw_nodes(axis, image, view.projection, colours, view)
+        axis.plot(*np.argwhere(view.edge > 0).T[::-1], ".", color="black", markersize=1.2)
+        axis.set_title(f"{_label(who)}: node of each pixel", loc="center")
+    what = f"the edge pixels of its {len(edge_nodes)} nodes, and the most likely node of each pixel"
+    return _described(fig, f"An image, {what} for {_names(views)}.")
 
 
-def _arm_ticks(axis: Axes, places: dict[str, int]) -> None:
-    axis.set_yticks(list(places.values()), [_label(arm) for arm in places])
-    axis.set_ylim(-len(places) + 0.4, 0.6)
+def _draw_nodes(
+    axis: Axes, image: np.ndarray, weight: np.ndarray, colours: Mapping[int, str], view: NodeView
+) -> None:
+    """The grey image under the colour of each pixel's heaviest node; weight (K, h, w)."""
+    height, width = view.edge.shape
+    grey = 0.5 + 0.5 * image.mean(-1) / 255
+    axis.imshow(grey, extent=(-0.5, width - 0.5, height - 0.5, -0.5), vmin=0, vmax=1)
+    painted = np.zeros((height, width, 4))
+    for node, colour in colours.items():
+        here = (weight.argmax(0) == node) & (weight[node] > 0)
+        painted[here, :3] = to_rgb(colour)
+        painted[here, 3] = 0.35 + 0.6 * weight[node][here]
+    axis.imshow(painted, label=PHOTO)
+    for node in colours:
+        y, x = view.anchors[node]
+        drawn = axis.text(x, y, str(node), ha="center", va="center", weight="bold")
+        drawn.set_path_effects([withStroke(linewidth=1.6, foreground="white")])
+
+
+# The method on small numbers ----------------------------------------------------------------------
+
+
+@styled
+def partial_l2(curves: pd.DataFrame) -> Figure:
+    """What one value S of the student costs, for a positive and a negative target T' (step S3).
+
+    Parameters
+    ----------
+    curves : DataFrame
+        From `inspect.partial_l2_curves`.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 1.9), sharey=True)
+    top, least = curves["cost"].max(), curves["student"].min()
+    for axis, (target, curve) in zip(axes, curves.groupby("target", sort=False)):
+        axis.plot(curve["student"], curve["cost"], color=CYAN, linewidth=2)
+        axis.axvline(target, color="black", linewidth=0.6, linestyle="--")
+        axis.text(target, top, f" T' = {target:g}", va="top")
+        title = "T' > 0: S should equal T'"
+        if target < 0:
+            title = "T' < 0: S should not exceed T'"
+            axis.axvspan(least, target, color="#DDDDDD", linewidth=0)
+            axis.text((least + target) / 2, top / 3, "costs nothing", ha="center")
+        axis.set(title=title, xlabel="S, the student's value", xmargin=0)
+    axes[0].set_ylabel("Cost of one element")
+    what = "against the student's value S, for a positive and a negative target T'"
+    return _described(fig, f"The cost of one element in the partial L2 {what}.")
+
+
+@styled
+def margin(values: np.ndarray, margin: float) -> Figure:
+    """One channel T of the teacher, T' = max(T, m), and the margin m in the histogram of T."""
+    fig, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.1), width_ratios=(1, 1, 1.6))
+    scale = float(np.abs(values).max()) or 1.0
+    _draw_map(axes[0], values, scale, "T")
+    _draw_map(axes[1], np.maximum(values, margin), scale, "T' = max(T, m)")
+    fig.colorbar(axes[1].images[0], ax=axes[1], shrink=0.75)
+    chart = axes[2]
+    counts, borders = margin_histogram(values, margin)
+    raised = borders[:-1] < margin
+    colours = np.where(raised, "#BBAAFF", "#777777")
+    chart.bar(borders[:-1], counts, np.diff(borders), color=colours, align="edge")
+    chart.axvline(margin, color="black", linewidth=1.2)
+    chart.axvline(0, color="black", linewidth=0.6, linestyle=":")
+    top = counts.max()
+    chart.text(margin, 1.02 * top, f"m = {margin:.2f} ", ha="right")
+    chart.text(borders[0], 0.6 * top, "raised to m")
+    chart.set(title="Histogram of T", xlabel="Value of T", ylabel="Pixels", ylim=(0, 1.15 * top))
+    text = "One channel of the teacher: T, the clamped T', and the margin m in the histogram of T."
+    return _described(fig, text)
+
+
+def margin_histogram(values: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and borders of bins of equal width, one of whose borders is the margin."""
+    width = float(np.ptp(values)) / 40 or 1.0
+    below = np.floor((values.min() - margin) / width)
+    above = np.ceil((values.max() - margin) / width)
+    borders = margin + width * np.arange(min(below, -1), max(above, 1) + 1)
+    return np.histogram(values, borders)[0], borders
+
+
+@styled
+def projection(x: np.ndarray, edge: np.ndarray, projections: Mapping[str, np.ndarray]) -> Figure:
+    """A small map, and how each of its pixels is shared between the nodes, by several rules.
+
+    Parameters
+    ----------
+    x, edge : (C, h, w), (h, w)
+        Edge pixels are framed.
+    projections : {rule: (K, h w)}
+        P; the columns sum to 1.
+    """
+    channels, height, width = x.shape
+    count = max(channels, len(projections))
+    size = (TWO_COLUMNS, 0.95 * count + 0.4)
+    fig, axes = plt.subplots(count, 2, figsize=size, squeeze=False, width_ratios=(1, 4.5))
+    how: dict[str, Any] = {"annot": True, "cbar": False, "linewidths": 0.5}
+    for i, (axis, channel) in enumerate(zip(axes[:, 0], x)):
+        sns.heatmap(channel, ax=axis, cmap="Greys", vmax=2 * np.abs(x).max(), fmt="g", **how)
+        axis.set(title=f"X, channel {i}", xticks=[], yticks=[], aspect="equal")
+        for row, column in np.argwhere(edge > 0):
+            axis.add_patch(Rectangle((column, row), 1, 1, fill=False, linewidth=1.2))
+    for axis, (rule, p) in zip(axes[:, 1], projections.items()):
+        nodes = [f"node {k}" for k in range(len(p))]
+        sns.heatmap(p, ax=axis, cmap="Blues", vmin=0, vmax=1.4, fmt=".2f", yticklabels=nodes, **how)
+        axis.set(title=f"P by {rule}, nodes × pixels", xticks=[])
+        axis.vlines(np.arange(width, height * width, width), 0, len(p), "black", linewidth=0.8)
+        axis.tick_params(rotation=0, length=0)
+    axes[len(projections) - 1, 1].set_xlabel("pixels of X, row by row")
+    what = f"a map of {height} x {width} pixels with {channels} channels"
+    rules = "; ".join(projections)
+    return _described(fig, f"How the pixels of {what} are shared between its nodes, by {rules}.")
+
+
+METHOD_PARTS = ("teacher", "student", "feat", "edge", "seg")
+"""Groups of docs/method.svg."""
+
+
+def method(part: str = "") -> None:
+    """Show docs/method.svg in a notebook, with one of `METHOD_PARTS` highlighted."""
+    shown = f", with {part!r} highlighted" if part else ""
+    text = f"The method: teacher, student and the three losses between them{shown}."
+    _show("image/svg+xml", method_svg(part), text, {})
+
+
+def method_svg(part: str = "") -> str:
+    """docs/method.svg; all parts but the named one are faded."""
+    if part and part not in METHOD_PARTS:
+        raise LesionKDError(f"the method has no part {part!r}; parts: {', '.join(METHOD_PARTS)}")
+    ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
+    tree = ElementTree.parse(results.CHECKOUT / "docs" / "method.svg")
+    for group in tree.getroot():
+        if part and group.get("id") not in (part, None):
+            group.set("opacity", "0.2")
+    return ElementTree.tostring(tree.getroot(), encoding="unicode")
+
+
+# Means and differences with intervals -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A number with its interval (NaN: none) in a row of a chart.
+
+    `name` is an arm or network, which decides colour and marker unless there is a `pen`.
+    """
+
+    row: str
+    name: str
+    value: float
+    low: float = np.nan
+    high: float = np.nan
+    trainings: tuple[float, ...] = ()
+    filled: bool = True
+    pen: Style | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Marks in rows, from above; other names in a row below each other, if `linked` on a line."""
+
+    title: str
+    xlabel: str
+    marks: list[Mark]
+    zero: bool = False
+    log: bool = False
+    linked: bool = False
+
+    @property
+    def rows(self) -> dict[str, list[Mark]]:
+        """The marks of each row."""
+        rows: dict[str, list[Mark]] = {}
+        for mark in self.marks:
+            rows.setdefault(mark.row, []).append(mark)
+        return rows
+
+    @property
+    def height(self) -> float:
+        """Inches that the chart needs."""
+        further = self.title.count("\n") + self.xlabel.count("\n")
+        return 0.5 + sum(map(_height, self.rows.values())) + 0.12 * further
+
+
+def interval_charts(
+    charts: Sequence[Chart], columns: int = 3, legend: Mapping[str, Line2D] | None = None
+) -> Figure:
+    """Charts of numbers with intervals, `columns` side by side; equal rows are named once."""
+    columns = min(columns, 2 if len(charts) == 4 else len(charts))
+    rows = [list(chart.rows) for chart in charts]
+    lines = [charts[i : i + columns] for i in range(0, len(charts), columns)]
+    heights = [max(chart.height for chart in line) for line in lines]
+    shape, size = (len(lines), len(lines[0])), (TWO_COLUMNS, sum(heights))
+    fig, axes = plt.subplots(*shape, figsize=size, squeeze=False, height_ratios=heights)
+    if legend:
+        _legend(fig, legend)
+    for axis in axes.flat[len(charts) :]:
+        axis.set_visible(False)
+    for axis, chart in zip(axes.flat, charts):
+        _draw_chart(axis, chart, columns)
+    for column in range(1, columns):
+        below = range(column, len(charts), columns)
+        if all(rows[i] == rows[i - 1] for i in below):
+            for axis in axes[:, column]:
+                axis.tick_params(labelleft=False)
+    return fig
+
+
+def _height(marks: Sequence[Mark]) -> float:
+    """Inches that the marks of a row need."""
+    return 0.1 + 0.1 * len({mark.name for mark in marks})
+
+
+def _draw_chart(axis: Axes, chart: Chart, columns: int) -> None:
+    top, middles = 0.0, []  # in inches
+    for marks in chart.rows.values():
+        names = dict.fromkeys(mark.name for mark in marks)
+        lanes = {name: top - 0.1 - 0.1 * i for i, name in enumerate(names)}
+        middles.append(top - _height(marks) / 2)
+        top -= _height(marks)
+        if chart.linked:
+            places = [lanes[mark.name] for mark in marks]
+            axis.plot([mark.value for mark in marks], places, "-", color="#999999", zorder=1)
+        for mark in marks:
+            _draw_mark(axis, mark, lanes[mark.name])
+    if chart.zero:
+        axis.axvline(0, color="black", linewidth=0.6, zorder=1)
+    if chart.log:
+        axis.set_xscale("log")
+        _plain_log(axis.xaxis)
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(4 if columns < 3 else 3, min_n_ticks=2))
+    axis.set_yticks(middles, [_typeset(row) for row in chart.rows])
+    axis.set_ylim(top - 0.02, 0.02)
+    axis.tick_params(axis="y", length=0)
+    axis.set(title=chart.title, xlabel=_typeset(chart.xlabel))
+
+
+def _draw_mark(axis: Axes, mark: Mark, y: float) -> None:
+    pen = mark.pen or style_of(mark.name)
+    ink, edge, face = _darker(pen.colour, 0.35), "black", pen.colour
+    if len(mark.trainings) > 1:
+        beside = np.full(len(mark.trainings), y - 0.055)
+        axis.plot(mark.trainings, beside, "|", color=ink, markersize=4, markeredgewidth=0.9)
+    if not mark.filled:
+        edge, face = ink, "white"
+    if mark.low == mark.low:
+        axis.plot([mark.low, mark.high], [y, y], "|-", color="black", linewidth=0.9, markersize=3.5)
+    how: dict[str, Any] = {"markeredgecolor": edge, "markeredgewidth": 0.5 if mark.filled else 1.0}
+    axis.plot(mark.value, y, label=mark.name, marker=pen.marker, color=face, markersize=5, **how)
+
+
+def _trainings(row: Mapping[Hashable, float]) -> tuple[float, ...]:
+    names = ("difference_seed", "difference_fold")
+    return tuple(value for name, value in row.items() if str(name).startswith(names))
+
+
+def _differences(comparison: pd.DataFrame, varying: str) -> list[Mark]:
+    """Marks of a comparison; filled: better or worse."""
+    marks = []
+    for row in comparison.to_dict("records"):
+        name, limits = row[varying], (row["low"], row["high"])
+        filled = row["verdict"] in SIGNIFICANT
+        marks.append(Mark(label(name), name, row["difference"], *limits, _trainings(row), filled))
+    return marks
 
 
 def _direction(metric: str, arm: str, other: str) -> str:
@@ -731,29 +894,48 @@ def _direction(metric: str, arm: str, other: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _differences(
-    axis: Axes, comparison: pd.DataFrame, places: dict[str, int], varying: str = "other"
-) -> None:
-    """Differences with intervals and seeds; filled markers: better or worse."""
-    for row in comparison.to_dict("records"):
-        if (arm := row[varying]) in places:
-            _seeds(axis, _of_seeds(row), places[arm], style_of(arm).colour, "x")
-            x, y, limits = row["difference"], places[arm], (row["low"], row["high"])
-            how = {"hollow": row["verdict"] not in SIGNIFICANT, "label": arm}
-            _interval(axis, x, y, limits, style_of(arm), "x", **how)
-    axis.axvline(0, color="black", linewidth=0.6, zorder=1)
-    axis.locator_params(axis="x", nbins=6)
+@styled
+def ablation(per_case: pd.DataFrame, comparison: pd.DataFrame, metric: str = "dice") -> Figure:
+    """Left, mean of each arm; right, method minus arm; both with 95 % interval and trainings.
+
+    One row of charts for each data set and teacher. Filled markers on the right: better or worse.
+
+    Parameters
+    ----------
+    per_case : DataFrame
+        Scores of one split: arm, seed, id, group, the metric and columns of `statistics.SETTING`.
+    comparison : DataFrame
+        From `statistics.compare_arms` of the same scores.
+    """
+    charts, found = [], list(_parts(per_case))
+    for name, part in found:
+        means = _mean_marks(part, metric)
+        apart = {mark.name: mark for mark in _differences(_same_part(comparison, part), "other")}
+        rows = [apart.get(mark.name, Mark(mark.row, mark.name, np.nan)) for mark in means]
+        charts.append(Chart(name, f"{METRIC_LABELS[metric]}, mean over test cases", means))
+        charts.append(Chart("", _direction(metric, "method", "other"), rows, zero=True))
+    fig = interval_charts(charts, columns=2, legend=KEYS)
+    where = f"{METRIC_LABELS[metric]}{_on(name for name, _ in found)}"
+    what = f"left, mean, 95 % interval and trainings of {_names(in_order(per_case))}"
+    return _described(fig, f"{where}: {what}. Right, the method minus each.")
 
 
-def _of_seeds(row: dict[Any, Any]) -> list[float]:
-    return [value for name, value in row.items() if str(name).startswith("difference_seed")]
+def _mean_marks(part: pd.DataFrame, metric: str = "dice") -> list[Mark]:
+    """The mean of each arm over cases and seeds; all lengths of an arm in one row."""
+    marks = []
+    for arm in (TEACHER, *in_order(part, without=TEACHER)):
+        if arm in set(part["arm"]):
+            scores = by_seed(part, arm, metric)
+            trainings = tuple(by_training(scores, part))
+            marks.append(Mark(label(arm), arm, *case_mean(scores), trainings))
+    return marks
 
 
-@styled("arm", "other", "difference", "low", "high", "metric", "verdict")
+@styled
 def forest(comparison: pd.DataFrame) -> Figure:
-    """Differences between arms with 95 % interval and seeds, a chart for each data set and teacher.
+    """Differences between arms with 95 % interval and trainings, a chart for each data set.
 
-    Filled markers: better or worse; hollow: any other verdict (`statistics.compare_arms`).
+    Filled markers: better or worse; hollow: any other verdict (`statistics.verdict`).
 
     Parameters
     ----------
@@ -761,197 +943,97 @@ def forest(comparison: pd.DataFrame) -> Figure:
         From `statistics.compare_arms` (one arm minus each other) or `compare_with` (each arm minus
         one).
     """
-    found, varying = list(_parts(comparison)), "other"
     arm, other, metric = comparison[["arm", "other", "metric"]].iloc[0]
-    pair = ("method" if arm == "method" else _label(arm), "other")
+    varying, pair = "other", ("method" if arm == "method" else label(arm), "other")
     if comparison["arm"].nunique() > 1:
-        varying, pair = "arm", ("arm", _label(other))
-    arms = list(dict.fromkeys(comparison[varying]))
-    places = {arm: -i for i, arm in enumerate(arms)}
-    fig, axes = _charts(len(found), 0.6 + 0.2 * len(arms), KEYS, sharey=True)
-    for axis, (name, part) in zip(axes, found):
-        _differences(axis, part, places, varying)
-        axis.set_xlabel(name)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
-    _arm_ticks(axes[0], places)
-    fig.supxlabel(_direction(metric, *pair), fontsize=7.5)
-    what = _direction(metric, *(re.sub(r"\\mathrm|[${}]", "", text) for text in pair))
+        varying, pair = "arm", ("arm", label(other))
+    charts, found = [], list(_parts(comparison))
+    for name, part in found:
+        known = {mark.name: mark for mark in _differences(part, varying)}
+        marks = [known.get(a, Mark(label(a), a, np.nan)) for a in comparison[varying].unique()]
+        charts.append(Chart(name, "", marks, zero=True))
+    fig = interval_charts(charts, legend=KEYS)
+    what = _direction(metric, *pair)
+    fig.supxlabel(_typeset(what), fontsize="medium")
     where = _on(name for name, _ in found)
-    return _described(fig, f"{what}, with 95 % intervals and seeds{where}: {_names(arms)}.")
+    shown = _names(comparison[varying])
+    return _described(fig, f"{what}, with 95 % intervals and trainings{where}: {shown}.")
 
 
-@styled("arm", "other", "column", "third", "difference", "low", "high", "cases")
+@styled
+def per_case_scores(tables: Mapping[str, pd.DataFrame], metric: str = "dice") -> Figure:
+    """Each test case as a point, with mean and 95 % interval, one row for each network."""
+    marks = []
+    for name, table in tables.items():
+        limits = bootstrap_mean(table[metric].to_numpy(float), table["group"].to_numpy())
+        marks.append(Mark(label(name), name, table[metric].mean(), *limits))
+    fig = interval_charts([Chart("", f"{METRIC_LABELS[metric]} of a test case", marks)])
+    fig.set_figheight(fig.get_figheight() + 0.15 * len(tables))
+    for y, (name, table) in enumerate(tables.items()):
+        places = np.random.default_rng(0).uniform(-0.08, 0.08, len(table)) - 0.1 - 0.2 * y
+        how: dict[str, Any] = {
+            "markeredgecolor": "#555555",
+            "markeredgewidth": 0.3,
+            "alpha": 0.6,
+            "zorder": 1,
+        }
+        fig.axes[0].plot(table[metric], places, ".", color=style_of(name).colour, **how)
+    counts = " or ".join(str(n) for n in sorted({len(table) for table in tables.values()}))
+    what = f"{METRIC_LABELS[metric]} of {counts} test cases, each a point"
+    return _described(fig, f"{what}, with mean and 95 % interval: {_names(tables)}.")
+
+
+MEASURES = {
+    "lesion_pixels": ("Lesion size", "{:.0f}–{:.0f} px"),
+    "contrast": ("Contrast of the lesion", "{:.2f}–{:.2f}"),
+}
+
+
+@styled
 def tertiles(table: pd.DataFrame) -> Figure:
-    """Differences in Dice in thirds of the lesions; a column of charts for each measure.
+    """Differences in Dice in thirds of the lesions; a chart for each measure.
 
     Parameters
     ----------
     table : DataFrame
         From `statistics.by_tertile`, or several such tables concatenated.
     """
-    found, measures = list(_parts(table)), list(table["column"].unique())
-    pairs = list(dict.fromkeys(zip(table["arm"], table["other"])))
-    differing = 0 if table["other"].nunique() == 1 else 1
-    texts = [f"{_label(arm)} minus {_label(other)}" for arm, other in pairs]
-    pens = {text: style_of(pair[differing]) for text, pair in zip(texts, pairs)}
-    columns = len(measures) if len(measures) > 1 else 3
-    how: dict[str, Any] = {"columns": columns, "sharey": True}
-    fig, axes = _charts(len(found) * len(measures), 1.9, _handles(pens, linestyle=""), **how)
-    charts = [(name, part, measure) for name, part in found for measure in measures]
-    for axis, (name, part, measure) in zip(axes, charts):
-        text, spread = MEASURES[measure]
-        ticks = {}
-        for i, (pair, pen) in enumerate(zip(pairs, pens.values())):
-            wanted = [measure, *pair]
-            own = (part[["column", "arm", "other"]] == wanted).all(axis=1)
-            for row in part[own].itertuples():
-                place = TERTILES.index(row.third)
-                size = spread.format(row.at_least, row.at_most)
-                ticks[place] = f"{row.third}\n{size}\n{row.cases} cases"
-                x = place + 0.18 * (i - (len(pairs) - 1) / 2)
-                how = {"label": " - ".join(pair)}
-                _interval(axis, x, row.difference, (row.low, row.high), pen, "y", **how)
-        axis.axhline(0, color="black", linewidth=0.6, zorder=1)
-        axis.set_xticks(list(ticks), list(ticks.values()))
-        axis.set(xlabel=", ".join(filter(None, (text, name))), xlim=(-0.5, 2.5))
-    for axis in axes[::columns]:
-        axis.set_ylabel("Difference in Dice")
-    by = " and ".join(MEASURES[measure][0].lower() for measure in measures)
-    compared = "; ".join(f"{label(arm)} minus {label(other)}" for arm, other in pairs)
-    return _described(fig, f"Dice, {compared}, in thirds by {by}{_on(n for n, _ in found)}.")
-
-
-# Training -----------------------------------------------------------------------------------------
-
-
-@styled()
-def training_curves(histories: dict[str, pd.DataFrame]) -> Figure:
-    """Left, validation Dice of each run by epoch; right, every loss term of the last run.
-
-    Parameters
-    ----------
-    histories : {arm or network: history}
-    """
-    fig, (left, right) = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 2.2))
-    for name, history in histories.items():
-        how = style_of(name).line | {"marker": "", "label": _label(name)}
-        left.plot(history["epoch"], history["val_dice"], **how)
-    left.set(xlabel="Epoch", ylabel="Validation Dice", ylim=(0, 1))
-    history = list(histories.values())[-1]
-    terms = [n.removeprefix("loss_") for n in history if n.startswith("loss_")]
-    for term in (term for term in terms if term != "total"):
-        text, pen = _term_style(term)
-        how = pen.line | {"marker": "", "label": text}
-        right.plot(history["epoch"], history[f"loss_{term}"], **how)
-    last = _label(list(histories)[-1])
-    right.set(xlabel=f"Epoch of the {last}", ylabel="Loss before its weight", yscale="log")
-    _plain_log(right.yaxis, 1, 2, 5)
-    for axis in (left, right):
-        axis.legend()
-    _whole_epochs((left, right))
-    what = f"Left, validation Dice by epoch of {_names(histories)}"
-    return _described(fig, f"{what}. Right, losses of the last run.")
-
-
-@styled("arm", "epoch", "mean", "low", "high")
-def learning_curves(curves: pd.DataFrame) -> Figure:
-    """Validation Dice of each arm by epoch: mean over seeds as line, their range as band.
-
-    One chart for each data set and teacher. More than six arms are drawn in two charts: the arms of
-    the method, and the baselines with the student alone and the method.
-
-    Parameters
-    ----------
-    curves : DataFrame
-        From `statistics.learning_curves`.
-    """
-    found, arms = list(_parts(curves)), in_order(curves)
-    own = [arm for arm in arms if arm in ("alone", "feat", "edge", "method", "shuffled")]
-    baselines = [arm for arm in arms if arm not in own or arm in ("alone", "method")]
-    sheets = [arms] if len(arms) <= 6 else [own, baselines]
-    columns = 3 if len(found) > 2 else 2
-    fig, axes = _charts(len(sheets) * len(found), 1.9, _arm_handles(arms), columns, sharey=True)
-    for i, axis in enumerate(axes):
-        (name, part), sheet = found[i % len(found)], sheets[i // len(found)]
-        for place, arm in enumerate(sheet):
-            curve = part[part["arm"] == arm]
-            _band(axis, curve["epoch"], curve, style_of(arm), arm, place / len(sheet))
-        axis.set_xlabel(f"Epoch\n{name}".strip())
-        if i % columns == 0:
-            axis.set_ylabel("Validation Dice")
-    _whole_epochs(axes)
-    where = _on(name for name, _ in found)
-    text = f"Validation Dice by epoch{where}, mean and range of the seeds: {_names(arms)}."
-    return _described(fig, text)
-
-
-@styled("epoch", "grad_seg")
-def gradients(history: pd.DataFrame) -> Figure:
-    """Gradient of each weighted loss term: above its norm, below its cosine with that of L_seg.
-
-    They are taken at the layers that all terms of an arm reach. Mean over seeds as line, their
-    range as band; one column for each arm.
-
-    Parameters
-    ----------
-    history : DataFrame
-        epoch, grad_TERM and cos_TERM; arm, seed and columns of `statistics.FAMILY` if runs differ.
-    """
-    history = history if "arm" in history else history.assign(arm="")
-    measured = [n for n in history if n.startswith(("grad_", "cos_")) and history[n].notna().any()]
-    terms = list(dict.fromkeys(name.partition("_")[2] for name in measured))
-    runs = {
-        ", ".join(filter(None, (_label(arm), name))): part[part["arm"] == arm]
-        for name, part in _parts(history)
-        for arm in in_order(part)
-    }
-    pens, count = dict(_term_style(term) for term in terms), len(runs)
-    how: dict[str, Any] = {"columns": count, "sharex": True, "sharey": "row"}
-    fig, axes = _charts(2 * count, 1.45, _handles(pens), **how)
-    for i, axis in enumerate(axes):
-        name, run = list(runs.items())[i % count]
-        for j, (term, pen) in enumerate(zip(terms, pens.values())):
-            column = f"{'grad' if i < count else 'cos'}_{term}"
-            if column in run and run[column].notna().any():
-                seeds = run.groupby("epoch")[column].agg(mean="mean", low="min", high="max")
-                _band(axis, seeds.index, seeds, pen, term, j / len(terms))
-    if history.filter(regex="^grad_").gt(0).any(axis=None):
-        axes[0].set_yscale("log")
-    for axis, name in zip(axes[count:], runs):
-        axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(xlabel=f"Epoch\n{name}".strip(), ylim=(-1.05, 1.05))
-    axes[0].set_ylabel("Norm of gradient")
-    axes[count].set_ylabel("Cosine with that of\n" + _typeset("L_seg"))
-    _whole_epochs(axes)
-    shown = _names(term for term in terms if term in TERMS)
-    who = _names(filter(None, in_order(history))) or "one run"
-    where = _on(name for name, _ in _parts(history))
-    what = f"Gradients by epoch{where}: norms of {shown}, and cosines with L_seg; {who}"
-    return _described(fig, f"{what}.")
-
-
-def _term_style(term: str) -> tuple[str, Style]:
-    """A loss term is drawn as the arm that has it alone; two terms have their cosine."""
-    if term == "seg":
-        return _label("seg"), Style("#000000", ".", "")
-    if term in TERMS:
-        return _label(term).removeprefix("+ "), style_of(term)
-    return _typeset(" and ".join(f"L_{part}" for part in term.split("_"))), style_of(term)
-
-
-def _factor_text(factor: str, value: Any) -> str:
-    return f"{value:.0%}" if factor == "labels" else textwrap.fill(label(value), 10)
+    charts = []
+    for name, part in _parts(table):
+        for measure, rows in part.groupby("column", sort=False):
+            text, spread = MEASURES[str(measure)]
+            marks = []
+            for third in TERTILES:
+                for row in rows[rows["third"] == third].itertuples():
+                    size = spread.format(row.at_least, row.at_most)
+                    where = f"{third}: {size}, {row.cases} cases"
+                    marks.append(Mark(where, row.arm, row.difference, row.low, row.high))
+            title = "\n".join(filter(None, (name, f"{text} in thirds")))
+            charts.append(Chart(title, "Difference in Dice", marks, zero=True))
+    pairs = table.groupby(["arm", "other"], sort=False).size().index
+    texts = {arm: f"{label(arm)} minus {label(other)}" for arm, other in pairs}
+    keys = {text: style_of(arm).key(line=False) for arm, text in texts.items()}
+    fig = interval_charts(charts, columns=2, legend=keys)
+    by = " and ".join(MEASURES[name][0].lower() for name in table["column"].unique())
+    where = _on(name for name, _ in _parts(table))
+    return _described(fig, f"Dice, {'; '.join(texts.values())}, in thirds by {by}{where}.")
 
 
 FACTORS = {"budget": "Epochs", "labels": "Training cases with a mask", "teacher": "Teacher"}
 
 
-@styled("arm", "difference", "low", "high", "verdict")
-def when_teacher_helps(comparison: pd.DataFrame, base: dict[str, Any] | None = None) -> Figure:
+def _factor_text(factor: str, value: float | str) -> str:
+    return f"{100 * value:.0f} %" if factor == "labels" else label(str(value))
+
+
+@styled
+def when_teacher_helps(
+    comparison: pd.DataFrame, base: Mapping[str, float | str] | None = None
+) -> Figure:
     """Gain in Dice over the student alone by epochs, fraction of labels and teacher.
 
     One chart for each of the three that varies, in which the other two have their value in `base`.
-    95 % intervals; seeds as ticks; filled markers: better or worse.
+    95 % intervals; trainings as ticks; filled markers: better or worse.
 
     Parameters
     ----------
@@ -962,41 +1044,56 @@ def when_teacher_helps(comparison: pd.DataFrame, base: dict[str, Any] | None = N
         By default the value that most rows have.
     """
     known = [name for name in FACTORS if name in comparison]
-    chosen = {name: comparison[name].mode().iloc[0] for name in known} | (base or {})
-    varying, arms = [name for name in known if comparison[name].nunique() > 1], in_order(comparison)
-    if not varying:
-        return _nothing()
-    fig, axes = _charts(len(varying), 2.2, _arm_handles(arms, linestyle=""), sharey=True)
-    for axis, factor in zip(axes, varying):
+    chosen = {name: comparison[name].mode().iloc[0] for name in known} | dict(base or {})
+    charts = []
+    for factor in known:
         fixed = {name: value for name, value in chosen.items() if name != factor}
         part = comparison[(comparison[list(fixed)] == pd.Series(fixed)).all(axis=1)]
-        values = list(part[factor].unique())
-        values = values if factor == "teacher" else sorted(values)
-        for row in part.to_dict("records"):
-            pen = style_of(row["arm"])
-            x = values.index(row[factor]) + 0.22 * (arms.index(row["arm"]) - (len(arms) - 1) / 2)
-            _seeds(axis, _of_seeds(row), x, pen.colour, "y")
-            limits, hollow = (row["low"], row["high"]), row["verdict"] not in SIGNIFICANT
-            how = {"hollow": hollow, "label": row["arm"]}
-            _interval(axis, x, row["difference"], limits, pen, "y", **how)
-        axis.axhline(0, color="black", linewidth=0.6, zorder=1)
-        axis.set_xticks(range(len(values)), [_factor_text(factor, value) for value in values])
-        at = [
-            f"{FACTORS[n].lower()}: {_factor_text(n, v)}".replace("\n", "")
-            for n, v in fixed.items()
-            if n in varying
+        if part[factor].nunique() < 2:
+            continue
+        if factor != "teacher":
+            part = part.sort_values(factor, kind="stable")
+        marks = [
+            replace(mark, row=_factor_text(factor, value))
+            for mark, value in zip(_differences(part, "arm"), part[factor])
         ]
-        axis.set(xlabel="\n".join([FACTORS[factor], *at]), xlim=(-0.6, len(values) - 0.4))
-    axes[0].set_ylabel("Gain in Dice\nover the student alone")
-    by = ", ".join(FACTORS[name].lower() for name in varying)
-    text = f"Gain in Dice over the student alone by {by}, with 95 % intervals and seeds"
+        at = [f"{FACTORS[name].lower()}: {_factor_text(name, fixed[name])}" for name in fixed]
+        xlabel = "\n".join(["Gain in Dice", *at])
+        charts.append(Chart(FACTORS[factor], xlabel, marks, zero=True))
+    if not charts:
+        return _nothing()
+    arms = list(comparison["arm"].unique())
+    fig = interval_charts(charts, legend={label(arm): style_of(arm).key(False) for arm in arms})
+    by = ", ".join(chart.title.lower() for chart in charts)
+    text = f"Gain in Dice over the student alone by {by}, with 95 % intervals and trainings"
     return _described(fig, f"{text}: {_names(arms)}.")
 
 
-# Cost and calibration -----------------------------------------------------------------------------
+@styled
+def study(per_case: pd.DataFrame) -> Figure:
+    """Dice of every arm on its own test cases and on other data sets; lengths as joined points.
+
+    Parameters
+    ----------
+    per_case : DataFrame
+        As in `ablation`, with the columns dataset and test_dataset.
+    """
+    charts = []
+    for setting, part in settings(per_case):
+        marks = [replace(m, row=label(split_arm(m.name)[0])) for m in _mean_marks(part)]
+        tested, trained = str(setting["test_dataset"]), str(setting["dataset"])
+        title = tested if tested == trained else f"{tested}, trained on {trained}"
+        charts.append(Chart(title, "Dice", marks, linked=True))
+    charts.sort(key=lambda chart: ", trained on" in chart.title)  # own test cases first
+    lengths = sorted({split_arm(arm)[1] for arm in per_case["arm"]})
+    keys = {f"{n:g}x epochs": _longer(Style("#BBBBBB", "o"), n).key(False) for n in lengths}
+    fig = interval_charts(charts, legend=keys if len(keys) > 1 else None)
+    what = "mean over cases and trainings with 95 % interval, and each training"
+    names = _names(split_arm(arm)[0] for arm in in_order(per_case))
+    return _described(fig, f"Dice on {'; '.join(c.title for c in charts)}, {what}: {names}.")
 
 
-@styled("model", "engine", "precision", "pixels", "latency_ms_median")
+@styled
 def latency(cost: pd.DataFrame) -> Figure:
     """Milliseconds for one image, 10th to 90th percentile, by network and engine; int8 is hollow.
 
@@ -1006,80 +1103,276 @@ def latency(cost: pd.DataFrame) -> Figure:
         model, engine, precision, pixels, latency_ms_median, _p10 and _p90, such as
         `tables.committed("cost")`.
     """
-    models, sizes = list(dict.fromkeys(cost["model"])), sorted(cost["pixels"].unique())
-    engines = cost["engine"].unique()
-    pens = {name: Style(f"C{i}", "os^Dv<"[i % 6], (1, 1e3)) for i, name in enumerate(engines)}
-    handles = _handles({name.partition(" (")[0]: pen for name, pen in pens.items()}, linestyle="")
+    colours = (
+        "#000000",
+        "#EE7733",
+        "#0077BB",
+        "#EE3377",
+        "#009988",
+        "#777777",
+        "#33BBEE",
+        "#AA5500",
+    )
+    engines = enumerate(cost["engine"].unique())
+    pens = {name: Style(colours[i % 8], "os^DvP<p"[i % 8]) for i, name in engines}
+    charts = []
+    for size, part in cost.groupby("pixels"):
+        marks = []
+        for row in part.itertuples():
+            times = (row.latency_ms_median, row.latency_ms_p10, row.latency_ms_p90)
+            how: dict[str, Any] = {"filled": row.precision != "int8", "pen": pens[row.engine]}
+            marks.append(Mark(label(row.model), row.engine, *times, **how))
+        charts.append(Chart(f"{size} px", "Latency on one thread (ms)", marks, log=True))
+    keys = {name: pen.key(line=False) for name, pen in pens.items()}
     if "int8" in set(cost["precision"]):
-        handles["int8"] = Line2D([], [], marker="o", markerfacecolor="none", **BLACK)
-    how: dict[str, Any] = {"columns": 2, "sharey": True}
-    fig, axes = _charts(len(sizes), 0.5 + 0.24 * len(models), handles, **how)
-    for axis, size in zip(axes, sizes):
-        for row in cost[cost["pixels"] == size].itertuples():
-            int8 = row.precision == "int8"
-            shift = 0.14 * ((len(pens) - 1) / 2 - list(pens).index(row.engine)) - 0.05 * int8
-            limits = row.latency_ms_p10, row.latency_ms_p90
-            y = shift - models.index(row.model)
-            pen = pens[row.engine]
-            _interval(axis, row.latency_ms_median, y, limits, pen, "x", hollow=int8)
-        axis.set(xscale="log", xlabel=f"Latency at {size} px, one thread (ms)")
-        _plain_log(axis.xaxis)
-    _arm_ticks(axes[0], {model: -i for i, model in enumerate(models)})
-    at = f"at {', '.join(map(str, sizes))} px on one thread, 10th to 90th percentile"
-    return _described(fig, f"Latency of {_names(models)} {at}, in {', '.join(handles)}.")
+        keys["int8"] = BLACK.key(line=False, hollow=True)
+    fig = interval_charts(charts, columns=2, legend=keys)
+    at = f"at {', '.join(c.title for c in charts)} on one thread, 10th to 90th percentile"
+    return _described(fig, f"Latency of {_names(cost['model'])} {at}, in {', '.join(keys)}.")
 
 
-@styled("dataset", "model", "dice", "low", "high")
-def pareto(points: pd.DataFrame, x: str = "macs") -> Figure:
-    """Dice with 95 % interval against cost, a chart for each data set.
-
-    A line joins the networks that no other network beats in both.
+@styled
+def dice_and_cost(points: pd.DataFrame) -> Figure:
+    """Dice with 95 % interval of networks, the cheapest above, with their multiplications.
 
     Parameters
     ----------
     points : DataFrame
-        dataset, model, dice, low, high and the column `x`, from `tables.cost_points`.
+        From `tables.cost_points`.
     """
-    what = {"macs": "Multiplications for one image", "latency_ms_median": "Latency (ms)"}.get(x, x)
-    sets = list(dict.fromkeys(points["dataset"]))
-    handles = _arm_handles(points["model"].unique(), linestyle="")
-    fig, axes = _charts(len(sets), 2, handles, columns=3)
-    for axis, name in zip(axes, sets):
-        part = points[points["dataset"] == name].sort_values([x, "dice"], ascending=[True, False])
-        front = part[part["dice"].cummax().diff().fillna(1) > 0]
-        axis.plot(front[x], front["dice"], color="#999999", linewidth=0.8, zorder=0)
-        for row in part.to_dict("records"):
-            limits, pen = (row["low"], row["high"]), style_of(row["model"])
-            _interval(axis, row[x], row["dice"], limits, pen, "y", label=row["model"])
-        axis.set(xscale="log", xlabel=f"{what}\n{name}".strip())
-        axis.margins(x=0.15)
-    axes[0].set_ylabel("Dice on test cases")
-    text = f"Dice on test cases, with 95 % interval, against {what.lower()}{_on(sets)}"
-    return _described(fig, f"{text}: {_names(points['model'])}.")
+    charts = []
+    for name, part in points.groupby("dataset", sort=False):
+        marks = []
+        for row in part.sort_values(["macs", "dice"]).itertuples():
+            who = f"{label(row.model)}, {row.macs / 1e6:,.0f} M"
+            marks.append(Mark(who, row.model, row.dice, row.low, row.high))
+        charts.append(Chart(str(name), "Dice on test cases", marks))
+    fig = interval_charts(charts, columns=2)
+    text = "Dice on test cases, with 95 % interval, and multiplications for one image in millions"
+    return _described(fig, f"{text}{_on(points['dataset'])}: {_names(points['model'])}.")
 
 
-@styled()
-def calibration(found: dict[str, Calibration]) -> Figure:
+@styled
+def gain_and_hours(table: pd.DataFrame) -> Figure:
+    """What each step gains in Dice over the student alone, and the hours that it costs more.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From `tables.gain_and_hours`; a column `what` replaces the label of the arm.
+    """
+    charts, found = [], list(_parts(table))
+    for name, part in found:
+        part = part.sort_values("hours")
+        texts = part["what"] if "what" in part else part["arm"].map(label)
+        hours = part["hours"].map("{:+.1f} h".format, na_action="ignore").fillna("hours unknown")
+        rows = [f"{text}, {more}" for text, more in zip(texts, hours)]
+        marks = [replace(mark, row=row) for mark, row in zip(_differences(part, "arm"), rows)]
+        charts.append(Chart(name, "Gain in Dice over the student alone", marks, zero=True))
+    fig = interval_charts(charts, columns=2, legend=KEYS)
+    what = "Gain in Dice over the student alone, with 95 % interval, and hours of training"
+    return _described(fig, f"{what}{_on(n for n, _ in found)}: {_names(table['arm'])}.")
+
+
+# Lines --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A chart of lines, {name: table with the columns x, mean, low, high}."""
+
+    title: str
+    xlabel: str
+    lines: dict[str, pd.DataFrame]
+    log: bool = False
+    ylim: tuple[float, float] | None = None
+    named: bool = True
+
+
+def line_charts(
+    charts: Sequence[Curves],
+    columns: int,
+    height: float = 2.0,
+    text_of: Callable[[str], str] = label,
+) -> tuple[Figure, np.ndarray]:
+    """Charts of lines, `columns` side by side: with names at up to four lines, or a legend."""
+    rows = -(-len(charts) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(TWO_COLUMNS, height * rows), squeeze=False)
+    names = list(dict.fromkeys(name for chart in charts for name in chart.lines))
+    beside = columns < 3 and max(len(chart.lines) for chart in charts) <= 4
+    if not beside:
+        _legend(fig, {text_of(name): style_of(name).key() for name in names})
+    for axis in axes.flat[len(charts) :]:
+        axis.set_visible(False)
+    for axis, chart in zip(axes.flat, charts):
+        if chart.log:
+            axis.set_yscale("log")
+            _plain_log(axis.yaxis, 1, 2, 5)
+        for place, (name, table) in enumerate(chart.lines.items()):
+            _draw_line(axis, table, name, place / len(chart.lines))
+            if len(chart.lines) <= 4:  # more ranges could not be told apart
+                _draw_range(axis, table, name)
+        axis.set(title=chart.title, xlabel=chart.xlabel, ylim=chart.ylim)
+        axis.margins(x=0.02)
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        if beside and chart.named:
+            _name_lines(axis, {name: text_of(name) for name in names}, height)
+    return fig, axes
+
+
+def _draw_line(axis: Axes, table: pd.DataFrame, name: str, shift: float) -> None:
+    """A line; `shift` (0..1) moves the markers of lines apart."""
+    pen, step = style_of(name), max(1, len(table) // 5)
+    markers: dict[str, Any] = {"marker": pen.marker, "markevery": (int(shift * step), step)}
+    how: dict[str, Any] = {"linestyle": pen.linestyle, "color": pen.colour, "path_effects": pen.rim}
+    axis.plot(table["x"], table["mean"], label=name, **markers, **how)
+
+
+def _draw_range(axis: Axes, table: pd.DataFrame, name: str) -> None:
+    if (table["high"] > table["low"]).any():
+        how: dict[str, Any] = {"color": style_of(name).colour, "alpha": 0.15, "linewidth": 0}
+        axis.fill_between(table["x"], table["low"], table["high"], **how)
+
+
+def _name_lines(axis: Axes, texts: Mapping[str, str], height: float) -> None:
+    """The name of each line beside its end, in a chart of some height in inches."""
+    to_axes = axis.transData + axis.transAxes.inverted()
+    last = np.array([np.asarray(line.get_path().vertices)[-1] for line in axis.lines])
+    ends = zip(to_axes.transform(last)[:, 1].tolist(), axis.lines)
+    most = 1.0
+    for y, line in sorted(ends, key=lambda end: -end[0]):
+        text, ink = _typeset(texts[str(line.get_label())]), _darker(str(line.get_color()), 0.35)
+        y = min(y, most)
+        axis.text(1.02, y, text, transform=axis.transAxes, color=ink, va="center")
+        most = y - (1 + text.count("\n")) * 0.14 / (height - 0.6)
+
+
+def _by_epoch(history: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean and range of a column over the seeds."""
+    by_epoch = history.dropna(subset=column).groupby("epoch")[column]
+    return by_epoch.agg(mean="mean", low="min", high="max").rename_axis("x").reset_index()
+
+
+@styled
+def training_curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
+    """Left, validation Dice of each run by epoch; right, every loss term of the last run.
+
+    Parameters
+    ----------
+    histories : {arm or network: history}
+    """
+    last, history = list(histories.items())[-1]
+    terms = [name for name in history if name.startswith("loss_") and name != "loss_total"]
+    dice = {name: _by_epoch(one, "val_dice") for name, one in histories.items()}
+    losses = {name.removeprefix("loss_"): _by_epoch(history, name) for name in terms}
+    title = f"Losses of the {_label(last)}, before their weights"
+    charts = [Curves("Validation Dice", "Epoch", dice, ylim=(0, 1))]
+    charts.append(Curves(title, "Epoch", losses, log=True))
+    fig, _ = line_charts(charts, 2, 2.2, _term_label)
+    what = f"Left, validation Dice by epoch of {_names(histories)}"
+    return _described(fig, f"{what}. Right, losses of the last run.")
+
+
+@styled
+def learning_curves(curves: pd.DataFrame) -> Figure:
+    """Validation Dice of each arm by epoch: mean over seeds as line, of few arms also their range.
+
+    One chart for each data set and teacher. More than six arms are drawn in two charts: the arms of
+    the method, and the baselines with the student alone and the method.
+
+    Parameters
+    ----------
+    curves : DataFrame
+        From `statistics.learning_curves`.
+    """
+    found, arms = list(_parts(curves)), in_order(curves)
+    own = [a for a in arms if split_arm(a)[0] in ("alone", "feat", "edge", "method", "shuffled")]
+    baselines = [arm for arm in arms if arm not in own or arm in ("alone", "method")]
+    charts = []
+    for sheet in [arms] if len(arms) <= 6 else [own, baselines]:
+        for name, part in found:
+            of_arm = {arm: part[part["arm"] == arm].rename(columns={"epoch": "x"}) for arm in sheet}
+            charts.append(Curves(name, "Epoch", {a: t for a, t in of_arm.items() if len(t)}))
+    columns = min(len(charts), 3 if len(found) > 2 else 2)
+    fig, axes = line_charts(charts, columns)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Validation Dice")
+    where = _on(name for name, _ in found)
+    text = f"Validation Dice by epoch{where}, mean over seeds: {_names(arms)}."
+    return _described(fig, text)
+
+
+@styled
+def gradients(history: pd.DataFrame) -> Figure:
+    """Gradient of each weighted loss term: above its norm, below its cosine with that of L_seg.
+
+    They are taken at the layers that all terms of an arm reach. Mean over seeds as line, their
+    range as band; one column for each arm.
+
+    Parameters
+    ----------
+    history : DataFrame
+        epoch, grad_TERM and cos_TERM; arm, seed and columns of `statistics.SETTING` if runs differ.
+    """
+    history = history if "arm" in history else history.assign(arm="")
+    norms, cosines = [], []
+    for name, part in _parts(history):
+        for arm in in_order(part):
+            run = part[part["arm"] == arm].dropna(axis="columns", how="all")
+            if not terms_in(run):
+                continue  # measured for students with a teacher only
+            title = ", ".join(filter(None, (_label(arm), name)))
+            grad = {t: _by_epoch(run, f"grad_{t}") for t in ("seg", *terms_in(run))}
+            apart = [n for n in run if n.startswith("cos_")]
+            cos = {n.removeprefix("cos_"): _by_epoch(run, n) for n in apart}
+            positive = any((table["mean"] > 0).any() for table in grad.values())
+            norms.append(Curves(title, "", grad, log=positive))
+            cosines.append(Curves("", "Epoch", cos, ylim=(-1.05, 1.05)))
+    if not norms:
+        return _nothing()
+    fig, axes = line_charts([*norms, *cosines], len(norms), 1.6, _term_label)
+    axes[0, 0].set_ylabel("Norm of gradient")
+    axes[1, 0].set_ylabel(_typeset("Cosine with that of\nL_seg"))
+    for axis in axes[1]:
+        axis.axhline(0, color="black", linewidth=0.6)
+    shown = _names(term for chart in norms for term in chart.lines)
+    who = _names(in_order(history)) or "one run"
+    where = _on(name for name, _ in _parts(history))
+    what = f"Gradients by epoch{where}: norms of {shown}, and cosines with L_seg; {who}"
+    return _described(fig, f"{what}.")
+
+
+def _term_label(name: str) -> str:
+    """L_feat without a plus; 'L_feat and L_edge' of the cosine of two terms."""
+    if name not in TERMS and set(parts := name.split("_")) <= set(TERMS):
+        return " and ".join(f"L_{part}" for part in parts)
+    return label(name).removeprefix("+ ")
+
+
+@styled
+def calibration(found: Mapping[str, Calibration]) -> Figure:
     """Reliability diagram: fraction of pixels that are lesion by predicted probability.
 
-    Below, the fraction of all pixels in each bin. The legend has the expected calibration error.
+    Right, the fraction of all pixels in each bin. ECE is the expected calibration error.
 
     Parameters
     ----------
     found : {arm or network: Calibration}
         From `statistics.calibration`.
     """
-    how: dict[str, Any] = {"gridspec_kw": {"height_ratios": (3, 1)}, "sharex": True}
-    fig, (above, below) = plt.subplots(2, 1, figsize=(ONE_COLUMN, 3.4), **how)
-    above.plot([0, 1], [0, 1], color="black", linewidth=0.6, zorder=1)
+    charts = [Curves("Fraction that is lesion", "Predicted probability", {}, ylim=(-0.02, 1.02))]
+    below = Curves("Fraction of all pixels", "Predicted probability", {}, log=True, named=False)
+    charts.append(below)
     for name, of in found.items():
-        pen, bins = style_of(name), of.bins[of.bins["pixels"] > 0]
-        text = f"{_label(name)}, ECE {of.ece:.4f}"
-        above.plot(bins["predicted"], bins["observed"], label=text, **pen.line)
-        below.plot(bins["predicted"], bins["pixels"] / bins["pixels"].sum(), **pen.line)
-    above.set(ylabel="Fraction that is lesion", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    below.set(ylabel="Fraction of\nall pixels", xlabel="Predicted probability", yscale="log")
-    above.legend(loc="upper left")
+        bins = of.bins[of.bins["pixels"] > 0]
+        for chart, y in zip(charts, (bins["observed"], bins["pixels"] / bins["pixels"].sum())):
+            line = {"x": bins["predicted"], "mean": y, "low": y, "high": y}
+            chart.lines[name] = pd.DataFrame(line)
+    texts = {name: f"{label(name)},\nECE {of.ece:.4f}" for name, of in found.items()}
+    fig, axes = line_charts(charts, 2, 2.4, text_of=texts.__getitem__)
+    axes[0, 0].plot([0, 1], [0, 1], color="black", linewidth=0.6, zorder=1)
+    for axis in axes.flat:
+        axis.set_xlim(-0.02, 1.02)
     what = (
         "Fraction of pixels that are lesion against predicted probability, and pixels in each bin"
     )

@@ -1,16 +1,16 @@
 """Statistics on per-case scores and learning curves.
 
-A per-case table has the columns arm, seed, id, group and the scores. Only rows that agree in the
-columns of `FAMILY` (those that the table has) are compared with each other. Rows with arm `teacher`
+A per-case table has the columns arm, seed, id, group and the scores; fold if there are folds. Rows
+are compared if they agree in the columns of `SETTING` that the table has. Rows with arm `teacher`
 are the teacher's own scores. The order of the rows does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -20,19 +20,45 @@ from ..evaluate import HIGHER_IS_BETTER, METRICS
 from ..losses import TERMS
 from ..pipeline import ARMS
 
-FAMILY = ("dataset", "test_dataset", "profile", "teacher", "seg_loss", "budget", "labels")
-"""Columns in which the rows of one comparison agree; each combination is a Holm family of its own.
+Setting = dict[str, Hashable]
+Pair = tuple[str, str]
 
-budget (epochs) and labels (fraction of training cases with a mask) vary in the experiment on when a
-teacher helps, see `figures.when_teacher_helps`.
-"""
+FAMILY = ("dataset", "test_dataset")
+"""All comparisons on one data set are one Holm family, whatever their budget, labels or teacher."""
+SETTING = (*FAMILY, "profile", "pixels", "teacher", "seg_loss", "budget", "labels")
+"""Columns in which compared rows agree; budget: epochs, labels: fraction of masks used."""
 TEACHER = "teacher"
 TERTILES = ("lowest", "middle", "highest")
 SIGNIFICANT = ("better", "worse")
-"""Verdicts of `compare_arms` that name a difference."""
+"""Verdicts that name a difference."""
+OLD_ARMS = {"alone_long": ("alone", math.inf)}
+"""Arms of earlier versions: base arm and how many times longer, unknown here."""
 
 
-def families(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+def split_arm(arm: str) -> tuple[str, float]:
+    """The base of an arm, and how many times as many epochs it has.
+
+    >>> split_arm("alone*2"), split_arm("kd")
+    (('alone', 2.0), ('kd', 1.0))
+    """
+    if arm in OLD_ARMS:
+        return OLD_ARMS[arm]
+    base, _, times = arm.rpartition("*")
+    return (base, float(times)) if times.isdecimal() and base else (arm, 1.0)
+
+
+def terms_of(arm: str) -> list[str]:
+    """The loss terms of an arm besides L_seg.
+
+    >>> terms_of("feat=0.5+kd*2"), terms_of("method")
+    (['feat', 'kd'], ['feat', 'edge'])
+    """
+    base = split_arm(arm)[0]
+    names = ARMS.get(base, base.replace("+", ", ")).split(", ")
+    return [name.partition("=")[0] for name in names if name]
+
+
+def settings(table: pd.DataFrame) -> Iterator[tuple[Setting, pd.DataFrame]]:
     """The parts of a table that are compared within, and the values that the rows of each share."""
     if "split" in table and table["split"].nunique() > 1:
         found = ", ".join(sorted(table["split"].unique()))
@@ -40,7 +66,7 @@ def families(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame
             f"statistics need the scores of one split; the table has {found}. Select one, such as "
             "table[table['split'] == 'test']"
         )
-    keys = [name for name in FAMILY if name in table]
+    keys = [name for name in SETTING if name in table]
     if not keys:
         yield {}, table
         return
@@ -49,9 +75,18 @@ def families(table: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame
 
 
 def in_order(table: pd.DataFrame, without: str | None = None) -> list[str]:
-    """The arms of a table in the order of `pipeline.ARMS` and of the loss terms, then by name."""
-    known = {arm: place for place, arm in enumerate(dict.fromkeys([*ARMS, *TERMS]))}
-    return sorted(set(table["arm"]) - {without}, key=lambda arm: (known.get(arm, len(known)), arm))
+    """The arms of a table in the order of `pipeline.ARMS` and of the loss terms, then by name.
+
+    Longer trainings follow their arm.
+    """
+    known = list(dict.fromkeys([*ARMS, *TERMS]))
+
+    def place(arm: str) -> tuple[int, str, float]:
+        base, times = split_arm(arm)
+        first = base if base in known else base.partition("+")[0].partition("=")[0]
+        return known.index(first) if first in known else len(known), base, times
+
+    return sorted(set(table["arm"]) - {without}, key=place)
 
 
 def by_seed(per_case: pd.DataFrame, arm: str, metric: str = "dice") -> pd.DataFrame:
@@ -112,7 +147,7 @@ def _bootstrap(above: np.ndarray, below: np.ndarray, draws: int) -> tuple[float,
     return float(low), float(high)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _drawn(groups: int, seeds: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Counts of each group (draws, groups) and each seed (draws, seeds) in bootstrap draws."""
     rng = np.random.default_rng(0)
@@ -130,6 +165,20 @@ def interval(values: np.ndarray, draws: int = 5000) -> tuple[float, float]:
     return _bootstrap(np.where(known, values, 0), known.astype(float), draws)
 
 
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of a few numbers (Student's t), one for each training.
+
+    NaN with fewer than two.
+    """
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return np.nan, np.nan
+    mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
+    half = t.ppf(0.975, len(values) - 1) * error
+    return float(mean - half), float(mean + half)
+
+
 def case_mean(scores: pd.DataFrame, draws: int = 5000) -> tuple[float, float, float]:
     """Mean over cases and seeds of a table from `by_seed`, and its 95 % bootstrap interval.
 
@@ -141,10 +190,16 @@ def case_mean(scores: pd.DataFrame, draws: int = 5000) -> tuple[float, float, fl
     return float(mean), *_bootstrap(sums, sizes, draws)
 
 
-def _size(groups: int, seeds: int) -> dict[str, Any]:
-    """Numbers of groups and seeds, and what an interval over them covers."""
-    covers = "nothing" if groups < 2 else "cases" if seeds < 2 else "cases and seeds"
-    return {"groups": groups, "seeds": seeds, "covers": covers}
+def by_training(scores: pd.DataFrame, per_case: pd.DataFrame) -> pd.Series:
+    """Mean of each fold over its rows and seeds, or without folds of each seed over all rows.
+
+    `scores` has rows (group, id) or groups, and one column for each seed. The index of the result
+    is fold0 and so on, or seed0.
+    """
+    if "fold" not in per_case or per_case["fold"].nunique() < 2:
+        return scores.mean().add_prefix("seed")
+    folds = per_case.groupby(list(scores.index.names))["fold"].first()
+    return scores.groupby(folds).mean().mean(axis=1).add_prefix("fold")
 
 
 def means(per_case: pd.DataFrame, draws: int = 5000) -> pd.DataFrame:
@@ -153,57 +208,161 @@ def means(per_case: pd.DataFrame, draws: int = 5000) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns of FAMILY; arm, seeds, cases, groups, dice with its 95 % interval low and high, the
-        other scores, missed and false_alarm (cases, mean over seeds), dice_seed0 and so on.
+        Columns of SETTING; arm, seeds, cases, groups, dice with its 95 % interval low and high, the
+        other scores, missed and false_alarm (cases, mean over seeds), dice_seed0 and so on, or
+        dice_fold0.
     """
     rows = []
-    for family, part in families(per_case):
-        for arm in dict.fromkeys([TEACHER] * (TEACHER in set(part["arm"])) + in_order(part)):
-            scores, own = by_seed(part, arm), part[part["arm"] == arm]
-            groups, seeds = scores.index.get_level_values("group").nunique(), scores.shape[1]
-            row = {"arm": arm, "seeds": seeds, "cases": len(scores), "groups": groups}
-            row |= dict(zip(("dice", "low", "high"), case_mean(scores, draws)))
+    for setting, part in settings(per_case):
+        arms = in_order(part, without=TEACHER)
+        if TEACHER in set(part["arm"]):
+            arms.insert(0, TEACHER)
+        for arm in arms:
+            own, scores = part[part["arm"] == arm], by_seed(part, arm)
+            seeds = scores.shape[1]
+            row = setting | {"arm": arm, "seeds": seeds, "cases": len(scores)}
+            row["groups"] = own["group"].nunique()
+            row |= zip(("dice", "low", "high"), case_mean(scores, draws))
             row |= {n: own[n].mean() for n in METRICS if n in own and n != "dice"}
             row |= {n: own[n].sum() / seeds for n in ("missed", "false_alarm") if n in own}
-            rows.append(family | row | scores.mean().add_prefix("dice_seed").to_dict())
+            rows.append(row | by_training(scores, own).add_prefix("dice_").to_dict())
     return as_table(rows, per_case)
 
 
-def as_table(rows: list[dict[str, Any]], source: pd.DataFrame) -> pd.DataFrame:
+def as_table(rows: list[Setting], source: pd.DataFrame) -> pd.DataFrame:
     """Rows as a table that can be selected by data set even if it is empty."""
-    empty = [*(name for name in FAMILY if name in source), "arm"]
+    empty = [*(name for name in SETTING if name in source), "arm"]
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=empty)
 
 
 # Comparisons of arms ------------------------------------------------------------------------------
 
 
-def compare_arms(
-    per_case: pd.DataFrame, method: str = "method", metric: str = "dice", draws: int = 5000
+@dataclass(frozen=True)
+class Comparison:
+    """One arm minus another, on the same cases.
+
+    Attributes
+    ----------
+    cases : DataFrame
+        Difference of each case: rows (group, id), columns seeds.
+    by_training : Series
+        Mean difference of each fold, or without folds of each seed.
+    low, high, t_low, t_high : float
+        95 % intervals: bootstrap over groups and seeds, Student's t over trainings.
+    """
+
+    arm: str
+    other: str
+    metric: str
+    cases: pd.DataFrame
+    by_training: pd.Series
+    low: float
+    high: float
+    t_low: float
+    t_high: float
+
+    @classmethod
+    def of(
+        cls, part: pd.DataFrame, pair: Pair, metric: str = "dice", draws: int = 5000
+    ) -> Comparison:
+        """Compare two arms of one setting."""
+        cases = differences(part, *pair, metric)
+        groups = cases.groupby("group").mean()
+        trainings = by_training(groups, part).dropna().round(12)
+        limits = *interval(groups.to_numpy(float), draws), *t_interval(trainings.to_list())
+        return cls(*pair, metric, cases, trainings, *limits)
+
+    @cached_property
+    def by_group(self) -> pd.Series:
+        """Difference of each group: a case is averaged over seeds, then over its group.
+
+        Rounded, so that equal differences are ties.
+        """
+        return self.cases.mean(axis=1).groupby("group").mean().dropna().round(12)
+
+    @property
+    def difference(self) -> float:
+        """Mean over groups; every group has the same weight."""
+        return round(float(self.by_group.mean()), 12)
+
+    @cached_property
+    def p(self) -> float:
+        """Wilcoxon signed-rank test (Pratt) on groups."""
+        from scipy.stats import wilcoxon
+
+        if not self.by_group.any():
+            return 1.0
+        return float(wilcoxon(self.by_group, zero_method="pratt").pvalue)
+
+    def described(self) -> Setting:
+        """difference, low, high, t_low, t_high, groups, seeds and trainings: no test."""
+        names = ("difference", "low", "high", "t_low", "t_high")
+        row: Setting = {name: getattr(self, name) for name in names}
+        row |= {"groups": len(self.by_group), "seeds": self.cases.shape[1]}
+        return row | {"trainings": len(self.by_training)}
+
+    def tested(self, p_holm: float, verdict: str) -> Setting:
+        """The row of `compare`."""
+        gain = self.by_group if HIGHER_IS_BETTER[self.metric] else -self.by_group
+        row: Setting = {"arm": self.arm, "other": self.other, "metric": self.metric}
+        row |= self.described() | {"p": self.p, "p_holm": p_holm, "verdict": verdict}
+        row |= {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
+        row["undefined"] = int(self.cases.isna().sum().sum())
+        row |= self.by_training.add_prefix("difference_").to_dict()
+        return row
+
+
+def compare(
+    per_case: pd.DataFrame,
+    method: str = "method",
+    reference: str = "alone",
+    metric: str = "dice",
+    draws: int = 5000,
 ) -> pd.DataFrame:
-    """Compare the method with every other arm except the teacher.
+    """Compare the method with every other arm, and every other arm with the student alone.
 
     The difference of a case is averaged over seeds, then over its group. Wilcoxon signed-rank test
-    (Pratt) on groups, Holm over one family for each data set and teacher; 95 % bootstrap interval
-    over groups and seeds.
+    (Pratt) on groups; Holm's correction over all comparisons on one data set, all budgets included;
+    95 % bootstrap interval over groups and seeds; 95 % t interval over trainings.
 
     Returns
     -------
     DataFrame
-        Columns of FAMILY; arm, other, metric, difference (arm - other), low, high, groups, seeds,
-        covers (what the interval covers), p, p_holm, better and worse (groups), undefined (scores
-        of 0/0, left out), verdict, difference_seed0 and so on.
-
-    Notes
-    -----
-    verdict has one of these values:
-
-    - better, worse: the interval excludes 0 and p_holm is at most 0.05;
-    - too few groups: not so, and with this number of groups p_holm cannot be 0.05 or less;
-    - inconclusive: only the interval excludes 0, or only p_holm is at most 0.05;
-    - not significant: neither.
+        Columns of SETTING; arm, other, metric, difference (arm - other); low, high (bootstrap);
+        t_low, t_high (over folds, or without folds over seeds; NaN with one training); groups,
+        seeds, trainings, p, p_holm, verdict (see `verdict`), better and worse (groups), undefined
+        (scores of 0/0, left out), difference_seed0 or difference_fold0 and so on.
     """
-    return _compare(per_case, method, lambda arms: [(method, a) for a in arms], metric, draws)
+    parts = list(settings(per_case))
+    families: dict[tuple[Hashable, ...], list[tuple[Setting, Comparison]]] = {}
+    for setting, part in parts:
+        family = families.setdefault(tuple(setting.get(name) for name in FAMILY), [])
+        for pair in _pairs(in_order(part, without=TEACHER), method, reference):
+            family.append((setting, Comparison.of(part, pair, metric, draws)))
+    rows = []
+    for family in families.values():
+        adjusted = holm(np.array([one.p for _, one in family]))
+        for (setting, one), p_holm in zip(family, adjusted.tolist()):
+            found = verdict(one, p_holm, len(family))
+            if found == "better" and _reached_by_longer(parts, setting, one, draws):
+                found = "reached by longer training"
+            rows.append(setting | one.tested(p_holm, found))
+    return as_table(rows, per_case)
+
+
+def _pairs(arms: list[str], method: str, reference: str) -> list[Pair]:
+    ours = [(method, arm) for arm in arms if arm != method] if method in arms else []
+    others = [arm for arm in arms if arm not in (method, reference)]
+    return ours + [(arm, reference) for arm in others if reference in arms]
+
+
+def compare_arms(
+    per_case: pd.DataFrame, method: str = "method", metric: str = "dice", draws: int = 5000
+) -> pd.DataFrame:
+    """The method against every other arm: these rows of `compare`."""
+    table = compare(per_case, method, metric=metric, draws=draws)
+    return table[table["arm"] == method].reset_index(drop=True)
 
 
 def compare_with(
@@ -213,64 +372,12 @@ def compare_with(
     metric: str = "dice",
     draws: int = 5000,
 ) -> pd.DataFrame:
-    """Exploratory: compare arms with one reference, by default the student alone.
-
-    `arms` empty: every arm but the method, which `compare_arms` compares. Columns as in
-    `compare_arms`; other is the reference. The Holm family is its own.
-    """
-
-    def pairs(others: list[str]) -> list[tuple[str, str]]:
-        return [(a, reference) for a in others if (a in arms if arms else a != "method")]
-
-    return _compare(per_case, reference, pairs, metric, draws)
-
-
-def _compare(
-    per_case: pd.DataFrame,
-    one: str,
-    choose: Callable[[list[str]], list[tuple[str, str]]],
-    metric: str,
-    draws: int,
-) -> pd.DataFrame:
-    rows = []
-    for family, part in families(per_case):
-        arms = in_order(part, without=TEACHER)
-        pairs = choose([a for a in arms if a != one] if one in arms else [])
-        found = [family | _compared(part, *pair, metric, draws) for pair in pairs]
-        rows += [row | {"verdict": _verdict(row, len(found))} for row in _with_holm(found)]
-    return as_table(rows, per_case)
-
-
-def _compared(part: pd.DataFrame, arm: str, other: str, metric: str, draws: int) -> dict[str, Any]:
-    from scipy.stats import wilcoxon
-
-    cases = differences(part, arm, other, metric)
-    row, by_group = _estimate(cases, draws)
-    p = wilcoxon(by_group, zero_method="pratt").pvalue if by_group.any() else 1.0
-    gain = by_group if HIGHER_IS_BETTER[metric] else -by_group
-    counts = {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
-    tested = {"p": float(p), "p_holm": np.nan}
-    undefined = {"undefined": int(cases.isna().sum().sum()), "verdict": ""}
-    seeds = cases.groupby("group").mean().mean().add_prefix("difference_seed").to_dict()
-    pair = {"arm": arm, "other": other, "metric": metric}
-    return {**pair, **row, **tested, **counts, **undefined, **seeds}
-
-
-def _estimate(cases: pd.DataFrame, draws: int = 5000) -> tuple[dict[str, Any], pd.Series]:
-    """Mean difference with its interval from `differences`, and the difference of each group.
-
-    A case is averaged over seeds, then over its group; every group has the same weight.
-    """
-    # rounded, so that equal differences are ties
-    by_group = cases.mean(axis=1).groupby("group").mean().dropna().round(12)
-    low, high = interval(cases.groupby("group").mean().to_numpy(float), draws)
-    row = {"difference": round(by_group.mean(), 12), "low": low, "high": high}
-    return row | _size(len(by_group), cases.shape[1]), by_group
-
-
-def _with_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    adjusted = holm(np.array([row["p"] for row in rows], float))
-    return [row | {"p_holm": p} for row, p in zip(rows, adjusted.tolist())]
+    """Every other arm, or those that are named, against the student alone: rows of `compare`."""
+    table = compare(per_case, reference=reference, metric=metric, draws=draws)
+    if table.empty:
+        return table
+    chosen = (table["other"] == reference) & (table["arm"].isin(arms) if arms else True)
+    return table[chosen].reset_index(drop=True)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -286,57 +393,90 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def _verdict(row: dict[str, Any], tests: int) -> str:
-    excludes_0, significant = row["low"] > 0 or row["high"] < 0, row["p_holm"] <= 0.05
-    if excludes_0 and significant:
-        higher = HIGHER_IS_BETTER[row["metric"]]
-        return "better" if (row["difference"] > 0) == higher else "worse"
-    if 2 * tests / 2.0 ** row["groups"] > 0.05:  # the smallest p of the exact test, after Holm
+def verdict(one: Comparison, p_holm: float, tests: int) -> str:
+    """What a comparison shows, given its p in a Holm family of so many tests.
+
+    Returns
+    -------
+    str
+        one training: both arms were trained once, so nothing tells the loss from the training;
+        better, worse: both intervals exclude 0 and p_holm is at most 0.05;
+        too few groups: not so, and with so few groups p_holm cannot be 0.05 or less;
+        inconclusive: at least one of the three says so;
+        not significant: none does.
+        `compare` replaces better by 'reached by longer training' if a student alone that is trained
+        longer is as good: the interval of the arm minus that student does not lie above 0.
+    """
+    if len(one.by_training) < 2:
+        return "one training"
+    cases = one.low > 0 or one.high < 0
+    trainings = one.t_low > 0 or one.t_high < 0
+    significant = p_holm <= 0.05
+    if cases and trainings and significant:
+        return "better" if (one.difference > 0) == HIGHER_IS_BETTER[one.metric] else "worse"
+    if 2 * tests / 2.0 ** len(one.by_group) > 0.05:  # the smallest p of the exact test, after Holm
         return "too few groups"
-    return "inconclusive" if excludes_0 or significant else "not significant"
+    return "inconclusive" if cases or trainings or significant else "not significant"
 
 
-def compare_missed(per_case: pd.DataFrame, method: str = "method") -> pd.DataFrame:
-    """Compare the lesions that the method and every other arm miss: an exact paired test on groups.
+def _reached_by_longer(
+    parts: list[tuple[Setting, pd.DataFrame]], setting: Setting, one: Comparison, draws: int
+) -> bool:
+    """Whether a student alone that is trained longer than the shorter of a pair is as good.
 
-    Seeds of one lesion and lesions of one group (frames of a video) are not independent. All misses
-    of a group are added for each arm, and the group counts once, for the arm that missed fewer. The
-    test is two-sided binomial on the groups that differ; with one seed and one case in each group
-    it is McNemar's exact test.
+    It may have another budget, but is equal in all else that `SETTING` names.
+    """
+    if split_arm(one.arm)[0] == "alone":
+        return False  # 'alone*2 is better than alone' is about the length itself
+    ours = next(part for other, part in parts if other == setting)
+    shorter = min(_length(setting, one.arm), _length(setting, one.other))
+    sign = 1 if HIGHER_IS_BETTER[one.metric] else -1
+    for other, part in parts:
+        if other | {"budget": 0} != setting | {"budget": 0}:
+            continue
+        for arm in in_order(part):
+            if split_arm(arm)[0] != "alone" or _length(other, arm) <= shorter:
+                continue
+            gain = sign * _between(
+                by_seed(ours, one.arm, one.metric), by_seed(part, arm, one.metric)
+            )
+            if not interval(gain.groupby("group").mean().to_numpy(float), draws)[0] > 0:
+                return True
+    return False
+
+
+def _length(setting: Setting, arm: str) -> float:
+    """Epochs of an arm, in units of its setting's if their number is not known."""
+    return float(setting.get("budget", 1)) * split_arm(arm)[1]  # type: ignore[arg-type]
+
+
+def _between(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Differences of two trainings, seed by seed, or of their means if their seeds differ."""
+    _require_same_cases(first, second, "an arm and a longer student alone")
+    if first.columns.equals(second.columns):
+        return first - second
+    return (first.mean(axis=1) - second.mean(axis=1)).to_frame()
+
+
+def lengths(per_case: pd.DataFrame, draws: int = 5000) -> pd.DataFrame:
+    """What longer training adds: each arm against the same arm with fewer epochs; not tested.
+
+    An arm has converged where training longer adds nothing.
 
     Returns
     -------
     DataFrame
-        Columns of FAMILY; arm, other, lesions, missed and missed_other (mean over seeds), fewer and
-        more (groups in which the method misses fewer, more), p, p_holm (a family of its own),
-        verdict ('fewer' or 'more' if p_holm is at most 0.05, else 'not significant'), groups,
-        seeds.
+        Columns of SETTING; arm and other (alone*2 and alone), and what `Comparison.described` has.
+        Of arms with one length there are no rows.
     """
-    from scipy.stats import binomtest
-
     rows = []
-    for family, table in families(per_case):
-        found, lesions = [], table[table["lesion_pixels"] > 0]
-        arms = in_order(lesions, without=TEACHER)
-        for other in (arm for arm in arms if arm != method and method in arms):
-            apart = differences(lesions, method, other, "missed")
-            by_group = apart.sum(axis=1).groupby("group").sum()
-            fewer, more = int((by_group < 0).sum()), int((by_group > 0).sum())
-            p = binomtest(fewer, fewer + more).pvalue if fewer + more else 1.0
-            row: dict[str, Any] = family | {"arm": method, "other": other, "lesions": len(apart)}
-            row |= _missed(lesions, method, other) | {"fewer": fewer, "more": more}
-            row |= {"p": float(p), "p_holm": np.nan, "verdict": ""}
-            found.append(row | {"groups": len(by_group), "seeds": apart.shape[1]})
-        for row in _with_holm(found):
-            which = "fewer" if row["fewer"] > row["more"] else "more"
-            rows.append(row | {"verdict": which if row["p_holm"] <= 0.05 else "not significant"})
+    for setting, part in settings(per_case):
+        arms = in_order(part, without=TEACHER)
+        for shorter, longer in zip(arms, arms[1:]):
+            if split_arm(shorter)[0] == split_arm(longer)[0]:
+                one = Comparison.of(part, (longer, shorter), draws=draws)
+                rows.append(setting | {"arm": longer, "other": shorter} | one.described())
     return as_table(rows, per_case)
-
-
-def _missed(lesions: pd.DataFrame, arm: str, other: str) -> dict[str, float]:
-    """Missed lesions of two arms, mean over seeds."""
-    names = {"missed": arm, "missed_other": other}
-    return {name: by_seed(lesions, a, "missed").sum().mean() for name, a in names.items()}
 
 
 def by_tertile(
@@ -359,9 +499,9 @@ def by_tertile(
     Returns
     -------
     DataFrame
-        Columns of FAMILY; arm, other, column, third (lowest, middle, highest), at_least and at_most
-        (of `column`), cases, missed and missed_other (lesions, mean over seeds), difference, low,
-        high, groups, seeds, covers.
+        Columns of SETTING; arm, other, column, third (lowest, middle, highest), at_least and
+        at_most (of `column`), cases, missed and missed_other (lesions, mean over seeds), and what
+        `Comparison.described` has.
     """
     if column not in per_case:
         raise LesionKDError(
@@ -369,7 +509,7 @@ def by_tertile(
             "folders of these runs and run again"
         )
     rows = []
-    for family, table in families(per_case):
+    for setting, table in settings(per_case):
         lesions = table[table["lesion_pixels"] > 0]
         values = lesions.groupby("id")[column].first().dropna()
         if not {method, other} <= set(table["arm"]) or values.empty:
@@ -378,79 +518,46 @@ def by_tertile(
         for place in np.unique(third):
             inside = values[third == place]
             part = table[table["id"].isin(inside.index)]
-            row: dict[str, Any] = {"arm": method, "other": other, "column": column}
-            row["third"] = TERTILES[place]
-            row |= {"at_least": inside.min(), "at_most": inside.max(), "cases": len(inside)}
-            row |= _missed(part, method, other)
-            rows.append(family | row | _estimate(differences(part, method, other), draws)[0])
+            row = setting | {"arm": method, "other": other, "column": column}
+            row |= {"third": TERTILES[place], "at_least": inside.min(), "at_most": inside.max()}
+            row |= {"cases": len(inside), "missed": by_seed(part, method, "missed").sum().mean()}
+            row["missed_other"] = by_seed(part, other, "missed").sum().mean()
+            rows.append(row | Comparison.of(part, (method, other), draws=draws).described())
     return as_table(rows, per_case)
 
 
-# Comparisons with larger networks -----------------------------------------------------------------
-
-
 def accuracy_ratio(
-    per_case: pd.DataFrame, reference: str = "unet64", method: str = "method", draws: int = 5000
+    per_case: pd.DataFrame, method: str = "method", draws: int = 5000
 ) -> pd.DataFrame:
-    """Mean Dice of the method over that of the teacher network `reference`, on the same cases.
+    """Mean Dice of an arm over that of its teacher, on the same cases.
 
-    Requires the column teacher, and rows with arm `teacher` of the reference; without them the
-    ratio is NaN: not measured. 95 % bootstrap interval over groups and the method's seeds.
+    95 % bootstrap interval over groups and the arm's seeds.
 
     Returns
     -------
     DataFrame
-        Columns of FAMILY (teacher: the method's own); arm, reference, ratio, low, high, dice,
-        reference_dice, cases, groups, seeds, covers.
+        Columns of SETTING; arm, ratio, low, high (NaN if the teacher's Dice is 0), dice,
+        teacher_dice, cases, groups, seeds.
     """
-
-    def without_teacher(family: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(value for name, value in family.items() if name != "teacher")
-
-    found = list(families(per_case))
-    references = {
-        without_teacher(family): by_seed(table, TEACHER)
-        for family, table in found
-        if family.get("teacher") == reference
-    }
     rows = []
-    for family, table in found:
-        if method not in set(table["arm"]):
+    for setting, part in settings(per_case):
+        if not {method, TEACHER} <= set(part["arm"]):
             continue
-        scores = by_seed(table, method)
-        theirs = references.get(without_teacher(family), pd.DataFrame())
-        row: dict[str, Any] = {"arm": method, "reference": reference}
-        row |= dict.fromkeys(("ratio", "low", "high"), np.nan)
-        row |= {} if theirs.empty else _quotient(scores, theirs, draws)
-        row |= {"dice": scores.mean().mean(), "reference_dice": theirs.mean().mean()}
-        groups = scores.index.get_level_values("group").nunique()
-        rows.append(family | row | {"cases": len(scores)} | _size(groups, scores.shape[1]))
+        ours, theirs = by_seed(part, method), by_seed(part, TEACHER)
+        _require_same_cases(ours, theirs, f"arm {method!r} and the teacher")
+        above = ours.groupby("group").sum().to_numpy()
+        below = theirs.mean(axis=1).groupby("group").sum().to_numpy()
+        row = setting | {"arm": method, "ratio": np.nan, "low": np.nan, "high": np.nan}
+        if below.any():
+            repeated = np.repeat(below[:, None], above.shape[1], 1)  # groups drawn together
+            row["ratio"] = above.mean(1).sum() / below.sum()
+            row["low"], row["high"] = _bootstrap(above, repeated, draws)
+        row |= {"dice": ours.mean().mean(), "teacher_dice": theirs.mean().mean()}
+        rows.append(row | {"cases": len(ours), "groups": len(above), "seeds": ours.shape[1]})
     return as_table(rows, per_case)
 
 
-def _quotient(ours: pd.DataFrame, theirs: pd.DataFrame, draws: int) -> dict[str, float]:
-    """Ratio of two mean scores and its interval; each draw takes the same groups of both."""
-    _require_same_cases(ours, theirs, "the method and the reference network")
-    above = ours.groupby("group").sum().to_numpy()
-    below = theirs.mean(axis=1).groupby("group").sum().to_numpy()
-    if not below.any():  # a reference of Dice 0 has no ratio
-        return {}
-    low, high = _bootstrap(above, np.repeat(below[:, None], above.shape[1], 1), draws)
-    return {"ratio": above.mean(1).sum() / below.sum(), "low": low, "high": high}
-
-
 # Learning curves ----------------------------------------------------------------------------------
-
-
-def _by_epoch(history: pd.DataFrame) -> pd.DataFrame:
-    """Validation Dice, mean over folds if there are any: rows (arm, seed), columns epochs."""
-    one_run = ["arm", "seed", "epoch", *(["fold"] if "fold" in history else [])]
-    if history.duplicated(one_run).any():
-        raise LesionKDError(
-            "the history has several runs of one arm and seed. Select one, or add the columns of "
-            f"{', '.join(FAMILY)} in which they differ"
-        )
-    return history.groupby(["arm", "seed", "epoch"])["val_dice"].mean().unstack("epoch")
 
 
 def learning_curves(history: pd.DataFrame) -> pd.DataFrame:
@@ -459,67 +566,29 @@ def learning_curves(history: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     history : DataFrame
-        Columns arm, seed, epoch, val_dice, those of FAMILY in which runs differ, and fold if there
-        are folds.
+        Columns arm, seed, epoch, val_dice, those of SETTING in which runs differ, and fold if there
+        are folds, which are averaged.
 
     Returns
     -------
     DataFrame
-        Columns of FAMILY; arm, epoch, mean, low, high, seeds.
+        Columns of SETTING; arm, epoch, mean, low, high, seeds.
     """
-    parts = []
-    for family, table in families(history):
-        by_epoch = _by_epoch(table)
-        for arm in in_order(table):
-            values = by_epoch.loc[arm]
-            curve = values.agg(["mean", "min", "max", "count"]).T.reset_index()
-            curve.columns = pd.Index(["epoch", "mean", "low", "high", "seeds"])
-            curve = curve[curve["seeds"] > 0].astype({"seeds": int})
-            parts.append(pd.DataFrame(family | {"arm": arm}, curve.index).join(curve))
-    return pd.concat(parts, ignore_index=True)
-
-
-def convergence(history: pd.DataFrame, tolerance: float = 0.005) -> pd.DataFrame:
-    """Whether each run has converged, and whether it has trained at all.
-
-    With q = epochs // 4 (at least 1), `last` is the mean validation Dice over the last q epochs,
-    `third` over the q epochs before them, and `change` = last - third.
-
-    Parameters
-    ----------
-    history : DataFrame
-        As in `learning_curves`.
-    tolerance : float
-        Largest |change| of a run or arm that has converged (less than).
-
-    Returns
-    -------
-    DataFrame
-        One row for each run: columns of FAMILY; arm, seed, run and fold if there are any; epochs,
-        third, last, change; converged (|change| < tolerance); arm_change (mean of change
-        over the arm's runs), arm_converged (|arm_change| < tolerance); failed (last is below half
-        of the median of the arm's runs, or 0).
-    """
-    shared = [name for name in FAMILY if name in history]
-    one_run = [*shared, "arm", "seed", *(n for n in ("run", "fold") if n in history)]
-    if history.duplicated([*one_run, "epoch"]).any():
-        raise LesionKDError("the history has several runs of one arm and seed. Add a column 'run'")
+    one_run = [name for name in ("arm", "seed", "fold", "epoch") if name in history]
     rows = []
-    for values, run in history.sort_values("epoch").groupby(one_run, dropna=False):
-        dice = run["val_dice"].to_numpy(float)
-        quarter = max(len(dice) // 4, 1)
-        third = dice[-2 * quarter : -quarter].mean() if len(dice) > 1 else np.nan
-        numbers = {"epochs": len(dice), "third": third, "last": dice[-quarter:].mean()}
-        rows.append(dict(zip(one_run, values)) | numbers)
-    table = pd.DataFrame(rows, columns=[*one_run, "epochs", "third", "last"])
-    table["change"] = table["last"] - table["third"]
-    table["converged"] = table["change"].abs() < tolerance
-    by_arm = table.groupby([*shared, "arm"], dropna=False)
-    table["arm_change"] = by_arm["change"].transform("mean")
-    table["arm_converged"] = table["arm_change"].abs() < tolerance
-    median = by_arm["last"].transform("median")
-    table["failed"] = (table["last"] < 0.5 * median) | (table["last"] == 0)
-    return table
+    for setting, table in settings(history):
+        if table.duplicated(one_run).any():
+            raise LesionKDError(
+                "the history has several runs of one arm and seed. Select one, or add the columns "
+                f"of {', '.join(SETTING)} in which they differ"
+            )
+        by_run = table.groupby(["arm", "epoch", "seed"])["val_dice"].mean().dropna()
+        curves = by_run.groupby(["arm", "epoch"]).agg(["mean", "min", "max", "count"])
+        for arm in in_order(table):
+            for epoch, *values in curves.loc[arm].itertuples():
+                row = setting | {"arm": arm, "epoch": epoch}
+                rows.append(row | dict(zip(("mean", "low", "high", "seeds"), values)))
+    return as_table(rows, history)
 
 
 def gradient_norms(history: pd.DataFrame) -> pd.DataFrame:
@@ -531,28 +600,32 @@ def gradient_norms(history: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     history : DataFrame
-        Columns arm, epoch, grad_TERM and cos_TERM, and those of FAMILY in which runs differ.
+        Columns arm, epoch, grad_TERM and cos_TERM, and those of SETTING in which runs differ.
 
     Returns
     -------
     DataFrame
-        Columns of FAMILY; arm, term, ratio (norm of the term's gradient over that of L_seg, median
+        Columns of SETTING; arm, term, ratio (norm of the term's gradient over that of L_seg, median
         over epochs and seeds), cosine (with the gradient of L_seg, median), cosine_low and
         cosine_high (quartiles).
     """
     rows = []
-    for family, table in families(history):
+    for setting, table in settings(history):
         for arm in in_order(table, without=TEACHER):
             part = table[table["arm"] == arm]
-            columns = [n for n in part if n.startswith("grad_") and n != "grad_seg"]
-            for term in (name.removeprefix("grad_") for name in columns):
-                cosine = part[f"cos_{term}"].quantile([0.5, 0.25, 0.75]).tolist()
+            for term in terms_in(part):
                 ratio = (part[f"grad_{term}"] / part["grad_seg"]).median()
+                cosine = part[f"cos_{term}"].quantile([0.5, 0.25, 0.75])
                 if np.isfinite([ratio, *cosine]).all():
-                    names = ("cosine", "cosine_low", "cosine_high")
-                    row = {"arm": arm, "term": term, "ratio": ratio}
-                    rows.append(family | row | dict(zip(names, cosine)))
+                    row = setting | {"arm": arm, "term": term, "ratio": ratio}
+                    rows.append(row | dict(zip(("cosine", "cosine_low", "cosine_high"), cosine)))
     return as_table(rows, history)
+
+
+def terms_in(history: pd.DataFrame) -> list[str]:
+    """Loss terms besides L_seg whose gradients a history has."""
+    columns = [name for name in history if name.startswith("grad_") and history[name].notna().any()]
+    return [name.removeprefix("grad_") for name in columns if name != "grad_seg"]
 
 
 # Calibration --------------------------------------------------------------------------------------
@@ -601,11 +674,10 @@ def calibration(probabilities: np.ndarray, masks: np.ndarray, bins: int = 10) ->
         )
     place = np.minimum((p * bins).astype(np.int64), bins - 1)
     pixels = np.bincount(place, minlength=bins)
-    sums = [np.bincount(place, weights=values, minlength=bins) for values in (p, truth)]
-    with np.errstate(invalid="ignore"):
-        predicted, observed = (total / pixels for total in sums)
+    sum_p, sum_truth = (np.bincount(place, weights=x, minlength=bins) for x in (p, truth))
     edges = np.linspace(0, 1, bins + 1)
-    columns = {"low": edges[:-1], "high": edges[1:], "pixels": pixels}
-    table = pd.DataFrame(columns | {"predicted": predicted, "observed": observed})
-    ece = np.abs(sums[1] - sums[0]).sum() / p.size
+    table = pd.DataFrame({"low": edges[:-1], "high": edges[1:], "pixels": pixels})
+    table["predicted"] = sum_p / table["pixels"]  # NaN in an empty bin
+    table["observed"] = sum_truth / table["pixels"]
+    ece = np.abs(sum_truth - sum_p).sum() / p.size
     return Calibration(table, float(ece), float(np.mean((p - truth) ** 2, dtype=np.float64)))
