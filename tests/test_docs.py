@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shlex
@@ -121,60 +120,6 @@ def test_no_number_is_left_to_be_filled_in(page):
     text = page.read_text(encoding="utf-8")
     assert not re.findall(r"\{[A-Z_]+\}|\b(?:TODO|TBD|XXX)\b", prose(page))
     assert "<!-- numbers:" not in text
-
-
-# Messages -----------------------------------------------------------------------------------------
-
-FAQ = [block.text for block in blocks(ROOT / "docs" / "faq.md") if block.kind == "text"]
-REFUSED = [  # what pydantic says is no text of the code
-    (config.DistillConfig, {"epoch": 3}),
-    (config.DistillConfig, {"pixels": 100}),
-    (config.DistillConfig, {"losses": "fea=1"}),
-    (config.AblationConfig, {"seed": 3}),
-]
-
-
-def refused(kind, values):
-    with pytest.raises(config.ConfigError) as error:
-        kind(**values)
-    return f"ConfigError: {error.value}"
-
-
-def test_refused_options_of_the_faq_are_refused_in_these_words():
-    assert {refused(*case) for case in REFUSED} <= {*FAQ}
-
-
-def texts():
-    """The lines of every text in the core, as patterns; what is filled in fits anything."""
-    found = set()
-    for path in (ROOT / "lesionkd_core").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                pieces = [v.value if isinstance(v, ast.Constant) else "\0" for v in node.values]
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                pieces = [node.value]
-            else:
-                continue
-            for line in "".join(pieces).split("\n"):
-                if len(line.replace("\0", "")) > 8:
-                    found.add(".*".join(map(re.escape, line.split("\0"))))
-    return [re.compile(rf"(?:\S+: )*{pattern}") for pattern in sorted(found)]
-
-
-TEXTS = texts()
-
-
-@pytest.mark.parametrize("message", sorted({*FAQ}), ids=lambda message: message[:50])
-def test_a_message_of_the_faq_is_one_of_the_code(message):
-    if message in [refused(*case) for case in REFUSED]:
-        return
-    name, text = re.fullmatch(r"(?:([A-Z]\w+): )?(.+)", message, re.S).groups()
-    code = "\n".join(path.read_text() for path in (ROOT / "lesionkd_core").rglob("*.py"))
-    assert not name or f"raise {name}(" in code or f"results.{name}(" in code, name
-    for line in text.splitlines():
-        starts = [found for pattern in TEXTS if (found := pattern.match(line))]
-        rests = [line[found.end() :] for found in starts]  # texts may be put together with +
-        assert any(not r or any(p.fullmatch(r) for p in TEXTS) for r in rests), line
 
 
 # Python and the way of the README -----------------------------------------------------------------
