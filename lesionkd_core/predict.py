@@ -35,6 +35,7 @@ from .data.images import (
     read_image,
     stem_of,
     suffix_of,
+    volume_reader,
 )
 from .data.layouts import images_beside_masks, sources_below, unread, window_of
 from .data.pixels import prepare_image, restore, unseen
@@ -421,9 +422,8 @@ class _Writer:
 
     def volume(self, path: Path, name: str) -> tuple[Notes, list[dict[str, Any]]]:
         """Write a mask volume."""
-        from .data.volumes import read_volume, write_mask
-
-        volume = read_volume(path)
+        reader = volume_reader()
+        volume = reader.read_volume(path)
         _check_size(path, *volume.space.shape[1:])
         slices = volume.images(window_of(self.student.cfg))
         mask = np.empty(volume.space.shape, np.float32 if self.threshold is None else bool)
@@ -436,7 +436,7 @@ class _Writer:
                 if self.overlays and lesion.sum() > most:
                     most, fullest, drawn = lesion.sum(), z, overlay(image, lesion)
                 z += 1
-        write_mask(self.out / f"{name}.nii.gz", mask, path)
+        reader.write_mask(self.out / f"{name}.nii.gz", mask, path)
         if self.overlays:
             _save(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
         return [("noted", note) for note in volume.notes], rows

@@ -44,7 +44,7 @@ class Arrays:
     def cases(self) -> pd.DataFrame:
         group = [f"g{i // 2}" for i in range(len(self.images))]
         share, ids = self.masks.mean((1, 2)), map(str, range(len(group)))
-        return pd.DataFrame({"id": ids, "group": group, "lesion_share": share})
+        return pd.DataFrame({"id": ids, "group": group, "lesion_fraction": share})
 
     def index(self, split: str) -> np.ndarray:
         assert split == "train"

@@ -32,7 +32,7 @@ def prepared(folder, **options):
 
 def areas(data):
     """Lesion pixels of the original masks by id."""
-    share = data.cases.set_index("id")["lesion_share"]
+    share = data.cases.set_index("id")["lesion_fraction"]
     return (share * data.cases.set_index("id").eval("height * width")).round().astype(int)
 
 

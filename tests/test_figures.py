@@ -106,7 +106,9 @@ def release(count: int = 60) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     share = np.exp(rng.normal(-3, 1, count)).clip(0, 0.6)
     split = rng.choice(["train", "val", "test"], count)
-    return pd.DataFrame({"split": split, "lesion_share": share, "contrast": rng.normal(size=count)})
+    return pd.DataFrame(
+        {"split": split, "lesion_fraction": share, "contrast": rng.normal(size=count)}
+    )
 
 
 EYE = np.eye(32)

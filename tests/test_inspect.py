@@ -131,7 +131,7 @@ class Cases:
     thumbnails = None
 
     def __init__(self, sizes) -> None:
-        self.cases = pd.DataFrame({"lesion_share": sizes, "split": "test"})
+        self.cases = pd.DataFrame({"lesion_fraction": sizes, "split": "test"})
 
     def index(self, split: str) -> np.ndarray:
         return np.flatnonzero(self.cases["split"] == split)

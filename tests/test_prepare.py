@@ -58,7 +58,7 @@ def test_arrays_hold_every_case_at_the_prepared_size(prepared):
     assert set(np.unique(prepared.masks)) == set(np.unique(prepared.edges)) == {0, 1}
     assert set(zip(prepared.cases["height"], prepared.cases["width"])) == {SIZE}
     sides = np.array([6 + int(name[-3:]) for name in prepared.cases["id"]])
-    assert np.allclose(prepared.cases["lesion_share"], sides**2 / (SIZE[0] * SIZE[1]))
+    assert np.allclose(prepared.cases["lesion_fraction"], sides**2 / (SIZE[0] * SIZE[1]))
     with pytest.raises(ValueError, match="read-only"):
         prepared.images[0, 0, 0, 0] = 1
 

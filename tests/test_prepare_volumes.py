@@ -111,6 +111,6 @@ def test_probabilities_are_refused_until_a_threshold_is_given(tmp_path):
     with pytest.raises(UnclearMasks, match="12 of 12 masks do not tell .* 'over 0.5'"):
         prepare(config(root))
     data = prepare(config(root, lesion_values="over 0.5"))
-    share = data.cases.groupby("volume")["lesion_share"].sum()
+    share = data.cases.groupby("volume")["lesion_fraction"].sum()
     assert np.allclose(share, (ramp > 0.5).mean((0, 1)).sum())
     assert data.summary["masks"].endswith("lesion: over 0.5 (lesion_values)")

@@ -23,7 +23,7 @@ def table_of(sizes, seed=0, empty_fraction=0.2):
     share = rng.uniform(0.01, 0.5, len(groups))
     share[rng.random(len(groups)) < empty_fraction] = 0
     ids = [f"c{i:04d}" for i in range(len(groups))]
-    columns = {"id": ids, "group": groups, "lesion_share": share, "empty": share == 0}
+    columns = {"id": ids, "group": groups, "lesion_fraction": share, "empty": share == 0}
     return pd.DataFrame(columns).assign(official="", volume="")
 
 
@@ -70,8 +70,8 @@ def test_folds_are_nearly_equal_and_have_equal_lesions():
     splits = pd.DataFrame({k: split_cases(table, PrepareConfig(folds=5, fold=k)) for k in range(5)})
     tested = (splits == "test").to_numpy()
     assert tested.sum(0).tolist() == pytest.approx([200] * 5, abs=2)
-    means = [table["lesion_share"][tested[:, k]].mean() for k in range(5)]
-    assert means == pytest.approx([table["lesion_share"].mean()] * 5, abs=0.02)
+    means = [table["lesion_fraction"][tested[:, k]].mean() for k in range(5)]
+    assert means == pytest.approx([table["lesion_fraction"].mean()] * 5, abs=0.02)
     assert (splits == "val").to_numpy().sum(0).tolist() == pytest.approx([150] * 5, abs=5)
 
 
@@ -86,7 +86,7 @@ def test_single_cases_are_split_in_the_fractions_asked_for(val, test):
 def test_every_split_has_large_small_and_no_lesions_alike(seed):
     table = table_of([1] * 1500, seed, empty_fraction=0)
     splits = split_cases(table, PrepareConfig(split_seed=seed))
-    thirds = pd.qcut(table["lesion_share"], 3, labels=False)
+    thirds = pd.qcut(table["lesion_fraction"], 3, labels=False)
     assert np.allclose(pd.crosstab(splits, thirds, normalize="index"), 1 / 3, atol=0.02)
     table = table_of([1] * 1000, seed, empty_fraction=0.3)
     splits = split_cases(table, PrepareConfig(normals="keep", split_seed=seed))

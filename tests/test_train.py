@@ -363,7 +363,7 @@ def test_masks_that_are_not_used_have_no_influence(data, teacher, graph, runs, t
     masks[hidden] = 1 - masks[hidden]
     wrong = Prepared(data.path)
     wrong.masks, wrong.cases = masks, data.cases.copy()
-    wrong.cases.loc[hidden, "lesion_share"] = 0.9
+    wrong.cases.loc[hidden, "lesion_fraction"] = 0.9
     shutil.rmtree(runs / "distill")
     for run, before in zip(distill_arms(teacher, graph, wrong, cfgs), expected):
         after = weights(run)
@@ -450,7 +450,7 @@ def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss(runs, data):
     """With batches of two some have no edge at all; the graph is fitted on the others."""
     cfg = CFG.with_values(normals="keep", batch_size=2, cases=60)
     kept = prepare(cfg)
-    assert (kept.cases["lesion_share"] == 0).any()
+    assert (kept.cases["lesion_fraction"] == 0).any()
     teacher = train_teacher(kept, cfg)
     run = distill(teacher, fit_edge_graph(teacher, kept, cfg), kept, cfg)
     assert np.isfinite(run.history["loss_edge"]).all()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lesionkd_core import config
-from lesionkd_core.config import PROFILES, UNHASHED, StageConfig
+from lesionkd_core.config import PROFILES, Role, StageConfig
 from lesionkd_core.export import ExportConfig
+from lesionkd_core.losses import TERMS
 from lesionkd_core.results import CHECKOUT
 from lesionkd_core.sweep import configuration
 
@@ -57,7 +58,8 @@ set), `LESIONKD_RUNS` that of the results (`runs`)."""
 
 def option_reference() -> str:
     """The page."""
-    names = ", ".join(f"`{name}`" for name in UNHASHED if name != "dataset")
+    unhashed = config.AblationConfig.options(Role.RUN) - {"dataset"}
+    names = ", ".join(f"`{name}`" for name in sorted(unhashed))
     parts = [
         HEAD.replace("UNHASHED", names),
         *(section(title, kind) for title, kind in SECTIONS.items()),
@@ -132,7 +134,7 @@ def losses() -> str:
     """The registered loss terms with their default weights."""
     rows = [
         f"| `{name}` | {term.label} | {term.weight:g} | {', '.join(term.options) or '-'} |"
-        for name, term in config.loss_terms().items()
+        for name, term in TERMS.items()
     ]
     text = (
         "For `losses`, and as arms of an ablation. A new one is a class in `losses/` "

@@ -530,10 +530,10 @@ def lesion_sizes(cases: pd.DataFrame) -> Figure:
     Parameters
     ----------
     cases : DataFrame
-        `Prepared.cases`: split, lesion_share and contrast. Cases without a lesion are left out.
+        `Prepared.cases`: split, lesion_fraction and contrast. Cases without a lesion are left out.
     """
-    lesions = cases[cases["lesion_share"] > 0]
-    lesions = lesions.assign(percent=100 * lesions["lesion_share"])
+    lesions = cases[cases["lesion_fraction"] > 0]
+    lesions = lesions.assign(percent=100 * lesions["lesion_fraction"])
     splits = [name for name in ("train", "val", "test") if name in set(lesions["split"])]
     colours = ["#000000", "#EE7733", "#0077BB"][: len(splits)]
     fig, axes = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 1.9), sharey=True)

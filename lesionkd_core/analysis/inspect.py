@@ -55,7 +55,7 @@ def show(*functions: Callable[..., object] | type, docstring: bool = False) -> N
 def spread_of_cases(prepared: Prepared, split: str, count: int) -> list[int]:
     """Rows of a split, evenly spread from the smallest to the largest lesion."""
     rows = prepared.index(split)
-    size = prepared.cases["lesion_share"].to_numpy()[rows]
+    size = prepared.cases["lesion_fraction"].to_numpy()[rows]
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     chosen: list[int] = rows[np.argsort(size, kind="stable")][places].tolist()
     return chosen

@@ -111,7 +111,7 @@ class TrainingSet:
     @property
     def lesion_fraction(self) -> float:
         """Mean fraction of lesion pixels in the images whose masks are used."""
-        return float(self.data.cases["lesion_share"].iloc[self.labelled].mean())
+        return float(self.data.cases["lesion_fraction"].iloc[self.labelled].mean())
 
     @property
     def steps(self) -> int:

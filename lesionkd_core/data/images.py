@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -19,6 +19,7 @@ from ..config import LesionKDError, MissingExtra
 
 if TYPE_CHECKING:
     from .masks import Decision
+    from .volumes import Volume
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif"}
 VOLUME_SUFFIXES = {".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm"}
@@ -162,6 +163,29 @@ def sources_in(folder: Path) -> list[Path]:
     visible = (path for path in folder.iterdir() if not path.name.startswith("."))
     known = (p for p in visible if suffix_of(p) in IMAGE_SUFFIXES or is_volume(p))
     return sorted(known, key=natural)
+
+
+class VolumeReader(Protocol):
+    """What the core asks of the reader of volumes."""
+
+    def holds_series(self, folder: Path) -> bool: ...
+    def read_slices(self, case: Case, window: str = "") -> Iterator[Reading]: ...
+    def read_mask_volume(self, path: Path) -> tuple[np.ndarray, bool]: ...
+    def read_volume(self, path: Path) -> Volume: ...
+    def write_mask(self, path: Path, mask: np.ndarray, like: Path) -> None: ...
+
+
+def volume_reader() -> VolumeReader:
+    """The one door from the core to volumes, whose packages are an extra.
+
+    Raises
+    ------
+    MissingExtra
+        Says how to install it.
+    """
+    from . import volumes
+
+    return volumes
 
 
 def files_in(folder: Path) -> list[Path]:

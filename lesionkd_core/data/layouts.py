@@ -39,6 +39,7 @@ from .images import (
     stem_of,
     suffix_of,
     unpacked,
+    volume_reader,
 )
 from .masks import read_case
 
@@ -456,9 +457,7 @@ def sources_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Pat
 
     A folder that holds one DICOM series is one source.
     """
-    from .volumes import holds_series
-
-    if holds_series(folder):
+    if is_dicom(folder) and volume_reader().holds_series(folder):
         return [folder], []
     sources = [path for path in sources_in(folder) if path.is_file()]
     folders = [folder]
@@ -1058,8 +1057,6 @@ def read(case: Case, window: str = "") -> Iterator[Reading]:
         Names the file and what is wrong with it.
     """
     if not case.problem and is_volume(case.image):
-        from .volumes import read_slices
-
-        yield from read_slices(case, window or case.window)
+        yield from volume_reader().read_slices(case, window or case.window)
     else:
         yield read_case(case, window or case.window)

@@ -31,6 +31,7 @@ from .images import (
     reading,
     suffix_of,
     turned,
+    volume_reader,
 )
 
 
@@ -577,9 +578,7 @@ def read_values(path: Path, page: int | None = None) -> tuple[np.ndarray, bool, 
         The EXIF orientation that was applied.
     """
     if suffix_of(path) not in IMAGE_SUFFIXES:
-        from .volumes import read_mask_volume
-
-        return *read_mask_volume(path), 1
+        return *volume_reader().read_mask_volume(path), 1
     picture = open_picture(path, page)
     with reading(path, "a mask"):
         if picture.pages > 1:

@@ -69,7 +69,7 @@ class Prepared(results.Result):
         """One row for each case.
 
         Columns id, group, joined (in its group because it shows the same as another image), label,
-        split, volume, lesion_share, contrast (as prepared), height, width (of the original, px).
+        split, volume, lesion_fraction, contrast (as prepared), height, width (of the original, px).
         """
         return results.read_table(self.path / "cases.csv")
 
@@ -108,7 +108,7 @@ class Prepared(results.Result):
     def lesion_fraction(self) -> float:
         """Mean fraction of lesion pixels in the training images."""
         train = self.cases["split"] == "train"
-        return float(self.cases.loc[train, "lesion_share"].mean())
+        return float(self.cases.loc[train, "lesion_fraction"].mean())
 
     def index(self, split: str) -> np.ndarray:
         """Rows of a split, ascending."""
@@ -270,7 +270,7 @@ def _row(
         "height": reading.image.shape[0],
         "width": reading.image.shape[1],
         "empty": bool(empty),
-        "lesion_share": np.count_nonzero(drawn) / drawn.size,
+        "lesion_fraction": np.count_nonzero(drawn) / drawn.size,
         "border": float(border.mean()),
         "contrast": lesion_contrast(image, mask),
         "moments": moments(image),
@@ -465,7 +465,7 @@ def _warned_masks(cases: pd.DataFrame, agreement: float, official: bool) -> list
         )
     elif not official:  # a known release is not inverted
         found += _warned_inverted(lesions)
-    area = lesions["lesion_share"] * lesions["height"] * lesions["width"]
+    area = lesions["lesion_fraction"] * lesions["height"] * lesions["width"]
     stray = lesions.loc[(area < FEW_PIXELS) & (area < area.median() / 100), "file"].tolist()
     if stray:
         found.append(
@@ -478,7 +478,7 @@ def _warned_masks(cases: pd.DataFrame, agreement: float, official: bool) -> list
 
 def _warned_inverted(lesions: pd.DataFrame) -> list[str]:
     """Masks that may show the lesion black on white: all of them, or a few."""
-    share = lesions["lesion_share"]
+    share = lesions["lesion_fraction"]
     if (median := share.median()) > 0.5:
         return [
             f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
@@ -505,7 +505,7 @@ def _counted(report: pd.DataFrame) -> dict[str, int]:
 def _write_tables(path: Path, rows: pd.DataFrame, cases: pd.DataFrame) -> None:
     results.write_table(path / "report.csv", _report(rows))
     results.write_table(path / "split.csv", cases[["id", "group", "split"]])
-    described = ["label", "split", "volume", "lesion_share", "contrast", "height", "width"]
+    described = ["label", "split", "volume", "lesion_fraction", "contrast", "height", "width"]
     results.write_table(path / "cases.csv", cases[["id", "group", "joined", *described]])
 
 

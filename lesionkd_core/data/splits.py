@@ -351,7 +351,7 @@ def split_cases(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
     Parameters
     ----------
     cases : DataFrame
-        Columns id, volume, group, official (the release's split or empty), lesion_share, empty.
+        Columns id, volume, group, official (the release's split or empty), lesion_fraction, empty.
     cfg : PrepareConfig
 
     Returns
@@ -399,25 +399,25 @@ def _drawn(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
         free = ~units.isin(units[cases["empty"]])
     if cfg.folds:
         equal = {str(k): 1 / cfg.folds for k in range(cfg.folds)}
-        free = allot(units, cases["lesion_share"], equal, rng) != str(cfg.fold)
+        free = allot(units, cases["lesion_fraction"], equal, rng) != str(cfg.fold)
         val = cfg.val_fraction / (1 - 1 / cfg.folds)
         parts = {"train": 1 - val, "val": val}
     else:
         held_out = {"test": cfg.test_fraction, "val": cfg.val_fraction}
         parts = {"train": 1 - sum(held_out.values())} | held_out
-    splits[free] = allot(units[free], cases["lesion_share"][free], parts, rng)
+    splits[free] = allot(units[free], cases["lesion_fraction"][free], parts, rng)
     return splits
 
 
 def allot(
-    units: pd.Series, lesion_share: pd.Series, parts: dict[str, float], rng: np.random.Generator
+    units: pd.Series, lesion_fraction: pd.Series, parts: dict[str, float], rng: np.random.Generator
 ) -> pd.Series:
     """Assign whole units to parts (name -> fraction), stratified by lesion size.
 
     Units are shuffled within each stratum (no lesion, or a third of the units by mean lesion
     share), larger ones first, and go to the part that is least filled.
     """
-    table = lesion_share.groupby(units).agg(["size", "mean"])
+    table = lesion_fraction.groupby(units).agg(["size", "mean"])
     table["order"] = rng.permutation(len(table))
     lesions = table["mean"] > 0
     table["stratum"] = -1
@@ -468,7 +468,7 @@ def _official(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
         train = splits == "train"
         parts = {"train": 1 - cfg.val_fraction, "val": cfg.val_fraction}
         rng = np.random.default_rng(cfg.split_seed)
-        splits[train] = allot(cases["group"][train], cases["lesion_share"][train], parts, rng)
+        splits[train] = allot(cases["group"][train], cases["lesion_fraction"][train], parts, rng)
     if cfg.normals == "test":
         splits[cases["group"].isin(cases["group"][cases["empty"]])] = "test"
     return splits
