@@ -64,7 +64,7 @@ ONE_COLUMN, TWO_COLUMNS = 85 / 25.4, 174 / 25.4
 """Widths of a figure in inches: 85 and 174 mm."""
 PHOTO = "photo"
 """Label of an image with continuous colours."""
-NOTEBOOK_SCALE, NOTEBOOK_DPI = 1.25, 160
+NOTEBOOK_DPI, SHOWN = 160, 0.75  # px of the page for each px of the figure
 """A notebook shows a figure this much larger than a paper, with 9 pt, at this resolution."""
 
 
@@ -250,10 +250,9 @@ def notebook_image(fig: Figure) -> tuple[str, bytes, int]:
 
     drawn, content = io.BytesIO(), io.BytesIO()
     with style():
-        dpi = NOTEBOOK_DPI * NOTEBOOK_SCALE
-        fig.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.02)
+        fig.savefig(drawn, format="png", dpi=NOTEBOOK_DPI, bbox_inches="tight", pad_inches=0.02)
     image = Image.open(drawn).convert("RGB")
-    width = round(image.width * 96 / NOTEBOOK_DPI)
+    width = round(image.width * SHOWN)
     if any(shown.get_label() == PHOTO for axis in fig.axes for shown in axis.images):
         image.save(content, "JPEG", quality=45, optimize=True, progressive=True)
         return "jpeg", content.getvalue(), width
