@@ -97,11 +97,6 @@ def picture(size: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (size, size, 3)).astype(np.uint8)
 
 
-def calibrated() -> statistics.Calibration:
-    p = np.random.default_rng(0).uniform(size=(2, 8, 8))
-    return statistics.calibration(p, p > 0.4)
-
-
 def release(count: int = 60) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     share = np.exp(rng.normal(-3, 1, count)).clip(0, 0.6)
@@ -128,13 +123,11 @@ SHARES = {"raw products": np.full((2, 4), 0.5), "cosine": np.eye(4)[:2]}
 
 DRAWINGS = {
     "ablation": lambda: figures.ablation(study().query("dataset == 'isic2018'"), compared()),
-    "calibration": lambda: figures.calibration({"teacher": calibrated(), "method": calibrated()}),
     "cases": lambda: figures.cases(PREPARED, [0, 2]),
     "dice_and_cost": lambda: figures.dice_and_cost(POINTS),
     "edges": lambda: figures.edges(PREPARED, [1], {"stride 4": np.ones((1, 8, 8))}),
     "forest": lambda: figures.forest(compared().query("arm == 'method'")),
     "gain_and_hours": lambda: figures.gain_and_hours(gains().assign(hours=1.5)),
-    "gradients": lambda: figures.gradients(history()),
     "latency": lambda: figures.latency(tables.committed("cost")),
     "joined_groups": lambda: figures.joined_groups(PREPARED),
     "learning_curves": lambda: figures.learning_curves(
@@ -471,32 +464,6 @@ def test_many_arms_are_drawn_in_two_charts_with_a_legend_few_are_named_beside_th
     assert {text.get_text() for text in few.axes[0].texts} == {"student alone", "both (method)"}
 
 
-def test_gradients_are_means_over_seeds_term_by_term():
-    table = history(("method", "edge", "alone"))
-    table.loc[table["arm"] == "edge", ["grad_feat", "cos_feat"]] = np.nan
-    table.loc[table["arm"] == "alone", "grad_seg"] = np.nan  # not measured without a teacher
-    norm_edge, norm_method, cos_edge, cos_method = figures.gradients(table).axes
-    assert set(lines(cos_edge)) == {"edge"} and set(lines(norm_edge)) == {"seg", "edge"}
-    by_epoch = table[table["arm"] == "method"].groupby("epoch")
-    assert set(lines(norm_method)) == {"seg", "feat", "edge"}
-    assert lines(norm_method)["edge"][1] == pytest.approx(by_epoch["grad_edge"].mean().tolist())
-    means = by_epoch["cos_feat"].mean().tolist()
-    assert lines(cos_method)["feat"] == ([*range(1, 7)], pytest.approx(means))
-    assert norm_method.get_yscale() == "log"
-    both = figures.gradients(history(("method",)).assign(cos_feat_edge=0.3))
-    assert lines(both.axes[1])["feat_edge"][1] == [0.3] * 6
-    assert any(" and " in text.get_text() for text in both.axes[1].texts)
-
-
-def test_the_calibration_curve_leaves_out_empty_bins():
-    found = statistics.calibration(np.array([[[0.1, 0.9, 0.95]]]), np.array([[[0, 1, 0]]]))
-    left, right = figures.calibration({"method": found}).axes
-    x, y = lines(left)["method"]
-    assert x == pytest.approx([0.1, 0.925]) and y == [0, 0.5]
-    assert any(f"ECE {found.ece:.4f}" in text.get_text() for text in left.texts)
-    assert lines(right)["method"][1] == pytest.approx([1 / 3, 2 / 3])
-
-
 # The method ---------------------------------------------------------------------------------------
 
 
@@ -567,15 +534,9 @@ def degenerate():
     yield "undefined scores", lambda: figures.per_case_scores(undefined, "precision")
     equal = {"student": pd.DataFrame({"dice": [0.1 + 0.2] * 12, "group": list("abcdefghijkl")})}
     yield "equal scores", lambda: figures.per_case_scores(equal)
-    zero = history(("method",)).assign(grad_seg=0.0, grad_feat=0.0, grad_edge=0.0)
-    yield "no gradient at all", lambda: figures.gradients(zero)
-    bare = history(("method",), seeds=1, epochs=1).drop(columns=["arm", "seed"])
-    yield "one epoch", lambda: figures.gradients(bare)
     yield "no live node", lambda: figures.nodes(picture(), {"": node_view(())})
     yield "a flat channel", lambda: figures.margin(np.zeros((4, 4)), -0.1)
     yield "one case in a split", lambda: figures.lesion_sizes(release(5).assign(split="test"))
-    sure = statistics.calibration(np.zeros((1, 4, 4)), np.zeros((1, 4, 4)))
-    yield "one bin", lambda: figures.calibration({"student": sure})
 
 
 @pytest.mark.parametrize(

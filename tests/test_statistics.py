@@ -375,23 +375,6 @@ def test_the_gradient_of_a_term_is_compared_with_that_of_l_seg_in_the_same_arm()
     assert (row["cosine"], row["cosine_low"]) == pytest.approx((0.1, -0.1))
 
 
-# Calibration --------------------------------------------------------------------------------------
-
-
-def test_calibration_by_hand():
-    p = np.array([[[0.05, 0.05, 0.95, 1.0], [0.45, 0.45, 0.45, 0.45]]])
-    truth = np.array([[[0, 0, 1, 1], [1, 0, 0, 0]]])
-    found = st.calibration(p, truth)
-    bins = found.bins.set_index("low")
-    assert bins["pixels"].tolist() == [2, 0, 0, 0, 4, 0, 0, 0, 0, 2]
-    assert bins.loc[0.0, ["predicted", "observed"]].tolist() == pytest.approx([0.05, 0])
-    assert bins.loc[0.4, ["predicted", "observed"]].tolist() == pytest.approx([0.45, 0.25])
-    assert np.isnan(bins.loc[0.2, "predicted"])
-    assert found.ece == pytest.approx((2 * 0.05 + 4 * 0.2 + 2 * 0.025) / 8)
-    squared = [0.05**2, 0.05**2, 0.05**2, 0, 0.55**2, 0.45**2, 0.45**2, 0.45**2]
-    assert found.brier == pytest.approx(np.mean(squared))
-
-
 # Tables that are odd ------------------------------------------------------------------------------
 
 
@@ -456,9 +439,3 @@ def test_tables_of_constants_and_of_cases_without_a_lesion_give_no_warning():
 def test_a_table_that_cannot_be_compared_says_why(spoil, message):
     with pytest.raises(LesionKDError, match=message):
         st.by_tertile(spoil(arms_of(method=[0.5] * 3, alone=[0.4] * 3)), "contrast")
-
-
-@pytest.mark.fault
-def test_calibration_of_other_cases_is_refused():
-    with pytest.raises(LesionKDError, match="equal shapes"):
-        st.calibration(np.zeros((2, 4, 4)), np.zeros((3, 4, 4)))

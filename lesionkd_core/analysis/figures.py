@@ -48,7 +48,6 @@ from .statistics import (
     in_order,
     settings,
     split_arm,
-    terms_in,
 )
 from .tables import METRIC_LABELS, label
 
@@ -57,14 +56,13 @@ if TYPE_CHECKING:
 
     from ..data.prepare import Prepared
     from .inspect import NodeView, RefinementView
-    from .statistics import Calibration
 
 P = ParamSpec("P")
 ONE_COLUMN, TWO_COLUMNS = 85 / 25.4, 174 / 25.4
 """Widths of a figure in inches: 85 and 174 mm."""
 PHOTO = "photo"
 """Label of an image with continuous colours."""
-NOTEBOOK_DPI, SHOWN = 160, 0.75  # px of the page for each px of the figure
+NOTEBOOK_SCALE, NOTEBOOK_DPI = 1.25, 160
 """A notebook shows a figure this much larger than a paper, with 9 pt, at this resolution."""
 
 
@@ -250,9 +248,10 @@ def notebook_image(fig: Figure) -> tuple[str, bytes, int]:
 
     drawn, content = io.BytesIO(), io.BytesIO()
     with style():
-        fig.savefig(drawn, format="png", dpi=NOTEBOOK_DPI, bbox_inches="tight", pad_inches=0.02)
+        dpi = NOTEBOOK_DPI * NOTEBOOK_SCALE
+        fig.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.02)
     image = Image.open(drawn).convert("RGB")
-    width = round(image.width * SHOWN)
+    width = round(image.width * 96 / NOTEBOOK_DPI)
     if any(shown.get_label() == PHOTO for axis in fig.axes for shown in axis.images):
         image.save(content, "JPEG", quality=45, optimize=True, progressive=True)
         return "jpeg", content.getvalue(), width
@@ -1272,6 +1271,11 @@ def training_curves(histories: Mapping[str, pd.DataFrame]) -> Figure:
     return _described(fig, f"{what}. Right, losses of the last run.")
 
 
+def _term_label(name: str) -> str:
+    """L_feat without a plus."""
+    return label(name).removeprefix("+ ")
+
+
 @styled
 def learning_curves(curves: pd.DataFrame) -> Figure:
     """Validation Dice of each arm by epoch: mean over seeds as line, of few arms also their range.
@@ -1299,80 +1303,3 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
     where = _on(name for name, _ in found)
     text = f"Validation Dice by epoch{where}, mean over seeds: {_names(arms)}."
     return _described(fig, text)
-
-
-@styled
-def gradients(history: pd.DataFrame) -> Figure:
-    """Gradient of each weighted loss term: above its norm, below its cosine with that of L_seg.
-
-    They are taken at the layers that all terms of an arm reach. Mean over seeds as line, their
-    range as band; one column for each arm.
-
-    Parameters
-    ----------
-    history : DataFrame
-        epoch, grad_TERM and cos_TERM; arm, seed and columns of `statistics.SETTING` if runs differ.
-    """
-    history = history if "arm" in history else history.assign(arm="")
-    norms, cosines = [], []
-    for name, part in _parts(history):
-        for arm in in_order(part):
-            run = part[part["arm"] == arm].dropna(axis="columns", how="all")
-            if not terms_in(run):
-                continue  # measured for students with a teacher only
-            title = ", ".join(filter(None, (_label(arm), name)))
-            grad = {t: _by_epoch(run, f"grad_{t}") for t in ("seg", *terms_in(run))}
-            apart = [n for n in run if n.startswith("cos_")]
-            cos = {n.removeprefix("cos_"): _by_epoch(run, n) for n in apart}
-            positive = any((table["mean"] > 0).any() for table in grad.values())
-            norms.append(Curves(title, "", grad, log=positive))
-            cosines.append(Curves("", "Epoch", cos, ylim=(-1.05, 1.05)))
-    if not norms:
-        return _nothing()
-    fig, axes = line_charts([*norms, *cosines], len(norms), 1.6, _term_label)
-    axes[0, 0].set_ylabel("Norm of gradient")
-    axes[1, 0].set_ylabel(_typeset("Cosine with that of\nL_seg"))
-    for axis in axes[1]:
-        axis.axhline(0, color="black", linewidth=0.6)
-    shown = _names(term for chart in norms for term in chart.lines)
-    who = _names(in_order(history)) or "one run"
-    where = _on(name for name, _ in _parts(history))
-    what = f"Gradients by epoch{where}: norms of {shown}, and cosines with L_seg; {who}"
-    return _described(fig, f"{what}.")
-
-
-def _term_label(name: str) -> str:
-    """L_feat without a plus; 'L_feat and L_edge' of the cosine of two terms."""
-    if name not in TERMS and set(parts := name.split("_")) <= set(TERMS):
-        return " and ".join(f"L_{part}" for part in parts)
-    return label(name).removeprefix("+ ")
-
-
-@styled
-def calibration(found: Mapping[str, Calibration]) -> Figure:
-    """Reliability diagram: fraction of pixels that are lesion by predicted probability.
-
-    Right, the fraction of all pixels in each bin. ECE is the expected calibration error.
-
-    Parameters
-    ----------
-    found : {arm or network: Calibration}
-        From `statistics.calibration`.
-    """
-    charts = [Curves("Fraction that is lesion", "Predicted probability", {}, ylim=(-0.02, 1.02))]
-    below = Curves("Fraction of all pixels", "Predicted probability", {}, log=True, named=False)
-    charts.append(below)
-    for name, of in found.items():
-        bins = of.bins[of.bins["pixels"] > 0]
-        for chart, y in zip(charts, (bins["observed"], bins["pixels"] / bins["pixels"].sum())):
-            line = {"x": bins["predicted"], "mean": y, "low": y, "high": y}
-            chart.lines[name] = pd.DataFrame(line)
-    texts = {name: f"{label(name)},\nECE {of.ece:.4f}" for name, of in found.items()}
-    fig, axes = line_charts(charts, 2, 2.4, text_of=texts.__getitem__)
-    axes[0, 0].plot([0, 1], [0, 1], color="black", linewidth=0.6, zorder=1)
-    for axis in axes.flat:
-        axis.set_xlim(-0.02, 1.02)
-    what = (
-        "Fraction of pixels that are lesion against predicted probability, and pixels in each bin"
-    )
-    return _described(fig, f"{what}: {_names(found)}.")
