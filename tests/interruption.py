@@ -12,7 +12,6 @@ then on. The last line of a job's output counts the events of each stage.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import signal
@@ -140,14 +139,11 @@ def serve() -> None:
 
 
 def outcome(runs: Path) -> dict[str, str]:
-    """Checksums of all files of finished results and of stored views, but those that hold times."""
+    """Checksums of all files of finished results, but those that hold times."""
     times, found = ("env.json", "summary.json", "checkpoint_last"), {}
     for done in sorted(runs.glob("*/*/DONE")):
         checksums = json.loads(done.read_text())
         found |= {f"{done.parent.name}/{n}": x for n, x in checksums.items() if n not in times}
-    for file in sorted(runs.glob("teacher/*.views-*/*/*.npy")):
-        name = file.relative_to(runs / "teacher").as_posix()
-        found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 

@@ -129,6 +129,7 @@ def test_what_needs_an_extra_that_is_not_installed_names_it(
     for package in EXTRAS.split():
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "lesionkd_core.data.volumes", raising=False)
+    monkeypatch.delattr("lesionkd_core.data.volumes", raising=False)
     for file in ("volumes/a.nii.gz", "pictures/a.png", "student.onnx"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(b"")

@@ -56,8 +56,7 @@ def copied_up_to(stage, undisturbed, runs):
     folders = {"teacher": ["prepare"], "graph": ["prepare", "teacher"]}
     runs.mkdir()
     for name in folders.get(stage, [] if stage == "prepare" else ["prepare", "teacher", "graph"]):
-        ignore = shutil.ignore_patterns("*.views-*")
-        shutil.copytree(undisturbed / name, runs / name, ignore=ignore)
+        shutil.copytree(undisturbed / name, runs / name)
 
 
 def interrupt(server, stage, moment, how, undisturbed, runs):
@@ -82,7 +81,7 @@ def moments(count, seed, counts):
     return [(stage, int(rng.integers(1, 0.95 * counts[stage]))) for stage in stages]
 
 
-@pytest.mark.parametrize("stage", ["teacher", "graph", "distill", "views"])
+@pytest.mark.parametrize("stage", ["teacher", "graph", "distill"])
 def test_killed_in_the_middle_it_ends_with_the_same_bytes(stage, server, undisturbed, tmp_path):
     """After about two thirds of its events: a student is in its second epoch."""
     runs, counts = undisturbed

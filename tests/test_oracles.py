@@ -10,6 +10,7 @@ from torch import nn
 from lesionkd_core.edges import edge_label
 from lesionkd_core.losses import EdgeGraph, FeatureRefinement, Step
 from lesionkd_core.losses.feature_refinement import bn_margin, margin_relu, partial_l2
+from lesionkd_core.models import Network
 from tests.conftest import oracle
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -61,7 +62,7 @@ def test_partial_l2_and_its_gradient():
         torch.testing.assert_close(alone, tensor(expected), **CLOSE)
 
 
-class Maps(nn.Module):
+class Maps(Network):
     """A network of which only the norms of its maps are used."""
 
     def __init__(self, norms):

@@ -443,7 +443,7 @@ def test_images_without_masks_may_be_in_sub_folders_and_volumes(runs, tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(voxels), folder / "scan.nii.gz")
     seen = unlabelled_images(prepare(CFG), CFG.with_values(unlabelled=str(folder)))
     slices = [f"scan_z{z:03d}" for z in range(3)]
-    assert seen.ids.tolist() == ["patient 1-a", "patient 2-a", *slices]
+    assert seen.ids.tolist() == [*slices, "patient 1-a", "patient 2-a"]
 
 
 def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss(runs, data):

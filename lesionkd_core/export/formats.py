@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from ..config import LesionKDError
+from ..config import MissingExtra
 from ..predict import TrainedNetwork
 from .parity import Deployed, Engine
 
@@ -109,7 +109,4 @@ def check_installed(names: tuple[str, ...]) -> None:
     for name in names:
         for package in FORMATS[name].packages:
             if find_spec(package) is None:
-                raise LesionKDError(
-                    f"the format {name} needs the package {package}, which is not installed: "
-                    f"pip install '.[mobile]', or leave {name} out of formats and engines."
-                )
+                raise MissingExtra(f"the format {name} of formats and engines", "mobile")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .. import results
-from ..config import DistillConfig, LesionKDError
+from ..config import DistillConfig, LesionKDError, MissingExtra
 from ..predict import TrainedNetwork, build
 from .formats import Compared, Format, Job, register
 from .parity import MULTIPLE, Deployed, Engine
@@ -174,7 +174,7 @@ def load_onnx(file: Path | str) -> OnnxStudent:
     """
     file, about = Path(file), Path(file).with_name("model.json")
     if find_spec("onnxruntime") is None:
-        raise LesionKDError(f"{file} needs the package onnxruntime: pip install '.[mobile]'")
+        raise MissingExtra(str(file), "mobile")
     if not about.is_file():
         raise LesionKDError(f"{file.name} needs {about}, which has the size of its images")
     try:

@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from ... import results
-from ...config import LesionKDError
+from ...config import LesionKDError, MissingExtra
 from ...models import UNet
 from ..formats import Compared, Format, Job, register
 from ..parity import Deployed, Engine
@@ -253,10 +253,7 @@ def compile_c(code: Path, out: Path, *options: str) -> None:
         ziglang is not installed, or clang refuses the code; its message is passed on.
     """
     if find_spec("ziglang") is None:
-        raise LesionKDError(
-            "the formats native and page are compiled with the package ziglang, which is not "
-            "installed: pip install '.[mobile]', or leave native and page out of formats."
-        )
+        raise MissingExtra("compiling the formats native and page", "mobile")
     command = [sys.executable, "-m", "ziglang", "cc", "-std=c11", "-O3", *options]
     done = subprocess.run([*command, str(code), "-o", str(out)], capture_output=True, text=True)
     if done.returncode:
