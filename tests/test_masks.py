@@ -3,7 +3,7 @@
 What draws a mask takes a generator of its own, and one that starts anew for each mask of a data
 set, for what one tool writes alike.
 
-`python -m tests.test_masks 300` prints the table of docs/data.md.
+`python -m tests.test_masks 300` prints the table of data/results/masks-and-groups.md.
 """
 
 import io
