@@ -1,6 +1,13 @@
-"""Writes the README's results table and docs/options.md: python -m tools.readme_index"""
+"""Writes what is generated in the documents: python -m tools.readme_index
+
+Tables of README.md and docs/results.md stand between two comments that name a function of this
+module; docs/options.md is generated as a whole.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -8,63 +15,150 @@ from lesionkd_core.analysis import statistics, tables
 from lesionkd_core.results import CHECKOUT
 from tools.option_reference import option_reference
 
-README = CHECKOUT / "README.md"
-BEGIN = "<!-- results: made from data/results by `make notebooks` -->"
-END = "<!-- end of results -->"
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md"]
+NAMES = {
+    "em-isbi2012": "EM membranes",
+    "busi": "breast ultrasound (BUSI)",
+    "cvc-clinicdb": "colonoscopy (CVC-ClinicDB)",
+    "kvasir-seg": "colonoscopy (Kvasir-SEG)",
+    "isic2018": "skin (ISIC 2018)",
+}
+ARMS = ["teacher", "alone", "longest", "feat", "method"]
 
 
-def results_table() -> pd.DataFrame:
-    """One row for each data set and teacher of the committed study that taught a student.
+def study() -> pd.DataFrame:
+    """Test cases of the committed study, with the default segmentation loss."""
+    return tables.study().query("seg_loss == 'bce_dice'")
 
-    Of several segmentation losses the default; of several fractions of labels all of them.
-    """
-    study = tables.study()
-    if "seg_loss" in study:
-        study = study[study["seg_loss"] == "bce_dice"]
-    if "labels" in study:
-        study = study[study["labels"] == study["labels"].max()]
-    study = study[study["test_dataset"] == study["dataset"]]
-    cost = tables.committed("cost").query("precision == 'float32'")
-    fastest = cost.query("pixels == 128").groupby("model")["latency_ms_median"].min()
-    parameters = cost.groupby("model")["parameters"].first()
+
+def name_of(setting: dict[str, object]) -> str:
+    """A data set in words; of an external test where the student was trained."""
+    trained, tested = str(setting["dataset"]), str(setting["test_dataset"])
+    if trained == tested:
+        return NAMES[trained]
+    return f"{NAMES[tested]}, trained on {NAMES[trained]}"
+
+
+def scores() -> pd.DataFrame:
+    """One row for each data set: Dice of teacher and students on test images."""
     rows = []
-    for setting, part in statistics.settings(study):
-        if not {"teacher", "alone", "method"} <= set(part["arm"]):
-            continue
-        dice = {a: statistics.case_mean(statistics.by_seed(part, a)) for a in set(part["arm"])}
-        network = setting["teacher"]
-        times = [fastest[name] for name in (network, "student")]
-        size = f"{part['pixels'].iloc[0]} px, {part['id'].nunique()} test images"
-        row = {"data set": f"{setting['dataset']}, {size}"}
-        row["teacher"] = f"{tables.label(network)} {dice['teacher'][0]:.3f}"
-        row |= {name: shown(dice[arm]) for name, arm in ARMS.items()}
-        row["distilled / teacher"] = f"{100 * dice['method'][0] / dice['teacher'][0]:.1f} %"
-        row["fewer parameters"] = f"{parameters[network] / parameters['student']:.0f} times"
-        row["ms at 128 px, teacher and student"] = f"{times[0]:.0f} and {times[1]:.1f}"
+    means = statistics.means(study())
+    for _, part in means.groupby(["dataset", "test_dataset"], sort=False):
+        dice = part.set_index("arm")["dice"]
+        first = part.iloc[0]
+        row = {"test images": f"{name_of(first.to_dict())}, {first['pixels']} px"}
+        row["cases (groups)"] = f"{first['cases']} ({first['groups']})"
+        lengths = {
+            arm: statistics.split_arm(arm)[1] for arm in dice.index if arm.startswith("alone")
+        }
+        longest = max(lengths, key=lengths.__getitem__)
+        for arm in ARMS:
+            known = longest if arm == "longest" else arm
+            label = "alone, longer" if arm == "longest" else tables.label(arm).removeprefix("+ ")
+            row[label] = f"{dice[known]:.3f}" if known in dice else ""
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-ARMS = {"student alone": "alone", "distilled (method)": "method"}
+def gains() -> pd.DataFrame:
+    """Every arm minus the student alone: difference, both intervals, p and verdict."""
+    return differences(statistics.compare_with(study(), "alone"))
 
 
-def shown(score: tuple[float, float, float]) -> str:
-    """Mean and 95 % interval."""
-    mean, low, high = score
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]" if low < high else f"{mean:.3f}"
+def edges() -> pd.DataFrame:
+    """The method minus the same with the edges of other images."""
+    compared = statistics.compare_arms(study())
+    return differences(compared[compared["other"] == "shuffled"])
 
 
-def with_results(text: str) -> str:
-    """The README with its table made again."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    table = results_table().to_markdown(index=False, disable_numparse=True)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def labels() -> pd.DataFrame:
+    """BUSI: gains over the student alone by epochs and fraction of the masks."""
+    helped = tables.study("when_teacher_helps")
+    compared = statistics.compare_with(helped, "alone", arms=("feat", "method", "cwd"))
+    rows = []
+    for row in compared.to_dict("records"):
+        setting = f"{row['labels']:.0%}, {row['budget']:.0f} epochs"
+        same = "the same masks" if "same masks" in row["teacher"] else "all masks"
+        rows.append(
+            {"student's masks": setting, "teacher's masks": same, "arm": tables.label(row["arm"])}
+            | interval_of(row)
+        )
+    return pd.DataFrame(rows)
+
+
+def differences(compared: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `statistics.compare` for a page."""
+    rows = []
+    for row in compared.to_dict("records"):
+        arm = {"test images": name_of(row), "arm": tables.label(row["arm"])}
+        rows.append(arm | interval_of(row))
+    return pd.DataFrame(rows)
+
+
+def interval_of(row: dict[str, float]) -> dict[str, str]:
+    """Difference, intervals and verdict of a comparison."""
+    return {
+        "gain in Dice": f"{row['difference']:+.3f}",
+        "95 % interval": f"{row['low']:+.3f} to {row['high']:+.3f}",
+        "trainings": f"{row['t_low']:+.3f} to {row['t_high']:+.3f}",
+        "p (Holm)": f"{row['p_holm']:.2g}",
+        "verdict": str(row["verdict"]),
+    }
+
+
+def ratios() -> pd.DataFrame:
+    """Dice of a student divided by that of its teacher."""
+    main = study()
+    found = [statistics.accuracy_ratio(main, arm) for arm in ("alone", "feat", "method")]
+    rows = []
+    for row in pd.concat(found).to_dict("records"):
+        part = {"test images": name_of(row), "arm": tables.label(row["arm"])}
+        part["Dice / teacher's"] = f"{row['ratio']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
+        rows.append(part)
+    return pd.DataFrame(rows)
+
+
+def cost() -> pd.DataFrame:
+    """Milliseconds of each network in its fastest engine on one core."""
+    measured = tables.committed("cost").query("precision == 'float32'")
+    best = measured.groupby(["pixels", "model"])["latency_ms_median"].min().unstack()
+    rows = []
+    for pixels, row in best.iterrows():
+        times = {"image side": f"{pixels} px"}
+        for model in ("unet64", "resnet34_unet", "student"):
+            times[tables.label(model)] = f"{row[model]:.3g} ms"
+        times["U-Net 64 / student"] = f"{row['unet64'] / row['student']:.0f}"
+        rows.append(times)
+    return pd.DataFrame(rows)
+
+
+BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
+    "scores": scores,
+    "gains": gains,
+    "edges": edges,
+    "labels": labels,
+    "ratios": ratios,
+    "cost": cost,
+}
+"""Generated tables by name."""
+
+
+def with_tables(text: str) -> str:
+    """A page with its tables made again."""
+
+    def made(block: re.Match[str]) -> str:
+        table = BLOCKS[block[1]]().to_markdown(index=False, disable_numparse=True)
+        lines = [re.sub(" {2,}", " ", line) for line in table.splitlines()]
+        lines[1] = re.sub(r":?-+:?", "---", lines[1])
+        return f"<!-- table: {block[1]} -->\n" + "\n".join(lines) + "\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", made, text, flags=re.S)
 
 
 def main() -> None:
-    """Write both."""
-    README.write_text(with_results(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write all."""
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     (CHECKOUT / "docs" / "options.md").write_text(option_reference(), encoding="utf-8")
 
 
