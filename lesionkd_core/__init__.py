@@ -10,7 +10,7 @@ from typing import Any
 # torch's waiting threads otherwise slow down a second process on the same cores tenfold
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _MODULES = {
     "config": "AblationConfig ConfigError DistillConfig GraphConfig LesionKDError PrepareConfig "
