@@ -247,13 +247,14 @@ def notebook_image(fig: Figure) -> tuple[str, bytes, int]:
     from PIL import Image
 
     drawn, content = io.BytesIO(), io.BytesIO()
+    photo = any(shown.get_label() == PHOTO for axis in fig.axes for shown in axis.images)
+    dpi = NOTEBOOK_DPI if photo else NOTEBOOK_DPI * NOTEBOOK_SCALE
     with style():
-        dpi = NOTEBOOK_DPI * NOTEBOOK_SCALE
         fig.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.02)
     image = Image.open(drawn).convert("RGB")
-    width = round(image.width * 96 / NOTEBOOK_DPI)
-    if any(shown.get_label() == PHOTO for axis in fig.axes for shown in axis.images):
-        image.save(content, "JPEG", quality=45, optimize=True, progressive=True)
+    width = round(image.width * 96 * NOTEBOOK_SCALE / dpi)
+    if photo:
+        image.save(content, "JPEG", quality=30, optimize=True, progressive=True)
         return "jpeg", content.getvalue(), width
     image = image.point([17 * round(level / 17) for level in range(256)] * 3)
     frequent = sorted(image.getcolors(1 << 20) or [], reverse=True)[:256]
@@ -547,7 +548,8 @@ def lesion_sizes(cases: pd.DataFrame) -> Figure:
         keys = axis.get_legend().legend_handles
         for dash, *drawn in zip(("-", "--", ":"), axis.lines[::-1], keys):
             plt.setp(drawn, linestyle=dash)
-    axes[1].get_legend().remove()
+    axes[0].get_legend().remove()
+    sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1, 1), title=None)
     _plain_log(axes[0].xaxis, 1, 3)
     axes[0].set(xlabel="Lesion size (% of the image)", ylabel="Cases of the split (%)")
     axes[1].set(xlabel="Contrast: grey of the lesion minus that of a ring around it")
@@ -671,25 +673,18 @@ def partial_l2(curves: pd.DataFrame) -> Figure:
 
 @styled
 def margin(values: np.ndarray, margin: float) -> Figure:
-    """One channel T of the teacher, T' = max(T, m), and the margin m in the histogram of T."""
-    fig, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.1), width_ratios=(1, 1, 1.6))
-    scale = float(np.abs(values).max()) or 1.0
-    _draw_map(axes[0], values, scale, "T")
-    _draw_map(axes[1], np.maximum(values, margin), scale, "T' = max(T, m)")
-    fig.colorbar(axes[1].images[0], ax=axes[1], shrink=0.75)
-    chart = axes[2]
+    """Histogram of a channel T of the teacher; values below the margin m are raised to it."""
+    fig, axis = plt.subplots(figsize=(TWO_COLUMNS, 1.6))
     counts, borders = margin_histogram(values, margin)
-    raised = borders[:-1] < margin
-    colours = np.where(raised, "#BBAAFF", "#777777")
-    chart.bar(borders[:-1], counts, np.diff(borders), color=colours, align="edge")
-    chart.axvline(margin, color="black", linewidth=1.2)
-    chart.axvline(0, color="black", linewidth=0.6, linestyle=":")
+    colours = np.where(borders[:-1] < margin, "#BBAAFF", "#777777")
+    axis.bar(borders[:-1], counts, np.diff(borders), color=colours, align="edge")
+    axis.axvline(margin, color="black", linewidth=1.2)
+    axis.axvline(0, color="black", linewidth=0.6, linestyle=":")
     top = counts.max()
-    chart.text(margin, 1.02 * top, f"m = {margin:.2f} ", ha="right")
-    chart.text(borders[0], 0.6 * top, "raised to m")
-    chart.set(title="Histogram of T", xlabel="Value of T", ylabel="Pixels", ylim=(0, 1.15 * top))
-    text = "One channel of the teacher: T, the clamped T', and the margin m in the histogram of T."
-    return _described(fig, text)
+    axis.text(margin, 1.02 * top, f"margin m = {margin:.2f} ", ha="right")
+    axis.text(0, 1.02 * top, " 0")
+    axis.set(xlabel="Value of T", ylabel="Pixels", ylim=(0, 1.2 * top))
+    return _described(fig, "Histogram of a channel T of the teacher, with the margin m and with 0.")
 
 
 def margin_histogram(values: np.ndarray, margin: float) -> tuple[np.ndarray, np.ndarray]:
@@ -746,15 +741,20 @@ def method(part: str = "") -> None:
 
 
 def method_svg(part: str = "") -> str:
-    """docs/method.svg; all parts but the named one are faded."""
+    """docs/method.svg; for a named part without the other losses, and with faded networks."""
     if part and part not in METHOD_PARTS:
         raise LesionKDError(f"the method has no part {part!r}; parts: {', '.join(METHOD_PARTS)}")
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
-    tree = ElementTree.parse(results.CHECKOUT / "docs" / "method.svg")
-    for group in tree.getroot():
-        if part and group.get("id") not in (part, None):
-            group.set("opacity", "0.2")
-    return ElementTree.tostring(tree.getroot(), encoding="unicode")
+    drawing = ElementTree.parse(results.CHECKOUT / "docs" / "method.svg").getroot()
+    for group in list(drawing):
+        name = group.get("id")
+        if not part or name in (part, None):
+            continue
+        if name in ("teacher", "student"):
+            group.set("opacity", "0.3")
+        else:
+            drawing.remove(group)
+    return ElementTree.tostring(drawing, encoding="unicode")
 
 
 # Means and differences with intervals -------------------------------------------------------------
