@@ -12,7 +12,7 @@ import pytest
 
 import lesionkd_core as lkd
 from lesionkd_core import results
-from lesionkd_core.config import StageConfig
+from lesionkd_core.config import KINDS
 from lesionkd_core.results import Progress, Result, Wanted, find_or_make
 from lesionkd_core.sweep import find_notebook
 from tests.conftest import ROOT, copy_of
@@ -165,7 +165,7 @@ def test_a_training_says_epoch_dice_and_time(student, teacher, data, graph, runs
 @pytest.mark.parametrize("stage", [*results.STAGES, "of_another_package"])
 def test_every_stage_has_a_report(stage, runs):
     usual = lkd.ExportConfig  # before its stage is looked for
-    kinds = results._kinds(StageConfig)
+    kinds = KINDS
     cfg = kinds.get(stage, usual)(profile="cpu")
     [found] = find_or_make([Wanted(cfg, "u")], lambda missing: None, Result)
     if stage not in kinds:

@@ -11,7 +11,6 @@ from lesionkd_core.config import (
     AblationConfig,
     ConfigError,
     DistillConfig,
-    EdgeConfig,
     ExternalConfig,
     GraphConfig,
     PrepareConfig,
@@ -152,7 +151,7 @@ def test_a_given_value_goes_before_the_profile_and_none_is_not_given():
     assert cfg.teacher_epochs == paper["teacher_epochs"]
 
 
-@pytest.mark.parametrize("stage", [PrepareConfig, EdgeConfig, TeacherConfig, GraphConfig])
+@pytest.mark.parametrize("stage", [PrepareConfig, TeacherConfig, GraphConfig])
 def test_upstream_keeps_exactly_what_concerns_the_stage(stage):
     values = CHANGED | {
         "profile": "cpu",

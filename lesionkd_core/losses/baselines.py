@@ -6,7 +6,7 @@ no gradient. Functions of feature maps take activations after the ReLU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,7 @@ from torch import Tensor
 from ..models import Network, channels_of, match_levels
 from .feature_refinement import Connector
 from .segmentation import SEG_LOSSES
-from .terms import LossTerm, Step, register, require_same_size
-
-if TYPE_CHECKING:
-    from ..config import TeacherConfig
-    from .terms import Measured
+from .terms import LossTerm, Setup, Step, register, require_same_size
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,10 +215,8 @@ def sobel_mask_loss(student: Tensor, masks: Tensor) -> Tensor:
 
 def _gradient(x: Tensor) -> Tensor:
     """Magnitude of the Sobel gradient, (N, 1, H, W) -> the same; borders replicated."""
-    kernel = (
-        torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=x.device) / 8
-    )
-    kernels = torch.stack([kernel, kernel.T]).unsqueeze(1).to(x.dtype)
+    kernel = x.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 8
+    kernels = torch.stack([kernel, kernel.T]).unsqueeze(1)
     both = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernels)
     return (both.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
@@ -298,10 +292,8 @@ class PseudoLabels(LossTerm):
         self.loss = SEG_LOSSES[name]
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        return cls(cfg.seg_loss)
+    def build(cls, setup: Setup) -> Self:
+        return cls(setup.cfg.seg_loss)
 
     def forward(self, step: Step) -> Tensor:
         first = len(step.masks)
@@ -334,11 +326,8 @@ class Hint(LossTerm):
         self.regressor = Connector(channels_of(student, s), channels_of(teacher, t))
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        assert teacher is not None
-        return cls(student, teacher)
+    def build(cls, setup: Setup) -> Self:
+        return cls(setup.student, setup.teacher)
 
     def forward(self, step: Step) -> Tensor:
         regressed = self.regressor(F.relu(step.maps[self.LEVEL].float()))
@@ -356,11 +345,8 @@ class AttentionTransfer(LossTerm):
         match_levels(student, teacher, self.LEVELS)
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        assert teacher is not None
-        return cls(student, teacher)
+    def build(cls, setup: Setup) -> Self:
+        return cls(setup.student, setup.teacher)
 
     def forward(self, step: Step) -> Tensor:
         maps = [(F.relu(step.maps[n]), F.relu(step.teacher_maps[n])) for n in self.LEVELS]
