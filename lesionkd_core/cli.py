@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -192,11 +191,11 @@ def _options_text(kind: type[StageConfig]) -> str:
 
 def _scores(file: Path) -> str:
     """The columns of a table of scores that say which network and how good; else all columns."""
-    with open(file, encoding="utf-8", newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    names = list(rows[0]) if rows else []
-    shown = [name for name in names if name.lower() in SCORES]
-    return _table(rows, shown or names)
+    import pandas as pd
+
+    table = pd.read_csv(file)
+    shown = [name for name in table if name.lower() in SCORES]
+    return str(table[shown or list(table)].to_string(index=False, float_format="%.3f"))
 
 
 def _table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
@@ -389,14 +388,14 @@ def list_runs(stage: str) -> None:
     if not paths:
         click.echo(f"no finished run in {results.runs_root()}")
         return
-    sizes = [results.size_of(path) for path in paths]
-    rows = [
-        results.row_of(path) | {"size": results.in_words(size)} for path, size in zip(paths, sizes)
-    ]
-    columns = ["run", "finished", "dice", "missed", "losses", "epochs", "size"]
-    click.echo(_table(rows, [name for name in columns if any(name in row for row in rows)]))
-    total = results.in_words(sum(sizes))
-    click.echo(f"{len(paths)} runs, {total}; `lesionkd clean` shows what is not needed any more")
+    rows, total = [], 0
+    for path in paths:
+        size = results.size_of(path)
+        rows.append(results.row_of(path) | {"size": results.in_words(size)})
+        total += size
+    click.echo(_table(rows, ["run", "finished", "dice", "missed", "losses", "epochs", "size"]))
+    taken = results.in_words(total)
+    click.echo(f"{len(paths)} runs, {taken}; `lesionkd clean` shows what is not needed any more")
 
 
 @main.command()
@@ -420,16 +419,16 @@ def clean(runs: tuple[str, ...], yes: bool) -> None:
     if not found:
         click.echo(f"nothing to remove in {results.runs_root()}")
         return
-    sizes = {one: results.size_of(one.path) for one in found}
+    sizes = {path: results.size_of(path) for path in found}
     rows = [
-        {"what": results.short(one.path), "size": results.in_words(size), "why": one.why}
-        for one, size in sizes.items()
+        {"what": results.short(path), "size": results.in_words(sizes[path]), "why": why}
+        for path, why in found.items()
     ]
-    click.echo(_table(rows, list(rows[0])))
+    click.echo(_table(rows, ["what", "size", "why"]))
     click.echo(f"in all {results.in_words(sum(sizes.values()))}")
     if not _agreed(yes):
         sys.exit(1)
-    removed = sum(size for one, size in sizes.items() if remove(one))
+    removed = sum(sizes[path] for path, why in found.items() if remove(path, why))
     click.echo(f"removed {results.in_words(removed)}")
 
 

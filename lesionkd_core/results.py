@@ -232,6 +232,8 @@ def _begin(path: Path, wanted: Wanted[C], resume: bool) -> None:
     if path.exists() and not resume:
         shutil.rmtree(path)
     make_folder(path)
+    for partial in path.glob(".*.partial"):  # of a process that was killed
+        partial.unlink()
     cfg = wanted.cfg
     identity = {"stage": cfg.stage, "version": cfg.version, "upstream": wanted.upstream}
     identity["digest"] = wanted.digest
