@@ -497,9 +497,9 @@ class TeacherConfig(PrepareConfig):
 
     @model_validator(mode="after")
     def _weights_of_the_teacher(self) -> Self:
-        with_encoder = ("resnet34_unet", "efficientnet_lite2_unet")
-        takes_weights = self.teacher in with_encoder or self.teacher.startswith("timm:")
-        if self.encoder_weights and not takes_weights:
+        takes_file = self.teacher == "resnet34_unet" or self.teacher.startswith("timm:")
+        without = self.teacher == "efficientnet_lite2_unet" and self.encoder_weights == "random"
+        if self.encoder_weights and not takes_file and not without:
             raise ValueError(
                 "encoder_weights need teacher = 'resnet34_unet' or 'timm:NAME'; got "
                 f"{self.teacher!r}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,11 @@ from .data.layouts import images_beside_masks, sources_below, unread, window_of
 from .data.pixels import prepare_image, restore, unseen
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
+from .results import Content, Result
+
+C = TypeVar("C", bound=TeacherConfig)
+Picture = np.ndarray | Image.Image | Path | str
+"""(H, W, 3) uint8 in RGB, a PIL image or the path of a picture."""
 
 KINDS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
 STUDENTS = results.CHECKOUT / "data" / "students"
@@ -49,6 +54,8 @@ AREAS = [
     "file", "slice", "lesion_px", "lesion_fraction", "lesion_mm2", "components",
     "centre_probability",
 ]  # fmt: skip
+Area = dict[str, object]
+"""A row of `areas.csv`."""
 Notes = list[tuple[str, str]]
 """(noted or shows little, text)."""
 BATCH = 16
@@ -71,7 +78,7 @@ class TrainedNetwork:
     network: Network
     cfg: TeacherConfig
     path: Path
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Content = field(default_factory=dict)
     digest: str = ""
 
     @property
@@ -79,7 +86,7 @@ class TrainedNetwork:
         """Side of the square that it was trained on, px."""
         return self.cfg.pixels
 
-    def predict(self, images: Iterable[Any]) -> list[np.ndarray]:
+    def predict(self, images: Iterable[Picture]) -> list[np.ndarray]:
         """Segment images of any size: `predict` with this network."""
         return predict(self, images)
 
@@ -102,20 +109,16 @@ class TrainedNetwork:
 
 def read_config(path: Path) -> TeacherConfig:
     """The configuration of a training run."""
-    content = results.read_json(Path(path) / "config.json")
-    kind = KINDS.get(content.get("stage"))
-    if kind is None:
-        raise LesionKDError(
-            f"{path} is a run of stage {content.get('stage')!r}; expected {' or '.join(KINDS)}"
-        )
-    cfg: TeacherConfig = config_of(kind, content)
-    return cfg
+    content = results.read_json(path / "config.json")
+    stage = content.get("stage", "")
+    if stage not in KINDS:
+        raise LesionKDError(f"{path} is a run of stage {stage!r}; expected {' or '.join(KINDS)}")
+    return config_of(KINDS[stage], content)
 
 
-def config_of(kind: Any, content: dict[str, Any]) -> Any:
+def config_of(kind: type[C], content: Content) -> C:
     """A configuration from its JSON form; options that it does not know are ignored."""
-    values = {name: content[name] for name in kind.model_fields if name in content}
-    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    return kind(**{name: content[name] for name in kind.model_fields if name in content})
 
 
 def build(cfg: TeacherConfig, lesion_fraction: float | None = None) -> Network:
@@ -134,7 +137,7 @@ def build(cfg: TeacherConfig, lesion_fraction: float | None = None) -> Network:
     return network
 
 
-def load_network(run: Any) -> TrainedNetwork:
+def load_network(run: Result | Path | str) -> TrainedNetwork:
     """The best network of a finished teacher or student run, in evaluation mode on the CPU.
 
     Raises
@@ -155,13 +158,11 @@ def load_network(run: Any) -> TrainedNetwork:
         raise LesionKDError(
             f"{path / 'checkpoint_best'} has the weights of another network than config.json says"
         ) from None
-    about = path / "summary.json"
-    summary = results.read_json(about) if about.exists() else {}
-    digest = results.read_json(path / "config.json").get("digest", "")
+    summary, digest = results.summary_of(path), Result(path).digest
     return TrainedNetwork(network.eval().requires_grad_(False), cfg, path, summary, digest)
 
 
-def load_student(run: Any) -> TrainedNetwork:
+def load_student(run: Result | Path | str) -> TrainedNetwork:
     """A trained student: of a finished `distill` run, or one that comes with the repository.
 
     Parameters
@@ -170,7 +171,7 @@ def load_student(run: Any) -> TrainedNetwork:
         A run, its folder or name; the name of a published student, such as `busi`; or a file that
         `save_student` wrote. An exported `.onnx` is read by `lkd.load_onnx`.
     """
-    if not hasattr(run, "path"):
+    if not isinstance(run, Result):
         if Path(run).suffix == ".onnx":
             raise LesionKDError(f"{run} is an exported file: read it with lkd.load_onnx")
         for file in (Path(run), STUDENTS / f"{run}.safetensors"):
@@ -230,7 +231,7 @@ def probabilities(network: nn.Module, images: np.ndarray, batch_size: int = 32) 
     return torch.cat(parts).numpy()
 
 
-def predict(student: TrainedNetwork, images: Iterable[Any]) -> list[np.ndarray]:
+def predict(student: TrainedNetwork, images: Iterable[Picture]) -> list[np.ndarray]:
     """Segment images of any size (step S7).
 
     Parameters
@@ -261,7 +262,7 @@ def predict(student: TrainedNetwork, images: Iterable[Any]) -> list[np.ndarray]:
     return [restore(p, len(x), x.shape[1], student.cfg) for p, x in zip(found, pixels)]
 
 
-def _pixels(image: Any, cfg: TeacherConfig) -> np.ndarray:
+def _pixels(image: Picture, cfg: TeacherConfig) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(Path(image), window_of(cfg))
     return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
@@ -313,14 +314,15 @@ def predict_folder(
     results.make_folder(out)
     write = _Writer(student, out, threshold, overlays, pixel_mm)
     notes: list[tuple[str, str, str]] = []
-    areas: list[dict[str, Any]] = []
+    areas: list[Area] = []
     names = _names(paths)
     for done, path in enumerate(paths, start=1):
         file = _below(above, path)
         name = str(Path(file).with_name(names[path]))
         results.make_folder((out / name).parent)
         try:
-            found, rows = (write.volume if is_volume(path) else write.picture)(path, name)
+            segment = write.volume if is_volume(path) else write.picture
+            found, rows = segment(path, name)
             notes += [(file, *note) for note in found]
             areas += [{"file": file} | row for row in rows]
         except UnreadableFile as error:
@@ -397,7 +399,7 @@ class _Writer:
     overlays: bool
     pixel_mm: float | None
 
-    def picture(self, path: Path, name: str) -> tuple[Notes, list[dict[str, Any]]]:
+    def picture(self, path: Path, name: str) -> tuple[Notes, list[Area]]:
         """Write a mask for each page."""
         notes: Notes = []
         rows = []
@@ -420,7 +422,7 @@ class _Writer:
                 _save(self.out / f"{stem}_overlay.png", overlay(image, lesion))
         return notes, rows
 
-    def volume(self, path: Path, name: str) -> tuple[Notes, list[dict[str, Any]]]:
+    def volume(self, path: Path, name: str) -> tuple[Notes, list[Area]]:
         """Write a mask volume."""
         reader = volume_reader()
         volume = reader.read_volume(path)
@@ -447,12 +449,12 @@ class _Writer:
         return lesion, probability if self.threshold is None else lesion
 
 
-def _area(probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None) -> dict[str, Any]:
+def _area(probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None) -> Area:
     """A row of `areas.csv`: (H, W) probability and bool."""
     from scipy import ndimage
 
     count = int(lesion.sum())
-    row: dict[str, Any] = {"lesion_px": count, "lesion_fraction": count / lesion.size}
+    row: Area = {"lesion_px": count, "lesion_fraction": count / lesion.size}
     row["lesion_mm2"] = count * pixel_mm2 if pixel_mm2 else None
     row["components"] = ndimage.label(lesion, np.ones((3, 3)))[1]
     if count:

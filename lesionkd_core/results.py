@@ -551,7 +551,7 @@ def collect(stage: str = "", split: str = "test") -> pd.DataFrame:
 
 def row_of(path: Path, split: str = "test") -> dict[str, object]:
     """A finished run as one row of a table: where it is, its options and its mean scores."""
-    summary = _summary(path)
+    summary = summary_of(path)
     made = datetime.fromtimestamp((path / "DONE").stat().st_mtime)
     row: dict[str, object] = {"run": short(path), "finished": f"{made:%Y-%m-%d %H:%M}"}
     for name, value in read_json(path / "config.json").items():
@@ -567,7 +567,8 @@ def row_of(path: Path, split: str = "test") -> dict[str, object]:
     return row
 
 
-def _summary(path: Path) -> Content:
+def summary_of(path: Path) -> Content:
+    """Scores and counts of a run; empty before its end, and of a stage without scores."""
     file = path / "summary.json"
     return read_json(file) if file.is_file() else {}
 
@@ -618,7 +619,7 @@ def report(path: Path) -> str:
     version, current = version_of(path)
     if version != current:
         lines.append(f"of version {version} of results, not {current}: only its name finds it")
-    for split, scores in _summary(path).items():
+    for split, scores in summary_of(path).items():
         if split not in ("val", "test") or not scores:
             continue
         shown = [

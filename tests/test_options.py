@@ -291,6 +291,7 @@ def test_a_wrong_option_is_refused_with_its_name_and_what_fits(values, words):
     ("values", "words"),
     [
         ({"encoder_weights": "x", "teacher": "unet64"}, "need teacher = 'resnet34_unet'"),
+        ({"encoder_weights": "x", "teacher": "efficientnet_lite2_unet"}, "got 'efficientnet"),
         ({"encoder_weights": "x", "teacher_checkpoint": "y"}, "give one of the two"),
         ({"split": "test"}, "leaves no training cases"),
         ({"dataset": "busi", "test_dataset": "busi"}, "names 'busi', the training data"),
