@@ -98,26 +98,22 @@ def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
 
 def _surface_scores(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """hd95 (N,) in px and surface Dice (N,), with the rules of `score_masks` for empty masks."""
+    import torch
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
     some = predicted.any((1, 2)), truth.any((1, 2))
     hd95 = np.where(some[0] | some[1], np.hypot(*truth.shape[1:]), 0.0)
     surface = np.where(some[0] | some[1], 0.0, 1.0)
     both = np.flatnonzero(some[0] & some[1])
-    if len(both):
-        hd95[both], surface[both] = surface_distances(predicted[both], truth[both])
-    return hd95, surface
-
-
-def surface_distances(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """hd95 (N,) in px and surface Dice (N,) of masks (N, H, W) that are not empty, by MONAI."""
-    import torch
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-
-    p, t = (torch.from_numpy(mask).unsqueeze(1).float() for mask in (predicted, truth))
+    if not len(both):
+        return hd95, surface
+    p, t = (torch.from_numpy(mask[both]).unsqueeze(1).float() for mask in (predicted, truth))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about an argument inside MONAI
-        hd95 = compute_hausdorff_distance(p, t, include_background=True, percentile=95)
-        surface = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)
-    return hd95[:, 0].numpy(), surface[:, 0].numpy()
+        distances = compute_hausdorff_distance(p, t, include_background=True, percentile=95)
+        scores = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)
+    hd95[both], surface[both] = distances[:, 0].numpy(), scores[:, 0].numpy()
+    return hd95, surface
 
 
 # Scores of networks -------------------------------------------------------------------------------

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from .config import (
     nearest,
 )
 from .data.batches import TrainingSet, normalize
-from .data.layouts import DatasetNotFound, fingerprint
+from .data.layouts import fingerprint
 from .data.prepare import Prepared, Unlabelled, unlabelled_images
 from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, held_out_scores, score_external
@@ -57,7 +57,7 @@ from .models import (
 )
 from .predict import build, config_of, load_network
 from .results import C, OtherOptions, Progress, R, Result, Wanted, log, require_options, short
-from .train import Learner, start_fabric, teacher_pass, train
+from .train import Learner, start_fabric, train
 
 GRAPH_LR = 1e-2
 """Adam's learning rate, fitting the graph."""
@@ -73,12 +73,6 @@ ARMS = {
 
 class Run(Result):
     """A finished training: config, history, per_case, summary and checkpoints."""
-
-    @property
-    def test_dice(self) -> float:
-        """Mean Dice over test cases."""
-        mean: float = self.summary["test"]["dice"]["mean"]
-        return mean
 
     def __repr__(self) -> str:
         test = self.summary["test"]
@@ -121,11 +115,8 @@ def require_data(data: Prepared, cfg: PrepareConfig) -> None:
     made = data.config["dataset"]
     if name_of_dataset(made) == cfg.dataset_name:
         return
-    try:  # a folder that was renamed has the same content
-        found = fingerprint(cfg.upstream(PrepareConfig))[0]
-    except DatasetNotFound:
-        found = "nothing"
-    if found != data.config["upstream"]:
+    # a folder that was renamed has the same content
+    if fingerprint(cfg.upstream(PrepareConfig))[0] != data.config["upstream"]:
         raise OtherOptions(
             f"{short(data.path)} was prepared from dataset = {made!r}, not "
             f"{cfg.dataset!r} as the configuration says. Call prepare with this configuration."
@@ -145,8 +136,8 @@ def _find_or_train(
     kind: Callable[[Path], R],
 ) -> list[R]:
     """`find_or_make` for one or several processes."""
-    processes: Any = {"leader": fabric.is_global_zero, "wait": fabric.barrier}
-    return results.find_or_make(wanted, make, kind, resume=True, **processes)
+    leader = fabric.is_global_zero
+    return results.find_or_make(wanted, make, kind, resume=True, leader=leader, wait=fabric.barrier)
 
 
 def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
@@ -166,19 +157,15 @@ def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
 def _load(network: nn.Module, option: str, file: str, expected: str, ignored: str = "-") -> None:
     saved = results.read_checkpoint(Path(file).expanduser())
     saved = saved.get("network", saved) if isinstance(saved, dict) else {}
-    weights = {n: w for n, w in saved.items() if not n.startswith(ignored)}
-    own = network.state_dict()
-    wrong = [
-        name
-        for name in {**own, **weights}
-        if name not in own or name not in weights or weights[name].shape != own[name].shape
-    ]
-    if wrong:
+    weights = {name: value for name, value in saved.items() if not name.startswith(ignored)}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        why = textwrap.shorten(str(error).partition(":")[2], 200)
         raise LesionKDError(
-            f"{option} = {file!r}: {len(wrong)} names or shapes do not fit, the first is "
-            f"{wrong[0]!r}; expected a state dict of {expected}"
-        )
-    network.load_state_dict(weights)
+            f"{option} = {file!r}: names or shapes do not fit; expected a state dict of "
+            f"{expected}. {why}"
+        ) from None
 
 
 def check_teacher(teacher: Run, data: Prepared, cfg: GraphConfig) -> None:
@@ -455,10 +442,8 @@ def _train_students(fabric: Fabric, given: _Given, missing: dict[Path, DistillCo
     for learners in by_progress.values():  # one group, unless a run was interrupted
         name = "student" if len(learners) == 1 else f"{len(learners)} students"
         log.info(f"training {name} for {shared.epochs} epochs")
-        see = None
-        if network and any(learner.uses_teacher for learner in learners):
-            see = teacher_pass(network, fabric)
-        train(fabric, learners, see, name)
+        asked = any(learner.uses_teacher for learner in learners)
+        train(fabric, learners, network if asked else None, name)
         for learner in learners:
             learner.finish()
 

@@ -52,9 +52,6 @@ TEXT = (
 ).split()
 """Columns of tables that are text, whatever their values look like."""
 
-LARGE = 100_000_000
-"""A result of so many bytes says how much of the disk it takes."""
-
 log = logging.getLogger("lesionkd")
 
 
@@ -202,8 +199,6 @@ def find_or_make(
             if leader:
                 for path in missing:
                     write_json(path / "DONE", checksums(path))
-                    if (size := size_of(path)) > LARGE:
-                        log.info(f"{short(path)} takes {in_words(size)} on the disk")
             wait()
     return [kind(path) for path in paths]
 

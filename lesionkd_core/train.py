@@ -6,9 +6,7 @@ import copy
 import logging
 import math
 import os
-import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import combinations
@@ -30,8 +28,7 @@ from .losses import Step, needs_teacher, resolve
 from .models import Network, parameter_count
 from .results import Progress, log
 
-TeacherPass = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""Images (N, 3, S, S) -> the frozen teacher's logits (N, 1, S, S) and feature maps."""
+ADVICE = "Reduce the learning rate or a weight; the last good epoch is kept."
 
 
 class TrainingDiverged(LesionKDError):
@@ -53,7 +50,7 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    strategy: Any = "auto"
+    strategy: DDPStrategy | str = "auto"
     if processes > 1:
         strategy = DDPStrategy(find_unused_parameters=True, timeout=timedelta(hours=12))
     try:
@@ -70,20 +67,7 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
         raise LesionKDError(
             f"device = {cfg.device!r} cannot be used here: {why}; use device = 'auto'"
         ) from error
-    if cfg.precision == "bf16-mixed" and fabric.device.type == "cpu" and not _multiplies_bfloat16():
-        raise LesionKDError(
-            "precision = 'bf16-mixed': this processor has no bfloat16 arithmetic (avx512_bf16 or "
-            "amx_bf16), so it would be several times slower than float32; use '32-true'"
-        )
     return fabric
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has bfloat16 instructions; True where nothing can be found out."""
-    if platform.system() != "Linux":
-        return True
-    flags = Path("/proc/cpuinfo").read_text().split()
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 class Lesson(NamedTuple):
@@ -178,14 +162,10 @@ class Learner:
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         self.objective: Objective = objective.to(fabric.device)  # type: ignore[assignment]
-        groups = [
-            {"params": list(self.objective.network.parameters()), "lr": recipe.lr},
-            {
-                "params": list(self.objective.terms.parameters()),
-                "lr": recipe.lr * recipe.connector_lr,
-            },
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = [{"params": list(self.objective.network.parameters()), "lr": recipe.lr}]
+        connectors = list(self.objective.terms.parameters())
+        if connectors:
+            groups.append({"params": connectors, "lr": recipe.lr * recipe.connector_lr})
         optimizer = torch.optim.AdamW(
             groups, weight_decay=cfg.weight_decay, fused=fabric.device.type in ("cpu", "cuda")
         )
@@ -262,7 +242,7 @@ class Learner:
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             raise TrainingDiverged(
                 f"end of epoch {row['epoch']} of {results.short(self.path)}: {', '.join(bad)} is "
-                "not finite. Reduce the learning rate or a weight; the last good epoch is kept."
+                f"not finite. {ADVICE}"
             )
         self.history.append(row)
         better, self.best = row["val_dice"] > self.best, max(row["val_dice"], self.best)
@@ -338,7 +318,7 @@ def gradients(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, floa
     return measured
 
 
-def train(fabric: Fabric, learners: list[Learner], teacher: TeacherPass | None, name: str) -> None:
+def train(fabric: Fabric, learners: list[Learner], teacher: Network | None, name: str) -> None:
     """Train networks on the same batches; the frozen teacher sees each batch once for all.
 
     All learners have one training set, are at the same epoch and have the same number of epochs.
@@ -355,7 +335,7 @@ def train(fabric: Fabric, learners: list[Learner], teacher: TeacherPass | None, 
                 epoch, fabric.device, fabric.global_rank, fabric.world_size
             )
             for batch in batches:
-                lesson = _lesson(batch, learners, teacher)
+                lesson = _lesson(fabric, batch, learners, teacher)
                 for learner in learners:
                     learner.step(batch.images, lesson, measure=steps == 0)
                 totals = torch.stack([learner.latest["total"] for learner in learners])
@@ -371,11 +351,15 @@ def train(fabric: Fabric, learners: list[Learner], teacher: TeacherPass | None, 
             progress.step(_in_words(learners))
 
 
-def _lesson(batch: Batch, learners: list[Learner], teacher: TeacherPass | None) -> Lesson:
+def _lesson(
+    fabric: Fabric, batch: Batch, learners: list[Learner], teacher: Network | None
+) -> Lesson:
     """The teacher's answer to a batch (step S1), and the edge labels; computed once for all."""
     if teacher is None:
         return Lesson(batch.masks)
-    logits, maps = teacher(batch.images)
+    with torch.no_grad(), fabric.autocast():
+        logits, maps = teacher.forward_features(batch.images)
+    logits = logits.float()
     teacher_masks = logits[len(batch.masks) :] > 0
     masks = torch.cat([batch.masks, teacher_masks])
     widths = {learner.recipe.edge_width for learner in learners}
@@ -393,32 +377,16 @@ def _in_words(learners: list[Learner]) -> str:
 
 
 def _stop(learners: list[Learner], epoch: int, step: int) -> None:
-    """Write `diverged.json` and raise; nothing of this epoch is kept."""
+    """Raise an error that names the term and the cases; nothing of this epoch is kept."""
     learner = next(one for one in learners if not one.latest["total"].isfinite())
-    training = learner.training
-    losses = {name: float(value) for name, value in learner.latest.items()}
-    about = {
-        "epoch": epoch + 1,
-        "step": step + 1,
-        "lr": learner.schedule.get_last_lr()[0],
-        "losses": {name: str(value) for name, value in losses.items()},
-        "cases": training.names(training.drawn(epoch)[step].rows),
-    }
-    results.write_json(learner.path / "diverged.json", about)
-    bad = [f"loss_{n} is {v}" for n, v in losses.items() if n != "total" and not math.isfinite(v)]
+    bad = [
+        f"loss_{name} is {float(loss)}"
+        for name, loss in learner.latest.items()
+        if name != "total" and not loss.isfinite()
+    ]
+    cases = learner.training.names(learner.training.drawn(epoch)[step].rows)
     raise TrainingDiverged(
         f"step {step + 1} of epoch {epoch + 1} of {results.short(learner.path)}: "
-        f"{', '.join(bad) or 'the sum of the losses is not finite'}; diverged.json there names the "
-        "cases of the batch. Reduce the learning rate or a weight; the last good epoch is kept."
+        f"{', '.join(bad) or 'the sum of the losses is not finite'}, with the cases "
+        f"{', '.join(cases)}. {ADVICE}"
     )
-
-
-def teacher_pass(teacher: Network, fabric: Fabric) -> TeacherPass:
-    """Let the frozen teacher see each batch (step S1)."""
-
-    def see(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad(), fabric.autocast():
-            logits, maps = teacher.forward_features(images)
-        return logits.float(), maps
-
-    return see
