@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from .config import MEAN, STD, ConfigError, LesionKDError, nearest
 
 M = TypeVar("M", bound=nn.Module)
-SMALLEST = 32
-"""Smallest side of an image, px: the teacher's deepest map has one pixel then."""
 
 
 class Network(nn.Module):
@@ -487,11 +485,8 @@ class _ThinBatchNorm(torch.autograd.Function):
 
 
 def _check_size(x: Tensor) -> None:
-    if x.ndim != 4 or min(x.shape[-2:]) < SMALLEST:
-        raise LesionKDError(
-            f"a network got images of shape {tuple(x.shape)}; expected (N, C, H, W) with H and W "
-            f"at least {SMALLEST} px"
-        )
+    if x.ndim != 4 or min(x.shape[-2:]) < 32:
+        raise LesionKDError(f"images of {tuple(x.shape)}; expected (N, C, H, W) of at least 32 px")
 
 
 def _pad_to(x: Tensor, like: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import re
@@ -60,10 +59,8 @@ Notes = list[tuple[str, str]]
 """(noted or shows little, text)."""
 BATCH = 16
 """Slices of a volume in memory at a time."""
-FORMATS = (
-    ".png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .nrrd, .mha, .mhd, .dcm, or folders of DICOM "
-    "series"
-)
+LONGEST = 200
+"""Bytes of a name that leave room for what is added to it; file systems take 255."""
 WRITTEN = r"(_page\d+|_z\d+|_overlay)+$"
 """What is added to the name of an image for the files that belong to it."""
 
@@ -321,18 +318,14 @@ def predict_folder(
         name = str(Path(file).with_name(names[path]))
         results.make_folder((out / name).parent)
         try:
+            if len(names[path].encode()) > LONGEST:
+                raise UnreadableFile(f"{path.name}: the name is too long; shorten it")
             segment = write.volume if is_volume(path) else write.picture
             found, rows = segment(path, name)
             notes += [(file, *note) for note in found]
             areas += [{"file": file} | row for row in rows]
         except UnreadableFile as error:
             unreadable.append((file, str(error)))
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            unreadable.append(
-                (file, f"{path.name}: no room for the suffixes of its mask; shorten the name")
-            )
         progress(done, len(paths))
     columns = ["file", "action", "reason"]
     said = [(n, "not read", why) for n, why in unreadable] + notes
@@ -345,7 +338,7 @@ def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
     """Pictures, volume files and DICOM series, and a case with a problem for what is not read."""
     if images.is_file():
         if suffix_of(images) not in IMAGE_SUFFIXES | VOLUME_SUFFIXES:
-            raise LesionKDError(f"{images} is no image of a format that is read: {FORMATS}")
+            raise LesionKDError(f"{images} is no image of a format that is read: {_formats()}")
         return [images], []
     if not images.is_dir():
         raise LesionKDError(f"{images} does not exist; give a folder of images, or one image")
@@ -357,8 +350,12 @@ def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
     others = unread(folders)
     if not paths:
         problems = "".join(f"\n{case.problem}" for case in others[:5])
-        raise LesionKDError(f"{images} has no images ({FORMATS}){problems}")
+        raise LesionKDError(f"{images} has no images ({_formats()}){problems}")
     return paths, others
+
+
+def _formats() -> str:
+    return ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES)) + ", or folders of DICOM series"
 
 
 def _below(folder: Path, path: Path) -> str:

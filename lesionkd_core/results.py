@@ -75,10 +75,7 @@ def runs_root() -> Path:
     if named := os.environ.get("LESIONKD_RUNS"):
         return Path(named).expanduser().resolve()
     if not (CHECKOUT / "pyproject.toml").is_file():
-        raise LesionKDError(
-            "lesionkd_core is installed without its checkout, so there is no default folder for\n"
-            "results: set LESIONKD_RUNS to a folder."
-        )
+        raise LesionKDError("no checkout, so no default folder: set LESIONKD_RUNS to a folder")
     return CHECKOUT / "runs"
 
 

@@ -43,10 +43,7 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size < processes:
-        raise LesionKDError(
-            f"batch_size = {cfg.batch_size} cannot be divided among {processes} processes; "
-            f"use at least {processes}"
-        )
+        raise LesionKDError(f"batch_size = {cfg.batch_size} is too small for {processes} processes")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

@@ -269,7 +269,7 @@ def test_the_report_says_what_was_not_read_and_what_shows_little(tmp_path, image
     missing = report[report["action"] == "not read"]
     assert set(missing["file"]) == {"phone.heic", "broken.png", long.name}
     assert missing["reason"].tolist() == unreadable
-    assert "shorten the name" in missing.set_index("file").loc[long.name, "reason"]
+    assert "too long; shorten it" in missing.set_index("file").loc[long.name, "reason"]
     kinds = report.set_index("file")["action"]
     assert kinds["black.png"] == kinds["tiny.bmp"] == "shows little"
     notes = report[report["action"] != "not read"].groupby("file")["reason"].agg(" ".join)
