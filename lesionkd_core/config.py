@@ -444,10 +444,7 @@ class PrepareConfig(StageConfig):
         if self.folds and (self.split != "groups" or self.split_file):
             raise ValueError("folds split by group: split must be 'groups' and split_file empty")
         if self.normals == "test" and (self.folds or self.split_file):
-            what = "folds" if self.folds else "split_file"
-            raise ValueError(
-                f"normals = 'test': {what} already decides who is tested; keep or drop them"
-            )
+            raise ValueError("normals = 'test': folds or split_file already decide who is tested")
         return self
 
 
@@ -500,10 +497,8 @@ class TeacherConfig(PrepareConfig):
         takes_file = self.teacher == "resnet34_unet" or self.teacher.startswith("timm:")
         without = self.teacher == "efficientnet_lite2_unet" and self.encoder_weights == "random"
         if self.encoder_weights and not takes_file and not without:
-            raise ValueError(
-                "encoder_weights need teacher = 'resnet34_unet' or 'timm:NAME'; got "
-                f"{self.teacher!r}"
-            )
+            takers = "teacher = 'resnet34_unet' or 'timm:NAME'"
+            raise ValueError(f"encoder_weights need {takers}; got {self.teacher!r}")
         if self.encoder_weights and self.teacher_checkpoint:
             raise ValueError("encoder_weights and teacher_checkpoint: give one of the two")
         return self
@@ -515,10 +510,7 @@ class TeacherConfig(PrepareConfig):
                 "split = 'test' leaves no training cases; name the data set in test_dataset instead"
             )
         if self.dataset in self.test_dataset:
-            raise ValueError(
-                f"test_dataset names {self.dataset!r}, the training data; "
-                "its own test cases are scored anyway"
-            )
+            raise ValueError(f"test_dataset names {self.dataset!r}, the training data")
         names = [name_of_dataset(name) for name in (self.dataset, *self.test_dataset)]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)

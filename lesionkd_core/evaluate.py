@@ -37,7 +37,7 @@ def mask_dice(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 3:
-        raise LesionKDError(f"masks of {first.shape} and {second.shape}; expected (N, H, W) twice")
+        raise LesionKDError(f"masks of shapes {first.shape} and {second.shape}; expected (N, H, W)")
     both = np.count_nonzero(first & second, (1, 2))
     sizes = np.count_nonzero(first, (1, 2)) + np.count_nonzero(second, (1, 2))
     return np.where(sizes > 0, 2 * both / np.maximum(sizes, 1), 1.0)

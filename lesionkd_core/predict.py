@@ -53,10 +53,8 @@ AREAS = [
     "file", "slice", "lesion_px", "lesion_fraction", "lesion_mm2", "components",
     "centre_probability",
 ]  # fmt: skip
-Area = dict[str, object]
-"""A row of `areas.csv`."""
-Notes = list[tuple[str, str]]
-"""(noted or shows little, text)."""
+NOT_READ = "not read"
+"""Action of a row of `report.csv`; the others are noted and shows little."""
 BATCH = 16
 """Slices of a volume in memory at a time."""
 LONGEST = 200
@@ -307,31 +305,27 @@ def predict_folder(
         raise LesionKDError(f"threshold = {threshold}: expected a probability from 0 to 1")
     paths, others = _to_segment(images, out)
     above = images if images.is_dir() and paths != [images] else images.parent
-    unreadable = [(_below(above, case.image), case.problem) for case in others]
     results.make_folder(out)
     write = _Writer(student, out, threshold, overlays, pixel_mm)
-    notes: list[tuple[str, str, str]] = []
-    areas: list[Area] = []
+    for case in others:
+        write.note(_below(above, case.image), NOT_READ, case.problem)
     names = _names(paths)
     for done, path in enumerate(paths, start=1):
         file = _below(above, path)
         name = str(Path(file).with_name(names[path]))
         results.make_folder((out / name).parent)
+        segment = write.volume if is_volume(path) else write.picture
         try:
             if len(names[path].encode()) > LONGEST:
                 raise UnreadableFile(f"{path.name}: the name is too long; shorten it")
-            segment = write.volume if is_volume(path) else write.picture
-            found, rows = segment(path, name)
-            notes += [(file, *note) for note in found]
-            areas += [{"file": file} | row for row in rows]
+            segment(path, file, name)
         except UnreadableFile as error:
-            unreadable.append((file, str(error)))
+            write.note(file, NOT_READ, str(error))
         progress(done, len(paths))
-    columns = ["file", "action", "reason"]
-    said = [(n, "not read", why) for n, why in unreadable] + notes
-    results.write_table(out / "report.csv", pd.DataFrame(said, columns=columns))
-    results.write_table(out / "areas.csv", pd.DataFrame(areas, columns=AREAS))
-    return [problem for _, problem in unreadable]
+    report = pd.DataFrame(write.notes, columns=["file", "action", "reason"])
+    results.write_table(out / "report.csv", report)
+    results.write_table(out / "areas.csv", pd.DataFrame(write.areas, columns=AREAS))
+    return [reason for _, action, reason in write.notes if action == NOT_READ]
 
 
 def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
@@ -386,59 +380,64 @@ def _names(paths: list[Path]) -> dict[Path, str]:
     return names
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Writer:
-    """Segments one file at a time; both methods return notes and rows of `areas.csv`."""
+    """Segments one file at a time and collects the rows of `report.csv` and `areas.csv`."""
 
     student: TrainedNetwork
     out: Path
     threshold: float | None
     overlays: bool
     pixel_mm: float | None
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    areas: list[dict[str, object]] = field(default_factory=list)
 
-    def picture(self, path: Path, name: str) -> tuple[Notes, list[Area]]:
+    def note(self, file: str, action: str, reason: str) -> None:
+        """Add a row to the report."""
+        self.notes.append((file, action, reason))
+
+    def picture(self, path: Path, file: str, name: str) -> None:
         """Write a mask for each page."""
-        notes: Notes = []
-        rows = []
         pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
+        area = self.pixel_mm and self.pixel_mm**2
         for page in range(pages):
-            number = page if pages > 1 else None
+            number, stem, place = None, name, ""
+            if pages > 1:
+                number, stem, place = page, f"{name}_page{page:03d}", f"page {page}: "
             image, read, _ = noted_image(path, number, window_of(self.student.cfg))
             _check_size(path, *image.shape[:2])
-            said = [("noted", note) for note in read]
-            little = unseen(image, prepare_image(image, self.student.cfg))
-            said += [("shows little", note) for note in little]
-            notes += [(a, f"page {page}: {note}" if pages > 1 else note) for a, note in said]
+            for note in read:
+                self.note(file, "noted", place + note)
+            for note in unseen(image, prepare_image(image, self.student.cfg)):
+                self.note(file, "shows little", place + note)
             [probability] = predict(self.student, [image])
             lesion, written = self._decided(probability)
-            stem = name if pages == 1 else f"{name}_page{page:03d}"
-            area = self.pixel_mm and self.pixel_mm**2
-            rows.append({"slice": number} | _area(probability, lesion, area))
+            self.areas.append({"file": file, "slice": number} | _area(probability, lesion, area))
             _save(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
             if self.overlays:
                 _save(self.out / f"{stem}_overlay.png", overlay(image, lesion))
-        return notes, rows
 
-    def volume(self, path: Path, name: str) -> tuple[Notes, list[Area]]:
+    def volume(self, path: Path, file: str, name: str) -> None:
         """Write a mask volume."""
         reader = volume_reader()
         volume = reader.read_volume(path)
         _check_size(path, *volume.space.shape[1:])
+        for note in volume.notes:
+            self.note(file, "noted", note)
         slices = volume.images(window_of(self.student.cfg))
         mask = np.empty(volume.space.shape, np.float32 if self.threshold is None else bool)
         z, most, fullest, drawn = 0, -1, 0, np.empty(0)
-        rows, pixel_mm2 = [], math.prod(volume.space.spacing[1:])
+        area = math.prod(volume.space.spacing[1:])
         while batch := list(islice(slices, BATCH)):
             for image, probability in zip(batch, predict(self.student, batch)):
                 lesion, mask[z] = self._decided(probability)
-                rows.append({"slice": z} | _area(probability, lesion, pixel_mm2))
+                self.areas.append({"file": file, "slice": z} | _area(probability, lesion, area))
                 if self.overlays and lesion.sum() > most:
                     most, fullest, drawn = lesion.sum(), z, overlay(image, lesion)
                 z += 1
         reader.write_mask(self.out / f"{name}.nii.gz", mask, path)
         if self.overlays:
             _save(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
-        return [("noted", note) for note in volume.notes], rows
 
     def _decided(self, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The lesion (bool), and what is written: it, or without a threshold the probability."""
@@ -446,12 +445,14 @@ class _Writer:
         return lesion, probability if self.threshold is None else lesion
 
 
-def _area(probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None) -> Area:
+def _area(
+    probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None
+) -> dict[str, object]:
     """A row of `areas.csv`: (H, W) probability and bool."""
     from scipy import ndimage
 
     count = int(lesion.sum())
-    row: Area = {"lesion_px": count, "lesion_fraction": count / lesion.size}
+    row: dict[str, object] = {"lesion_px": count, "lesion_fraction": count / lesion.size}
     row["lesion_mm2"] = count * pixel_mm2 if pixel_mm2 else None
     row["components"] = ndimage.label(lesion, np.ones((3, 3)))[1]
     if count:

@@ -403,11 +403,11 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def read_array(path: Path, mmap: bool = True) -> np.ndarray:
-    """Read a .npy file, by default memory-mapped."""
+def read_array(path: Path) -> np.ndarray:
+    """Read a .npy file, memory-mapped."""
     import numpy as np
 
-    array: np.ndarray = np.load(checked(path), mmap_mode="r" if mmap else None, allow_pickle=False)
+    array: np.ndarray = np.load(checked(path), mmap_mode="r", allow_pickle=False)
     return array
 
 
@@ -509,17 +509,15 @@ def require_options(result: Result, cfg: StageConfig) -> None:
     made = result.config
     if made.get("digest") == Wanted(cfg, made.get("upstream", "")).digest:
         return
-    given = cfg.model_dump(mode="json", exclude=set(cfg.options(Role.RUN)))
-    apart = {n: (made[n], value) for n, value in given.items() if made.get(n, value) != value}
-    lines = [f"{name} = {ours!r}, not {theirs!r}" for name, (ours, theirs) in apart.items()]
-    if made.get("version") != cfg.version:
-        lines.append(f"version {made.get('version')} of this suite's results, not {cfg.version}")
-    if not lines:
-        files = [f"{n} = {given[n]!r}" for n in sorted(cfg.options(Role.FILE)) if given[n]]
-        lines = [f"another content of {', '.join(files) or 'its files'}"]
+    given = {"version": cfg.version}
+    given |= cfg.model_dump(mode="json", exclude=set(cfg.options(Role.RUN)))
+    apart = []
+    for name, value in given.items():
+        if made.get(name, value) != value:
+            apart.append(f"{name} = {made[name]!r}, not {value!r}")
     raise OtherOptions(
-        f"{short(result.path)} was made with {'; '.join(lines)} as the configuration says. Give "
-        "the configuration of this result, or make the result with this configuration."
+        f"{short(result.path)} was made with {'; '.join(apart) or 'another content of its files'} "
+        "as the configuration says. Give its configuration, or make it with this one."
     )
 
 
@@ -612,15 +610,11 @@ def report(path: Path) -> str:
     if version != current:
         lines.append(f"of version {version} of results, not {current}: only its name finds it")
     for split, scores in summary_of(path).items():
-        if split not in ("val", "test") or not scores:
-            continue
-        shown = [
-            f"{n} {with_interval(scores[n])}"
-            for n in ("dice", "hd95")
-            if scores.get(n, {}).get("mean") is not None
-        ]
-        missed = f"{scores['missed']} of {scores['lesions']} lesions missed"
-        lines.append(f"{split}, {scores['cases']} cases: {', '.join(shown)}; {missed}")
+        if split in ("val", "test") and scores:
+            dice, distance = with_interval(scores["dice"]), with_interval(scores["hd95"])
+            missed = f"{scores['missed']} of {scores['lesions']} lesions missed"
+            cases = f"{split}, {scores['cases']} cases"
+            lines.append(f"{cases}: dice {dice}, hd95 {distance}; {missed}")
     files = [checked(f) for f in path.iterdir() if f.is_file() and f.name not in CHANGING]
     return "\n".join([*lines, f"{len(files)} files, {in_words(size_of(path))}, all intact"])
 
