@@ -483,7 +483,7 @@ class TeacherConfig(PrepareConfig):
     seg_loss: Literal["bce_dice", "bce"] = "bce_dice"
     """L_seg of teacher and student: 0.5 BCE + 0.5 soft Dice, or BCE (patent)"""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """arithmetic, in Lightning Fabric's names; bf16-mixed is slow on a CPU without bfloat16"""
+    """arithmetic, in Lightning Fabric's names"""
     encoder_weights: Annotated[str, Role.TEACHER, Role.FILE] = ""
     """file of weights of the teacher's encoder (torchvision's resnet34, or timm's), or random;
     empty: its ImageNet weights if it has any"""

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from . import results
 from .config import DistillConfig, LesionKDError, TeacherConfig
@@ -46,7 +46,7 @@ C = TypeVar("C", bound=TeacherConfig)
 Picture = np.ndarray | Image.Image | Path | str
 """(H, W, 3) uint8 in RGB, a PIL image or the path of a picture."""
 
-KINDS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
+TRAINED: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
 STUDENTS = results.CHECKOUT / "data" / "students"
 """Trained students that come with the repository."""
 AREAS = [
@@ -106,9 +106,9 @@ def read_config(path: Path) -> TeacherConfig:
     """The configuration of a training run."""
     content = results.read_json(path / "config.json")
     stage = content.get("stage", "")
-    if stage not in KINDS:
-        raise LesionKDError(f"{path} is a run of stage {stage!r}; expected {' or '.join(KINDS)}")
-    return config_of(KINDS[stage], content)
+    if stage not in TRAINED:
+        raise LesionKDError(f"{path} is a run of stage {stage!r}; expected {' or '.join(TRAINED)}")
+    return config_of(TRAINED[stage], content)
 
 
 def config_of(kind: type[C], content: Content) -> C:
@@ -146,14 +146,21 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
         raise results.UnfinishedRun(
             f"{path} is not finished (it has no DONE); run its notebook again to resume it."
         )
-    network = build(cfg)
+    summary, digest = results.summary_of(path), Result(path).digest
     try:
-        network.load_state_dict(results.read_checkpoint(path / "checkpoint_best")["network"])
+        weights = results.read_checkpoint(path / "checkpoint_best")["network"]
+        return _trained(cfg, weights, path, summary, digest)
     except (RuntimeError, KeyError, TypeError):
         raise LesionKDError(
             f"{path / 'checkpoint_best'} has the weights of another network than config.json says"
         ) from None
-    summary, digest = results.summary_of(path), Result(path).digest
+
+
+def _trained(
+    cfg: TeacherConfig, weights: dict[str, Tensor], path: Path, summary: Content, digest: str
+) -> TrainedNetwork:
+    network = build(cfg)
+    network.load_state_dict(weights)
     return TrainedNetwork(network.eval().requires_grad_(False), cfg, path, summary, digest)
 
 
@@ -202,15 +209,12 @@ def _read_student(file: Path) -> TrainedNetwork:
             content = json.loads(opened.metadata()["lesionkd"])
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         cfg = config_of(DistillConfig, content["config"])
-        network = build(cfg)
-        network.load_state_dict(weights)
+        return _trained(cfg, weights, file, content["summary"], content["digest"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise LesionKDError(
             f"{file} is not a student that `save_student` wrote, or it is damaged: {reason}"
         ) from None
-    network = network.eval().requires_grad_(False)
-    return TrainedNetwork(network, cfg, file, content["summary"], content["digest"])
 
 
 @torch.inference_mode()
