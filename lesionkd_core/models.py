@@ -512,6 +512,20 @@ NETWORKS: dict[str, Callable[..., Network]] = {
 """Networks that the options `teacher` and `student` name."""
 
 
+def register(name: str) -> Callable[[Callable[..., Network]], Callable[..., Network]]:
+    """Decorator that makes a network available to the options `teacher` and `student`.
+
+    The decorated class or function takes keyword arguments (a student also `width`) and returns a
+    `Network`.
+    """
+
+    def add(build: Callable[..., Network]) -> Callable[..., Network]:
+        NETWORKS[name] = build
+        return build
+
+    return add
+
+
 def build_network(name: str, **options: Any) -> Network:
     """A new network by its registered name, by 'package.module:function', or by 'timm:NAME'."""
     module, colon, function = name.partition(":")

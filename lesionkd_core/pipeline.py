@@ -46,6 +46,7 @@ from .losses import (
     resolve,
     unused_options,
 )
+from .losses.edge_reasoning import live_in
 from .models import (
     EncoderUNet,
     Network,
@@ -281,10 +282,10 @@ def _fit_graph(
             row = {"epoch": epoch + 1, "loss_edge_bce": loss_edge, "constant_bce": constant}
             history.append(row)
             progress.step(f"edge BCE {loss_edge:.3f}, of a constant {constant:.3f}")
-    std, nodes = _spread(data, teacher, graph.eval(), name, cfg.edge_width)
+    std, live = _spread(data, teacher, graph.eval(), name, cfg.edge_width)
     results.write_checkpoint(path / "checkpoint_best", {"graph": graph.state_dict(), "std": std})
     results.write_table(path / "history.csv", pd.DataFrame(history))
-    results.write_json(path / "summary.json", history[-1] | nodes)
+    results.write_json(path / "summary.json", history[-1] | {"live_nodes": live})
 
 
 def _entropy(fraction: float) -> float:
@@ -306,19 +307,16 @@ def training_maps(data: Prepared, teacher: Network) -> Iterator[tuple[dict[str, 
 @torch.no_grad()
 def _spread(
     data: Prepared, teacher: Network, graph: EdgeGraph, name: str, width: int
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, float]:
     """Standard deviation (s,) of the teacher's H over live nodes, and live nodes of an image."""
     reasoned, counts = [], []
     for maps, masks in training_maps(data, teacher):
         edge = graph.edge_at(edge_label_batch(masks, width), stride_of(name))
-        live = graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
+        live = live_in(graph, edge)
         reasoned.append(graph(maps[name].float(), edge).transpose(1, 2)[live].cpu())
         counts.append(live.sum(1).cpu())
     of_image = torch.cat(counts).float()
-    with_edge = of_image[of_image > 0]
-    single = float((with_edge == 1).float().mean())
-    nodes = {"live_nodes": float(with_edge.mean()), "single_node_fraction": single}
-    return torch.cat(reasoned).std(0, correction=0), nodes
+    return torch.cat(reasoned).std(0, correction=0), float(of_image[of_image > 0].mean())
 
 
 # Students -----------------------------------------------------------------------------------------

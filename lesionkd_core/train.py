@@ -6,10 +6,10 @@ import copy
 import logging
 import math
 import os
+import platform
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +64,20 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
         raise LesionKDError(
             f"device = {cfg.device!r} cannot be used here: {why}; use device = 'auto'"
         ) from error
+    if cfg.precision == "bf16-mixed" and fabric.device.type == "cpu" and not _multiplies_bfloat16():
+        raise LesionKDError(
+            "precision = 'bf16-mixed': this processor has no bfloat16 arithmetic (avx512_bf16 or "
+            "amx_bf16), so it would be several times slower than float32; use '32-true'"
+        )
     return fabric
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has bfloat16 instructions; True where nothing can be found out."""
+    if platform.system() != "Linux":
+        return True
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 class Lesson(NamedTuple):
@@ -294,24 +307,24 @@ def gradients(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, floa
     Returns
     -------
     dict
-        grad_TERM, its norm; cos_TERM, its cosine with the gradient of L_seg; cos_A_B, of two other
-        terms.
+        grad_TERM, its norm; cos_TERM, its cosine with the gradient of L_seg.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    found = {
-        name: torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        for name, loss in weighted.items()
-        if loss.requires_grad
-    }
-    found = {n: g for n, g in found.items() if any(part is not None for part in g)}
+    found = {}
+    for name, loss in weighted.items():
+        if loss.requires_grad:
+            parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            if any(part is not None for part in parts):
+                found[name] = parts
     shared = [i for i in range(len(parameters)) if all(g[i] is not None for g in found.values())]
     if not shared:
         return {f"grad_{name}": 0.0 for name in found}
     flat = {name: torch.cat([g[i].flatten() for i in shared]) for name, g in found.items()}
     measured = {f"grad_{name}": float(g.norm()) for name, g in flat.items()}
-    for a, b in combinations(sorted(flat, key=lambda name: name != "seg"), 2):
-        cosine = nn.functional.cosine_similarity(flat[a], flat[b], dim=0)
-        measured[f"cos_{b}" if a == "seg" else f"cos_{a}_{b}"] = float(cosine)
+    for name, g in flat.items():
+        if name != "seg" and "seg" in flat:
+            cosine = nn.functional.cosine_similarity(flat["seg"], g, dim=0)
+            measured[f"cos_{name}"] = float(cosine)
     return measured
 
 
@@ -374,16 +387,14 @@ def _in_words(learners: list[Learner]) -> str:
 
 
 def _stop(learners: list[Learner], epoch: int, step: int) -> None:
-    """Raise an error that names the term and the cases; nothing of this epoch is kept."""
+    """Write `diverged.json` and raise; nothing of this epoch is kept."""
     learner = next(one for one in learners if not one.latest["total"].isfinite())
-    bad = [
-        f"loss_{name} is {float(loss)}"
-        for name, loss in learner.latest.items()
-        if name != "total" and not loss.isfinite()
-    ]
+    losses = {name: str(float(loss)) for name, loss in learner.latest.items()}
     cases = learner.training.names(learner.training.drawn(epoch)[step].rows)
+    about = {"epoch": epoch + 1, "step": step + 1, "losses": losses, "cases": cases}
+    results.write_json(learner.path / "diverged.json", about)
+    bad = [f"loss_{n} is {value}" for n, value in losses.items() if value in ("nan", "inf", "-inf")]
     raise TrainingDiverged(
         f"step {step + 1} of epoch {epoch + 1} of {results.short(learner.path)}: "
-        f"{', '.join(bad) or 'the sum of the losses is not finite'}, with the cases "
-        f"{', '.join(cases)}. {ADVICE}"
+        f"{', '.join(bad)}; diverged.json there names the cases of the batch. {ADVICE}"
     )

@@ -25,6 +25,7 @@ from lesionkd_core.models import (
     freeze,
     match_levels,
     parameter_count,
+    register,
     stride_of,
 )
 from tests.conftest import ROOT
@@ -374,6 +375,16 @@ def test_a_published_tiny_network_has_its_size_and_meets_the_teachers_levels(
 
 
 # Your own networks --------------------------------------------------------------------------------
+
+
+def test_a_registered_network_is_built_by_its_name(monkeypatch):
+    monkeypatch.setattr(models, "NETWORKS", dict(models.NETWORKS))
+
+    @register("wide")
+    def wide(**options):
+        return UNet(**options | {"width": 2 * options["width"]})
+
+    assert parameter_count(build_network("wide", width=2)) == parameter_count(UNet(width=4))
 
 
 def test_a_network_is_built_from_a_module_beside_the_notebook(tmp_path):

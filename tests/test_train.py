@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from lesionkd_core import results
+from lesionkd_core import train as module
 from lesionkd_core.config import (
     AblationConfig,
     ConfigError,
@@ -46,6 +47,10 @@ from lesionkd_core.train import Learner, Lesson, TrainingDiverged, gradients, st
 from tests.conftest import copy_of
 from tests.tiny import CFG, OPTIONS, small_teacher
 
+has_bfloat16 = pytest.mark.skipif(
+    not module._multiplies_bfloat16(), reason="no bfloat16 arithmetic"
+)
+
 
 def weights(run) -> dict[str, torch.Tensor]:
     return results.read_checkpoint(run.path / "checkpoint_last")["objective"]
@@ -74,7 +79,7 @@ EVERY_TERM = ("", "feat, edge", *(name for name in TERMS if name != "seg"))
     ("precision", "losses"),
     [
         ("32-true", EVERY_TERM),
-        ("bf16-mixed", ("", "feat, edge", "dist")),
+        pytest.param("bf16-mixed", ("", "feat, edge", "dist"), marks=has_bfloat16),
     ],
 )
 def test_students_trained_together_equal_each_trained_alone_to_the_bit(
@@ -188,7 +193,6 @@ def test_the_fitted_graph_knows_the_spread_of_the_teachers_node_states(graph):
     fitted = graph.load()
     assert fitted.std.shape == (CFG.states,) and (fitted.std > 0).all()
     assert 1 <= graph.summary["live_nodes"] <= CFG.grid**2
-    assert 0 <= graph.summary["single_node_fraction"] <= 1
     assert not any(p.requires_grad for p in fitted.graph.parameters())
     saved = results.read_checkpoint(graph.path / "checkpoint_best")["graph"]
     assert not any("head" in name for name in saved)
@@ -207,8 +211,7 @@ def test_gradients_are_taken_where_all_terms_reach():
     hidden = shared(x)
     losses = {"seg": own(hidden).sum(), "a": hidden.sum(), "b": -2 * hidden.sum()}
     both = gradients(network, losses)
-    assert both["cos_a_b"] == pytest.approx(-1)
-    assert set(both) == {"grad_seg", "grad_a", "grad_b", "cos_a", "cos_b", "cos_a_b"}
+    assert set(both) == {"grad_seg", "grad_a", "grad_b", "cos_a", "cos_b"}
 
 
 def test_a_student_that_learned_nothing_is_reported(data, runs, messages):
@@ -265,13 +268,16 @@ def test_a_loss_that_diverges_stops_the_run_and_names_step_term_and_cases(
         return real(self, step) * (float(bad) if len(calls) == (1 + steps) + 1 + 3 else 1)
 
     monkeypatch.setattr(FeatureRefinement, "forward", third_step_of_the_second_epoch)
-    words = rf"step 3 of epoch 2 of runs/distill/\S+: loss_feat is {bad}, with the cases"
+    words = rf"step 3 of epoch 2 of runs/distill/\S+: .*loss_feat is {bad}; .*Reduce the"
     with pytest.raises(TrainingDiverged, match=words) as error:
         distill_arms(teacher, None, data, cfgs)
     path = runs / re.search(r"runs/(distill/\S+):", str(error.value))[1]
+    written = results.read_json(path / "diverged.json")
+    found = written["epoch"], written["step"], written["losses"]["feat"]
+    assert found == (2, 3, bad)
     rows = data.index("train")
     batch = rows[epoch_order(len(rows), CFG.batch_size, 9, 1)[2]]
-    assert f"with the cases {', '.join(data.cases['id'].iloc[batch])}. Reduce" in str(error.value)
+    assert written["cases"] == data.cases["id"].iloc[batch].tolist()
     assert len(results.read_checkpoint(path / "checkpoint_last")["history"]) == 1
     monkeypatch.setattr(FeatureRefinement, "forward", real)
     for run in distill_arms(teacher, None, data, cfgs):
@@ -453,6 +459,13 @@ def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss(runs, data):
 def test_an_absent_device_is_named():
     with pytest.raises(LesionKDError, match="device = 'cuda' cannot be used here"):
         start_fabric(CFG.with_values(device="cuda"))
+
+
+@pytest.mark.fault
+def test_bfloat16_is_refused_where_it_would_be_slow(monkeypatch):
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: False)
+    with pytest.raises(LesionKDError, match="this processor has no bfloat16 arithmetic"):
+        start_fabric(CFG.with_values(precision="bf16-mixed"))
 
 
 # Teachers -----------------------------------------------------------------------------------------
