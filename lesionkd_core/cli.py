@@ -29,6 +29,9 @@ from .config import (
 from .results import Result
 
 C = TypeVar("C", bound=StageConfig)
+Pairs = Sequence[tuple[str, str]]
+PATH, FILE = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
+POSITIVE = click.FloatRange(0, min_open=True)
 SCORES = ("test_dataset", "network", "arm", "dice", "missed")
 """Columns of a notebook's scores.csv that `run` prints, in upper or lower case."""
 
@@ -116,18 +119,10 @@ def parameters(command: Callable[..., None]) -> Callable[..., None]:
 
     @click.option("-y", "--parameters_yaml", "y", multiple=True, help="YAML text of parameters")
     @click.option("-f", "--parameters_file", "f", multiple=True, help="YAML file of parameters")
-    @click.option(
-        "-r", "--parameters_raw", "r", type=pair, multiple=True, help="a parameter that stays text"
-    )
+    @click.option("-r", "--parameters_raw", "r", type=pair, multiple=True, help="one as text")
     @click.option("-p", "--parameters", "p", type=pair, multiple=True, help="a parameter")
     @functools.wraps(command)
-    def wrapped(
-        p: Sequence[tuple[str, str]],
-        r: Sequence[tuple[str, str]],
-        f: Sequence[str],
-        y: Sequence[str],
-        **others: object,
-    ) -> None:
+    def wrapped(p: Pairs, r: Pairs, f: Sequence[str], y: Sequence[str], **others: object) -> None:
         command(given=Parameters(_from_yaml(f, y) | dict(p), dict(r)), **others)
 
     return wrapped
@@ -152,11 +147,7 @@ def _from_yaml(files: Sequence[str], texts: Sequence[str]) -> dict[str, object]:
 @main.command(add_help_option=False)
 @click.argument("notebook", required=False)
 @click.option("-h", "--help", "show_help", is_flag=True, help="this text, and the parameters")
-@click.option(
-    "--link",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="write the results' path to this file",
-)
+@click.option("--link", type=FILE, help="write the results' path to this file")
 @parameters
 def run(notebook: str | None, show_help: bool, link: Path | None, given: Parameters) -> None:
     """Execute NOTEBOOK, such as 04 or 04_distill, and keep it beside its results."""
@@ -273,7 +264,7 @@ def score(run: str, datasets: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("--scheduler", default="", metavar="ADDRESS", help="a running Dask scheduler")
 @click.option("--workers", default=0, help="runs at a time on this machine; 0: as many as fit")
 def sweep(file: Path, scheduler: str, workers: int) -> None:
@@ -294,21 +285,12 @@ def sweep(file: Path, scheduler: str, workers: int) -> None:
 
 @main.command()
 @click.argument("run")
-@click.argument("images", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="folder for the masks")
-@click.option(
-    "--threshold",
-    type=click.FloatRange(0, 1),
-    help="write masks of 0 and 255 (volumes: 0 and 1) instead of probabilities",
-)
+@click.argument("images", type=PATH)
+@click.option("--out", required=True, type=PATH, help="folder for the masks")
+@click.option("--threshold", type=click.FloatRange(0, 1), help="write masks, not probabilities")
 @click.option("--overlays", is_flag=True, help="also write images with the contour")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps")
-@click.option(
-    "--pixel-size",
-    type=click.FloatRange(0, min_open=True),
-    metavar="MM",
-    help="side of a pixel of the pictures in mm, for areas in mm2",
-)
+@click.option("--pixel-size", type=POSITIVE, metavar="MM", help="side of a pixel, for areas in mm2")
 def predict(
     run: str,
     images: Path,
@@ -352,7 +334,7 @@ def predict(
 @click.option("--yes", is_flag=True, help="accept the licence terms without being asked")
 @click.option("--mirror", default="", metavar="URL", help="address of a folder with the same files")
 @click.option("--archive", default="", help="archive on this machine, or a folder of them")
-@click.option("--to", type=click.Path(path_type=Path), help="folder of data sets")
+@click.option("--to", type=PATH, help="folder of data sets")
 def download(
     name: str | None, listed: bool, yes: bool, mirror: str, archive: str, to: Path | None
 ) -> None:

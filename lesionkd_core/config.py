@@ -113,9 +113,7 @@ def content_of(file: str) -> str:
     try:
         return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {file!r}: {error.strerror}; give the path of an existing file"
-        ) from None
+        raise ConfigError(f"cannot read {file!r}: {error.strerror}") from None
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -159,9 +157,7 @@ def _distinct(values: tuple[object, ...]) -> tuple[object, ...]:
 def _window(value: str) -> str:
     match = re.fullmatch(r"\s*-?\d+(\.\d+)?\s*,\s*(\d+(\.\d+)?)\s*", value)
     if value and (not match or float(match[2]) == 0):
-        raise ValueError(
-            "must be 'centre, width' of a width above 0, such as '-600, 1500' for lung"
-        )
+        raise ValueError("must be 'centre, width' of a width above 0, such as '-600, 1500'")
     return value
 
 
@@ -216,20 +212,15 @@ def _edge_level(value: object) -> object:
 _MAP = r"(en|de)coder\.stride(1|2|4|8|16|32)"
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 """papermill takes the name of a folder, such as 2024, for a number."""
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_distinct)]
+DISTINCT = AfterValidator(_distinct)
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed), DISTINCT]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Seeds = Annotated[
-    tuple[Seed, ...], BeforeValidator(_seeds), AfterValidator(_distinct), Field(min_length=1)
-]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), DISTINCT, Field(min_length=1)]
 Size = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
-Sizes = Annotated[
-    tuple[Size, ...], BeforeValidator(_numbers), AfterValidator(_distinct), Field(min_length=1)
-]
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(_numbers), DISTINCT, Field(min_length=1)]
 Values = Annotated[str, BeforeValidator(_given_values), AfterValidator(_values)]
 Level = Annotated[str, Field(pattern=rf"^{_MAP}(:{_MAP})?$")]
-Levels = Annotated[
-    tuple[Level, ...], BeforeValidator(_levels), AfterValidator(_distinct), Field(min_length=1)
-]
+Levels = Annotated[tuple[Level, ...], BeforeValidator(_levels), DISTINCT, Field(min_length=1)]
 EdgeLevel = Annotated[Level, BeforeValidator(_edge_level)]
 Window = Annotated[str, AfterValidator(_window)]
 Rule = Annotated[str, AfterValidator(_rule)]
@@ -311,11 +302,8 @@ class StageConfig(BaseModel):
         """A table of all options: name, default (with the default profile) and help."""
         import pandas as pd
 
-        usual = cls()
-        rows = [
-            (name, getattr(usual, name), field.description)
-            for name, field in cls.model_fields.items()
-        ]
+        usual, fields = cls(), cls.model_fields.items()
+        rows = [(name, getattr(usual, name), field.description) for name, field in fields]
         return pd.DataFrame(rows, columns=["parameter", "default", "help"])
 
     @classmethod
@@ -506,9 +494,7 @@ class TeacherConfig(PrepareConfig):
     @model_validator(mode="after")
     def _tested_elsewhere(self) -> Self:
         if self.split == "test" and not self.split_file:
-            raise ValueError(
-                "split = 'test' leaves no training cases; name the data set in test_dataset instead"
-            )
+            raise ValueError("split = 'test' leaves no training cases; use test_dataset instead")
         if self.dataset in self.test_dataset:
             raise ValueError(f"test_dataset names {self.dataset!r}, the training data")
         names = [name_of_dataset(name) for name in (self.dataset, *self.test_dataset)]

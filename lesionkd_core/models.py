@@ -146,9 +146,8 @@ class EncoderUNet(Network):
         self.encoder = encoder
         skips = [encoder.channels.get(stride, 0) for stride in self.UP]
         below, outputs = (encoder.channels[32], 256, 128, 64), (256, 128, 64, 32)
-        self.decoder = nn.ModuleList(
-            _block(b + s, o, bias=False) for b, s, o in zip(below, skips, outputs)
-        )
+        blocks = zip(below, skips, outputs)
+        self.decoder = nn.ModuleList(_block(b + s, o, bias=False) for b, s, o in blocks)
         self.head = nn.Conv2d(32, out_channels, 1)
 
     def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
@@ -598,14 +597,12 @@ def match_levels(
             channels = network.feature_channels()
             if name not in channels:
                 hint = nearest(name, channels)
-                raise LesionKDError(
-                    f"feature level {level!r}: the {who} has no map {name!r}; {hint}"
-                )
+                raise LesionKDError(f"level {level!r}: the {who} has no map {name!r}; {hint}")
             stride = stride_of(name)
             shapes.append(f"({channels[name]}, H/{stride}, W/{stride})")
         if stride_of(ours) != stride_of(theirs):
             raise LesionKDError(
-                f"feature level {level!r}: the student's map is {shapes[0]}, the teacher's "
+                f"level {level!r}: the student's map is {shapes[0]}, the teacher's "
                 f"{shapes[1]}; choose maps of equal stride"
             )
         pairs.append((ours, theirs))

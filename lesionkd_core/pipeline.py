@@ -47,15 +47,7 @@ from .losses import (
     unused_options,
 )
 from .losses.edge_reasoning import live_in
-from .models import (
-    EncoderUNet,
-    Network,
-    build_network,
-    channels_of,
-    freeze,
-    match_levels,
-    stride_of,
-)
+from .models import EncoderUNet, Network, build_network, freeze, match_levels, stride_of
 from .predict import build, config_of, load_network
 from .results import C, OtherOptions, Progress, R, Result, Wanted, log, require_options, short
 from .train import Learner, start_fabric, train
@@ -253,7 +245,7 @@ def _fit_graph(
     teacher = freeze(network.to(device), cfg.teacher_bn == "batch")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.teacher_seed)
-        graph = EdgeGraph.build(channels_of(teacher, name), cfg)
+        graph = EdgeGraph.build(teacher.feature_channels()[name], cfg)
         fitted = nn.ModuleDict({"graph": graph, "head": EdgeHead(cfg.states)}).to(device)
     optimizer = torch.optim.Adam(fitted.parameters(), GRAPH_LR)
     training, history = TrainingSet.of(data, cfg), []
@@ -274,9 +266,7 @@ def _fit_graph(
                 losses.append(loss.detach())
                 rarity.append(edge[edge.flatten(1).amax(1) > 0].mean())
             if not losses:
-                raise LesionKDError(
-                    "no training image has a lesion, so no graph can be fitted; use losses = 'feat'"
-                )
+                raise LesionKDError("no training image has a lesion; use losses = 'feat'")
             constant = _entropy(float(torch.stack(rarity).mean()))
             loss_edge = float(torch.stack(losses).mean())
             row = {"epoch": epoch + 1, "loss_edge_bce": loss_edge, "constant_bce": constant}
@@ -494,9 +484,8 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
         raise ConfigError(f"arms names {arm!r}; after * give how many times longer, as in alone*2")
     own = {field: getattr(cfg, field) for field in DistillConfig.model_fields}
     own["epochs"] = cfg.epochs * (int(factor) if times else 1)
-    arm_cfg = DistillConfig(
-        **own | {"seed": seed, "losses": ARMS.get(name, name.replace("+", ","))}
-    )
+    losses = ARMS.get(name, name.replace("+", ","))
+    arm_cfg = DistillConfig(**own | {"seed": seed, "losses": losses})
     for term in arm_cfg.losses:
         if term not in TERMS or term == "seg":
             known = [*ARMS, *TERMS.keys() - {"seg"}]

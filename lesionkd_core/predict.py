@@ -143,9 +143,7 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
     path = results.locate(run)
     cfg = read_config(path)
     if not results.is_done(path):
-        raise results.UnfinishedRun(
-            f"{path} is not finished (it has no DONE); run its notebook again to resume it."
-        )
+        raise results.UnfinishedRun(f"{path} is not finished (no DONE); run it again to resume.")
     summary, digest = results.summary_of(path), Result(path).digest
     try:
         weights = results.read_checkpoint(path / "checkpoint_best")["network"]
@@ -341,9 +339,7 @@ def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
     if not images.is_dir():
         raise LesionKDError(f"{images} does not exist; give a folder of images, or one image")
     if beside := images_beside_masks(images):
-        raise LesionKDError(
-            f"{images} holds images and their masks in folders of their own; give {beside}"
-        )
+        raise LesionKDError(f"{images} has images and masks in folders of their own; give {beside}")
     paths, folders = sources_below(images, leave_out=out.resolve())
     others = unread(folders)
     if not paths:

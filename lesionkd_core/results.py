@@ -367,9 +367,7 @@ def read_json(path: Path) -> Content:
             f"Finished runs are in {runs_root()}/<stage>/."
         ) from None
     except ValueError:
-        raise UnfinishedRun(
-            f"{path} is damaged: remove the folder {path.parent} and run again."
-        ) from None
+        raise UnfinishedRun(f"{path} is damaged: remove its folder and run again.") from None
     return content
 
 
@@ -439,9 +437,7 @@ def read_checkpoint(path: Path) -> Content:
     import torch
 
     if not checked(path).exists():
-        raise UnfinishedRun(
-            f"{path.parent} has no {path.name}: no epoch is finished, or it is not a training run."
-        )
+        raise UnfinishedRun(f"{path.parent} has no {path.name}: no epoch is finished.")
     try:
         if not is_intact(path):
             raise ValueError("its bytes are damaged")

@@ -61,9 +61,7 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
         fabric.launch()
     except Exception as error:  # Lightning raises many kinds for a missing device
         why = str(error).partition("\n")[0] or type(error).__name__
-        raise LesionKDError(
-            f"device = {cfg.device!r} cannot be used here: {why}; use device = 'auto'"
-        ) from error
+        raise LesionKDError(f"device = {cfg.device!r} cannot be used here: {why}") from error
     if cfg.precision == "bf16-mixed" and fabric.device.type == "cpu" and not _multiplies_bfloat16():
         raise LesionKDError(
             "precision = 'bf16-mixed': this processor has no bfloat16 arithmetic (avx512_bf16 or "
@@ -341,9 +339,8 @@ def train(fabric: Fabric, learners: list[Learner], teacher: Network | None, name
             started, steps = time.perf_counter(), 0
             for learner in learners:
                 learner.objective.train()
-            batches = first.training.epoch(
-                epoch, fabric.device, fabric.global_rank, fabric.world_size
-            )
+            rank, ranks = fabric.global_rank, fabric.world_size
+            batches = first.training.epoch(epoch, fabric.device, rank, ranks)
             for batch in batches:
                 lesson = _lesson(fabric, batch, learners, teacher)
                 for learner in learners:

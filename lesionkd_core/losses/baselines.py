@@ -221,7 +221,11 @@ def _gradient(x: Tensor) -> Tensor:
     return (both.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
 
-@register("kd", label="logit KD", weight=3.0, sweep=(0.3, 1.0, 3.0, 10.0))
+AROUND_ONE = (0.3, 1.0, 3.0, 10.0)
+"""Weights that notebook 05 tries."""
+
+
+@register("kd", label="logit KD", weight=3.0, sweep=AROUND_ONE)
 class LogitDistillation(LossTerm):
     """`kd_loss`."""
 
@@ -229,13 +233,7 @@ class LogitDistillation(LossTerm):
         return kd_loss(step.logits, step.teacher_logits)
 
 
-@register(
-    "boundary_kd",
-    label="boundary KD",
-    weight=3.0,
-    sweep=(0.3, 1.0, 3.0, 10.0),
-    options=("edge_width",),
-)
+@register("boundary_kd", label="boundary KD", weight=3.0, sweep=AROUND_ONE, options=("edge_width",))
 class BoundaryDistillation(LossTerm):
     """`boundary_kd_loss`."""
 
@@ -251,7 +249,7 @@ class ChannelwiseDistillation(LossTerm):
         return cwd_loss(step.logits, step.teacher_logits)
 
 
-@register("dist", label="DIST", weight=1.0, sweep=(0.3, 1.0, 3.0, 10.0))
+@register("dist", label="DIST", weight=1.0, sweep=AROUND_ONE)
 class RelationDistillation(LossTerm):
     """`dist_loss`."""
 
@@ -277,7 +275,7 @@ class SobelOfMask(LossTerm):
         return sobel_mask_loss(step.logits[: len(step.masks)], step.masks)
 
 
-@register("pseudo", label="pseudo-labels", weight=1.0, sweep=(0.3, 1.0, 3.0, 10.0))
+@register("pseudo", label="pseudo-labels", weight=1.0, sweep=AROUND_ONE)
 class PseudoLabels(LossTerm):
     """L_seg with the teacher's hard masks (probability above 0.5), on the images without masks.
 
@@ -304,11 +302,7 @@ class PseudoLabels(LossTerm):
 
 
 @register(
-    "fitnets",
-    label="FitNets",
-    weight=0.1,
-    sweep=(0.03, 0.1, 0.3, 1.0),
-    options=("connector_lr",),
+    "fitnets", label="FitNets", weight=0.1, sweep=(0.03, 0.1, 0.3, 1.0), options=("connector_lr",)
 )
 class Hint(LossTerm):
     """`hint_loss` at stride 16, where the student's encoder ends.
