@@ -30,32 +30,6 @@ from .terms import (
 
 from . import baselines  # isort: skip  # registers its terms after the method's own
 
-__all__ = [
-    "TERMS",
-    "EdgeGraph",
-    "EdgeHead",
-    "EdgeReasoning",
-    "FeatureRefinement",
-    "FittedGraph",
-    "LossTerm",
-    "Measured",
-    "Setup",
-    "Step",
-    "Term",
-    "baselines",
-    "bce",
-    "bce_dice",
-    "build_terms",
-    "empirical_margins",
-    "margin_relu",
-    "needs_graph",
-    "needs_teacher",
-    "partial_l2",
-    "register",
-    "resolve",
-    "unused_options",
-]
-
 
 def build_terms(
     cfg: TeacherConfig,
