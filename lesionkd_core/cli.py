@@ -222,13 +222,11 @@ def distill(given: Parameters) -> None:
 
 
 def _student(cfg: DistillConfig) -> Result:
-    data, teacher, graph = lkd.prepare(cfg), None, None
-    if lkd.losses.needs_teacher(cfg.losses):
-        teacher = lkd.train_teacher(data, cfg)
-    if lkd.losses.needs_graph(cfg.losses):
-        graph = lkd.fit_edge_graph(teacher, data, cfg)
-    student: Result = lkd.distill(teacher, graph, data, cfg)
-    return student
+    from .pipeline import distill, teach
+
+    data = lkd.prepare(cfg)
+    teacher, graph = teach(data, cfg, cfg.losses)
+    return distill(teacher, graph, data, cfg)
 
 
 @main.command()

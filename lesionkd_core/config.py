@@ -161,12 +161,6 @@ def _window(value: str) -> str:
     return value
 
 
-def _given_values(value: object) -> object:
-    """1 or [1, 3] -> '1' or '1, 3'."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return ", ".join(str(one) for one in values)
-
-
 def _values(value: str) -> str:
     value = re.sub(r"\s*,\s*", ", ", " ".join(value.lower().split()))
     number = r"-?\d+(?:\.\d+)?"
@@ -211,14 +205,14 @@ def _edge_level(value: object) -> object:
 
 _MAP = r"(en|de)coder\.stride(1|2|4|8|16|32)"
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
-"""papermill takes the name of a folder, such as 2024, for a number."""
+"""papermill takes a text such as 2024, perhaps the name of a folder, for a number."""
+Values = Annotated[Text, AfterValidator(_values)]
 DISTINCT = AfterValidator(_distinct)
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), DISTINCT]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), DISTINCT, Field(min_length=1)]
 Size = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(_numbers), DISTINCT, Field(min_length=1)]
-Values = Annotated[str, BeforeValidator(_given_values), AfterValidator(_values)]
 Level = Annotated[str, Field(pattern=rf"^{_MAP}(:{_MAP})?$")]
 Levels = Annotated[tuple[Level, ...], BeforeValidator(_levels), DISTINCT, Field(min_length=1)]
 EdgeLevel = Annotated[Level, BeforeValidator(_edge_level)]

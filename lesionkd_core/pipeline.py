@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -309,6 +309,15 @@ def _spread(
     return torch.cat(reasoned).std(0, correction=0), float(of_image[of_image > 0].mean())
 
 
+def teach(
+    data: Prepared, cfg: GraphConfig, terms: Collection[str]
+) -> tuple[Run | None, Graph | None]:
+    """The teacher and the graph that students with these loss terms need; None for neither."""
+    teacher = train_teacher(data, cfg) if needs_teacher(terms) else None
+    graph = fit_edge_graph(teacher, data, cfg) if teacher and needs_graph(terms) else None
+    return teacher, graph
+
+
 # Students -----------------------------------------------------------------------------------------
 
 
@@ -517,11 +526,7 @@ def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
     are. The teacher's own scores are included as arm `teacher`.
     """
     wanted = {(arm, seed): arm_config(cfg, arm, seed) for seed in cfg.seeds for arm in cfg.arms}
-    teacher, graph = None, None
-    if any(needs_teacher(one.losses) for one in wanted.values()):
-        teacher = train_teacher(data, cfg)
-    if teacher and any(needs_graph(one.losses) for one in wanted.values()):
-        graph = fit_edge_graph(teacher, data, cfg)
+    teacher, graph = teach(data, cfg, {term for one in wanted.values() for term in one.losses})
     runs: dict[tuple[str, int], Run] = {}
     for seed in cfg.seeds:
         arms = {arm: wanted[arm, seed] for arm in cfg.arms}
@@ -580,9 +585,8 @@ def sweep_weights(
         last = ARMS.get(arm, arm).split(", ")[-1]
         for weight in values:
             points[arm, weight] = losses | {last: weight}
-    teacher, graph, rows = train_teacher(data, cfg), None, []
-    if any(needs_graph(losses) for losses in points.values()):
-        graph = fit_edge_graph(teacher, data, cfg)
+    teacher, graph = teach(data, cfg, {term for losses in points.values() for term in losses})
+    rows = []
     for seed in cfg.seeds:
         alone = arm_config(cfg, "alone", seed)
         cfgs = [alone.with_values(losses=losses) for losses in points.values()]

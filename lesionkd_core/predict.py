@@ -49,10 +49,7 @@ Picture = np.ndarray | Image.Image | Path | str
 TRAINED: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
 STUDENTS = results.CHECKOUT / "data" / "students"
 """Trained students that come with the repository."""
-AREAS = [
-    "file", "slice", "lesion_px", "lesion_fraction", "lesion_mm2", "components",
-    "centre_probability",
-]  # fmt: skip
+AREAS = ["file", "slice", "lesion_px", "lesion_fraction", "lesion_mm2", "components"]
 NOT_READ = "not read"
 """Action of a row of `report.csv`; the others are noted and shows little."""
 BATCH = 16
@@ -282,7 +279,7 @@ def predict_folder(
     files would overwrite each other otherwise. `report.csv` lists what was not read, pictures that
     show little, and notes: pages, contrast. `areas.csv` has one row for each picture, page
     or slice: lesion_px, lesion_fraction of the image, lesion_mm2 (of volumes, and with
-    `pixel_mm`), components (8-connected) and centre_probability, at the lesion's centre of mass.
+    `pixel_mm`) and components (8-connected).
 
     Parameters
     ----------
@@ -412,7 +409,7 @@ class _Writer:
                 self.note(file, "shows little", place + note)
             [probability] = predict(self.student, [image])
             lesion, written = self._decided(probability)
-            self.areas.append({"file": file, "slice": number} | _area(probability, lesion, area))
+            self.areas.append({"file": file, "slice": number} | _area(lesion, area))
             _save(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
             if self.overlays:
                 _save(self.out / f"{stem}_overlay.png", overlay(image, lesion))
@@ -431,7 +428,7 @@ class _Writer:
         while batch := list(islice(slices, BATCH)):
             for image, probability in zip(batch, predict(self.student, batch)):
                 lesion, mask[z] = self._decided(probability)
-                self.areas.append({"file": file, "slice": z} | _area(probability, lesion, area))
+                self.areas.append({"file": file, "slice": z} | _area(lesion, area))
                 if self.overlays and lesion.sum() > most:
                     most, fullest, drawn = lesion.sum(), z, overlay(image, lesion)
                 z += 1
@@ -445,20 +442,17 @@ class _Writer:
         return lesion, probability if self.threshold is None else lesion
 
 
-def _area(
-    probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None
-) -> dict[str, object]:
-    """A row of `areas.csv`: (H, W) probability and bool."""
+def _area(lesion: np.ndarray, pixel_mm2: float | None) -> dict[str, object]:
+    """Of a mask (H, W) bool for a row of `areas.csv`."""
     from scipy import ndimage
 
     count = int(lesion.sum())
-    row: dict[str, object] = {"lesion_px": count, "lesion_fraction": count / lesion.size}
-    row["lesion_mm2"] = count * pixel_mm2 if pixel_mm2 else None
-    row["components"] = ndimage.label(lesion, np.ones((3, 3)))[1]
-    if count:
-        y, x = (round(float(c)) for c in ndimage.center_of_mass(lesion))
-        row["centre_probability"] = float(probability[y, x])
-    return row
+    return {
+        "lesion_px": count,
+        "lesion_fraction": count / lesion.size,
+        "lesion_mm2": count * pixel_mm2 if pixel_mm2 else None,
+        "components": ndimage.label(lesion, np.ones((3, 3)))[1],
+    }
 
 
 def _check_size(path: Path, height: int, width: int) -> None:

@@ -251,7 +251,6 @@ def environment(cfg: StageConfig) -> dict[str, object]:
         "device": torch.cuda.get_device_name() if cuda else cfg.device.replace("auto", "cpu"),
         "threads": cfg.threads or torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "seeds": {name: value for name, value in cfg if name.endswith("seed")},
     }
 
 
@@ -573,10 +572,10 @@ def size_of(path: Path) -> int:
 
 
 def in_words(size: int) -> str:
-    """374012345 -> '374 MB'."""
-    if size < 1e6:
-        return f"{size / 1e3:.0f} kB"
-    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+    """374012345 -> '374MB'."""
+    from tqdm import tqdm
+
+    return str(tqdm.format_sizeof(size, "B"))
 
 
 def with_interval(score: Content, digits: int = 3) -> str:

@@ -197,6 +197,5 @@ def require_same_size(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise LesionKDError(
             f"the student's map is {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}. "
-            "The two networks round odd sizes differently: distillation needs images whose sides "
-            "are multiples of 32 px"
+            "Distillation needs images whose sides are multiples of 32 px"
         )
