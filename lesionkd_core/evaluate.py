@@ -259,10 +259,8 @@ def _score_external(path: Path, run: Result, data: Prepared) -> None:
     own = results.with_digest("prepare", run.summary["data"])
     near = near_training(Prepared(own), data) if own else None
     if near:
-        log.warning(
-            f"warning: {near} of {len(per_case)} cases of {data.path.name} are near-duplicates of "
-            "a training case"
-        )
+        counted = f"{near} of {len(per_case)} cases of {data.path.name}"
+        log.warning(f"warning: {counted} are near-duplicates of a training case")
     results.write_table(path / "per_case.csv", per_case)
     about = {"test": summarize(per_case), "near_training": near, "run": results.short(run.path)}
     results.write_json(path / "summary.json", about)

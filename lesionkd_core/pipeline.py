@@ -155,10 +155,8 @@ def _load(network: nn.Module, option: str, file: str, expected: str, ignored: st
         network.load_state_dict(weights)
     except RuntimeError as error:
         why = textwrap.shorten(str(error).partition(":")[2], 200)
-        raise LesionKDError(
-            f"{option} = {file!r}: names or shapes do not fit; expected a state dict of "
-            f"{expected}. {why}"
-        ) from None
+        wanted = f"names or shapes do not fit; expected a state dict of {expected}"
+        raise LesionKDError(f"{option} = {file!r}: {wanted}. {why}") from None
 
 
 def check_teacher(teacher: Run, data: Prepared, cfg: GraphConfig) -> None:
@@ -174,8 +172,8 @@ def check_teacher(teacher: Run, data: Prepared, cfg: GraphConfig) -> None:
     if own <= fixed and cfg.weak_teacher == "refuse":
         raise LesionKDError(
             f"the teacher {short(teacher.path)} has validation Dice {own:.3f}, one fixed mask for "
-            f"all images {fixed:.3f}: it has nothing to teach. Train it longer (teacher_epochs), "
-            "see notebook 03, or set weak_teacher = 'allow'"
+            f"all images {fixed:.3f}: it has nothing to teach. Train it longer, or set "
+            "weak_teacher = 'allow'"
         )
 
 
@@ -376,10 +374,8 @@ def require_shared(cfgs: Sequence[DistillConfig]) -> None:
     for name in DistillConfig.model_fields:
         values = list(dict.fromkeys(str(getattr(cfg, name)) for cfg in cfgs))
         if name not in free and len(values) > 1:
-            raise LesionKDError(
-                f"students trained together need equal {name}; got {', '.join(values)}. "
-                "Run them separately."
-            )
+            got = ", ".join(values)
+            raise LesionKDError(f"students trained together need equal {name}; got {got}")
 
 
 @dataclass(frozen=True)

@@ -320,10 +320,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LesionKDError(
-            f"cannot create the folder {path}: {error.strerror}. Choose another; LESIONKD_RUNS "
-            "names the folder of all results."
-        ) from error
+        raise LesionKDError(f"cannot create the folder {path}: {error.strerror}") from error
 
 
 @contextmanager
@@ -361,10 +358,7 @@ def read_json(path: Path) -> Content:
     try:
         content: Content = json.loads(checked(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UnfinishedRun(
-            f"{path.parent} is not the folder of a run: it has no {path.name}. "
-            f"Finished runs are in {runs_root()}/<stage>/."
-        ) from None
+        raise UnfinishedRun(f"{path.parent} is not the folder of a run: no {path.name}") from None
     except ValueError:
         raise UnfinishedRun(f"{path} is damaged: remove its folder and run again.") from None
     return content
