@@ -59,9 +59,7 @@ def remove(path: Path, why: str) -> bool:
     except Timeout:
         return False
     except OSError as error:
-        raise LesionKDError(
-            f"cannot remove {error.filename or path}: {error.strerror}; check the permissions"
-        ) from None
+        raise LesionKDError(f"cannot remove {error.filename}: {error.strerror}") from None
     lock.unlink(missing_ok=True)
     return True
 

@@ -311,19 +311,17 @@ def predict(
     student = lkd.load_onnx(run) if run.endswith(".onnx") else lkd.load_student(run)
     student.to(device)
     with results.Progress("masks", "image", 0, lines=10) as progress:
-        unreadable = predict_folder(
-            student, images, out, threshold, overlays, progress.at, pixel_size
-        )
+        failed = predict_folder(student, images, out, threshold, overlays, progress.at, pixel_size)
     click.echo(f"masks: {out}")
-    for line in unreadable:
+    for line in failed:
         click.echo(f"not read: {line}", err=True)
     report = results.read_table(out / "report.csv")
     little = report[report["action"] == "shows little"]
     for row in little.itertuples():
         click.echo(f"shows little: {row.file}: {row.reason}", err=True)
-    if others := len(report) - len(unreadable) - len(little):
+    if others := len(report) - len(failed) - len(little):
         click.echo(f"notes on reading: {others}, in {out / 'report.csv'}")
-    sys.exit(1 if unreadable else 2 if len(little) else 0)
+    sys.exit(1 if failed else 2 if len(little) else 0)
 
 
 @main.command()

@@ -72,9 +72,7 @@ def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
     """
     dice = mask_dice(predicted, truth)
     predicted, truth = np.asarray(predicted, bool), np.asarray(truth, bool)
-    hit, lesion, marked = (
-        m.reshape(len(truth), -1).sum(1) for m in (predicted & truth, truth, predicted)
-    )
+    hit, lesion, marked = (m.sum((1, 2)) for m in (predicted & truth, truth, predicted))
     hd95, surface = _surface_scores(predicted, truth)
     with np.errstate(invalid="ignore", divide="ignore"):
         return pd.DataFrame(

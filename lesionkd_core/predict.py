@@ -146,9 +146,7 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
         weights = results.read_checkpoint(path / "checkpoint_best")["network"]
         return _trained(cfg, weights, path, summary, digest)
     except (RuntimeError, KeyError, TypeError):
-        raise LesionKDError(
-            f"{path / 'checkpoint_best'} has the weights of another network than config.json says"
-        ) from None
+        raise LesionKDError(f"{path}/checkpoint_best has the weights of another network") from None
 
 
 def _trained(

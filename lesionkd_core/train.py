@@ -174,9 +174,8 @@ class Learner:
         connectors = list(self.objective.terms.parameters())
         if connectors:
             groups.append({"params": connectors, "lr": recipe.lr * recipe.connector_lr})
-        optimizer = torch.optim.AdamW(
-            groups, weight_decay=cfg.weight_decay, fused=fabric.device.type in ("cpu", "cuda")
-        )
+        fused = fabric.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=fused)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
