@@ -161,6 +161,11 @@ def _window(value: str) -> str:
     return value
 
 
+def _joined(value: object) -> object:
+    """[1, 3], as older versions wrote it, -> '1, 3'."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _values(value: str) -> str:
     value = re.sub(r"\s*,\s*", ", ", " ".join(value.lower().split()))
     number = r"-?\d+(?:\.\d+)?"
@@ -206,7 +211,7 @@ def _edge_level(value: object) -> object:
 _MAP = r"(en|de)coder\.stride(1|2|4|8|16|32)"
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 """papermill takes a text such as 2024, perhaps the name of a folder, for a number."""
-Values = Annotated[Text, AfterValidator(_values)]
+Values = Annotated[Text, BeforeValidator(_joined), AfterValidator(_values)]
 DISTINCT = AfterValidator(_distinct)
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), DISTINCT]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
