@@ -47,20 +47,15 @@ def named(runs: Sequence[str]) -> dict[Path, str]:
 
 def remove(path: Path, why: str) -> bool:
     """Remove a folder, unless a process needs it by now; whether it is gone."""
-    from filelock import FileLock, Timeout
-
-    lock = _lock_of(path)
     try:
-        with FileLock(lock, timeout=0):
-            if why not in (NAMED, _why(path)):
+        with results.lock(path, wait=False) as free:
+            if not free or why not in (NAMED, _why(path)):
                 return False
             (path / "DONE").unlink(missing_ok=True)  # first: the rest is then unfinished
             shutil.rmtree(path)
-    except Timeout:
-        return False
+        _lock_of(path).unlink(missing_ok=True)
     except OSError as error:
         raise LesionKDError(f"cannot remove {error.filename}: {error.strerror}") from None
-    lock.unlink(missing_ok=True)
     return True
 
 
@@ -84,12 +79,7 @@ def _lock_of(path: Path) -> Path:
 
 def _is_free(path: Path) -> bool:
     """Whether no process holds the lock of a folder."""
-    from filelock import FileLock, Timeout
-
     if not _lock_of(path).exists():
         return True
-    try:
-        with FileLock(_lock_of(path), timeout=0):
-            return True
-    except Timeout:
-        return False
+    with results.lock(path, wait=False) as free:
+        return free

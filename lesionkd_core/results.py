@@ -201,8 +201,11 @@ def find_or_make(
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Let one process at a time work on a folder; the lock of a dead process is free."""
+def lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Let one process at a time work on a folder; the lock of a dead process is free.
+
+    Gives False if another process has it and `wait` is False.
+    """
     from filelock import FileLock, Timeout
 
     make_folder(path.parent)
@@ -210,12 +213,15 @@ def lock(path: Path) -> Iterator[None]:
     try:
         guard.acquire(timeout=0.2)
     except Timeout:
+        if not wait:
+            yield False
+            return
         holder = file.read_text() or "just starting"
         log.info(f"another process ({holder}) works on {short(path)}; waiting for it")
         guard.acquire()
     file.write_text(f"{os.getpid()} on {socket.gethostname()}")
     try:
-        yield
+        yield True
     finally:
         guard.release()
 
