@@ -357,21 +357,15 @@ def _names(paths: list[Path]) -> dict[Path, str]:
     a.png beside a.jpg, or lesion_overlay.png beside lesion.png, keep their suffix in the name.
     """
 
-    def place(path: Path, name: str) -> tuple[Path, str]:
-        return path.parent, re.sub(WRITTEN, "", name).casefold()
-
     stems = Counter((path.parent, stem_of(path).casefold()) for path in paths)
-    plain_first = sorted(paths, key=lambda path: bool(re.search(WRITTEN, stem_of(path))))
     names: dict[Path, str] = {}
     taken: set[tuple[Path, str]] = set()
-    for path in plain_first:
-        name = stem_of(path)
-        if stems[path.parent, name.casefold()] > 1 or place(path, name) in taken:
-            name = path.name
-        while place(path, name) in taken:
-            name += "_"
-        taken.add(place(path, name))
-        names[path] = name
+    for path in sorted(paths, key=lambda path: len(stem_of(path))):
+        folder, stem = path.parent, stem_of(path)
+        written = re.sub(WRITTEN, "", stem).casefold()
+        shared = stems[folder, stem.casefold()] > 1 or (folder, written) in taken
+        names[path] = path.name if shared else stem
+        taken |= {(folder, written), (folder, names[path].casefold())}
     return names
 
 
