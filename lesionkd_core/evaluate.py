@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ from .config import ExternalConfig, LesionKDError
 from .data.prepare import Prepared, prepare
 from .data.splits import copies
 from .predict import load_network, probabilities, read_config
-from .results import Result, log
+from .results import Content, Result, log
 
 METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice", "soft_dice")
 HIGHER_IS_BETTER = {name: name != "hd95" for name in METRICS}
@@ -186,12 +185,12 @@ def _otsu(images: np.ndarray, bright: bool) -> np.ndarray:
     return np.stack(masks)
 
 
-def summarize(per_case: pd.DataFrame) -> dict[str, Any]:
+def summarize(per_case: pd.DataFrame) -> Content:
     """Mean, median and 95 % bootstrap interval over groups of every metric, and counts.
 
     NaN (0/0) is left out of a mean and counted as `undefined`.
     """
-    summary: dict[str, Any] = {
+    summary: Content = {
         "cases": len(per_case),
         "groups": int(per_case["group"].nunique()),
         "lesions": int((per_case["lesion_pixels"] > 0).sum()),

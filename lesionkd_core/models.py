@@ -213,8 +213,10 @@ class ResNet34Encoder(Encoder):
 
     def norms(self) -> dict[int, nn.BatchNorm2d]:
         """The stem's BatchNorm, and the second one of the last block of each stage."""
-        stages: Any = {4: self.layer1, 8: self.layer2, 16: self.layer3, 32: self.layer4}
-        return {2: self.bn1} | {stride: stage[-1].bn2 for stride, stage in stages.items()}
+        norms = {2: self.bn1}
+        for stage, stride in enumerate((4, 8, 16, 32), start=1):
+            norms[stride] = getattr(self, f"layer{stage}")[-1].bn2
+        return norms
 
     def activation(self, x: Tensor) -> Tensor:
         """ReLU."""

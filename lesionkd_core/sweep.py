@@ -12,13 +12,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lesionkd_core as lkd
 
 from .config import ConfigError, LesionKDError, MissingExtra, PrepareConfig, StageConfig, nearest
 from .data.layouts import data_root, fingerprint
-from .results import CHECKOUT, Progress, is_done, log, make_folder, runs_root, short, write_table
+from .results import (
+    CHECKOUT,
+    Content,
+    Progress,
+    is_done,
+    log,
+    make_folder,
+    runs_root,
+    short,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,7 +174,7 @@ def read_sweep(file: Path) -> tuple[str, list[Values]]:
     return notebook, list(runs.values())
 
 
-def _wanted(file: Path, content: dict[str, Any]) -> Iterator[Values]:
+def _wanted(file: Path, content: Content) -> Iterator[Values]:
     """The parameters of every run: the combinations of `product`, then `include`."""
     common, product = content.get("parameters") or {}, content.get("product") or {}
     try:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -26,7 +26,7 @@ from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, score_network, summarize, validation_dice
 from .losses import Step, needs_teacher, resolve
 from .models import Network, parameter_count
-from .results import Progress, log
+from .results import Content, Progress, log
 
 ADVICE = "Reduce the learning rate or a weight; the last good epoch is kept."
 
@@ -189,7 +189,7 @@ class Learner:
         self.sums: dict[str, Tensor] = {}
         self.measured: dict[str, float] = {}
 
-    def _resume(self, saved: dict[str, Any]) -> None:
+    def _resume(self, saved: Content) -> None:
         self.objective.load_state_dict(saved["objective"])
         self.best, self.seconds = saved["best"], saved["seconds"]
         self.history = saved["history"]
@@ -241,8 +241,7 @@ class Learner:
         leader = self.fabric.is_global_zero
         row = {"epoch": len(self.history) + 1, "lr": float(self.schedule.get_last_lr()[0])}
         for name, value in self.sums.items():
-            summed: Any = self.fabric.all_reduce(value)
-            row[f"loss_{name}"] = float(summed) / steps
+            row[f"loss_{name}"] = float(self.fabric.all_reduce(value)) / steps  # type: ignore[arg-type]
         dice = validation_dice(self.network, self.training.data) if leader else 0.0
         row |= self.measured | {"val_dice": self.fabric.broadcast(dice)}
         self.sums = {}
