@@ -40,13 +40,13 @@ from .losses import (
     FittedGraph,
     Measured,
     build_terms,
-    empirical_margins,
     needs_graph,
     needs_teacher,
     resolve,
     unused_options,
 )
 from .losses.edge_reasoning import live_in
+from .losses.feature_refinement import empirical_margins
 from .models import EncoderUNet, Network, build_network, freeze, match_levels, stride_of
 from .predict import build, config_of, load_network
 from .results import C, OtherOptions, Progress, R, Result, Wanted, log, require_options, short

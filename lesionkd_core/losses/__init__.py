@@ -12,7 +12,7 @@ from torch import nn
 from ..config import DistillConfig, TeacherConfig
 from ..models import Network
 from .edge_reasoning import EdgeGraph, EdgeHead, EdgeReasoning, FittedGraph
-from .feature_refinement import FeatureRefinement, empirical_margins, margin_relu, partial_l2
+from .feature_refinement import FeatureRefinement, bn_margin, margin_relu, partial_l2
 from .segmentation import bce, bce_dice
 from .terms import (
     TERMS,
