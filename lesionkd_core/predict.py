@@ -141,7 +141,7 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
     cfg = read_config(path)
     if not results.is_done(path):
         raise results.UnfinishedRun(f"{path} is not finished (no DONE); run it again to resume.")
-    summary, digest = results.summary_of(path), Result(path).digest
+    summary, digest = results.summary_of(path), Result(path).config.get("digest", "")
     try:
         weights = results.read_checkpoint(path / "checkpoint_best")["network"]
         return _trained(cfg, weights, path, summary, digest)
