@@ -18,21 +18,13 @@ import lesionkd_core as lkd
 
 from .config import ConfigError, LesionKDError, MissingExtra, PrepareConfig, StageConfig, nearest
 from .data.layouts import data_root, fingerprint
-from .results import (
-    CHECKOUT,
-    Content,
-    Progress,
-    is_done,
-    log,
-    make_folder,
-    runs_root,
-    short,
-    write_table,
-)
+from .results import CHECKOUT, Progress, is_done, log, make_folder, runs_root, short, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
     from distributed import Client
+
+    from .results import Content
 
 Values = dict[str, object]
 """Parameters of a run by name, as papermill takes them."""
