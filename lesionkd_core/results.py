@@ -28,16 +28,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .config import ConfigError, LesionKDError, Role, StageConfig, nearest
+from .config import KINDS, ConfigError, LesionKDError, Role, StageConfig, nearest
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    from tqdm import tqdm
 
 C = TypeVar("C", bound=StageConfig)
 R = TypeVar("R", bound="Result")
+Content = dict[str, Any]
+"""What a JSON file or a checkpoint of a run holds."""
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 STAGES = ("prepare", "unlabelled", "teacher", "graph", "distill", "ablation", "external", "export")
@@ -48,9 +51,6 @@ TEXT = (
     "profile run hash commit seg_loss"
 ).split()
 """Columns of tables that are text, whatever their values look like."""
-
-LARGE = 100_000_000
-"""A result of so many bytes says how much of the disk it takes."""
 
 log = logging.getLogger("lesionkd")
 
@@ -75,10 +75,7 @@ def runs_root() -> Path:
     if named := os.environ.get("LESIONKD_RUNS"):
         return Path(named).expanduser().resolve()
     if not (CHECKOUT / "pyproject.toml").is_file():
-        raise LesionKDError(
-            "lesionkd_core is installed without its checkout, so there is no default folder for\n"
-            "results: set LESIONKD_RUNS to a folder."
-        )
+        raise LesionKDError("no checkout, so no default folder: set LESIONKD_RUNS to a folder")
     return CHECKOUT / "runs"
 
 
@@ -88,9 +85,9 @@ def short(path: Path) -> str:
     return f"runs/{path.relative_to(root).as_posix()}" if path.is_relative_to(root) else str(path)
 
 
-def locate(run: Any) -> Path:
+def locate(run: Result | Path | str) -> Path:
     """The folder of a run, given as a result, a path, `runs/distill/...` or the folder's name."""
-    path = Path(getattr(run, "path", run)).expanduser()
+    path = run.path if isinstance(run, Result) else Path(run).expanduser()
     if path.exists():
         return path.resolve()
     inside = runs_root().joinpath(*path.parts[1:] if path.parts[:1] == ("runs",) else path.parts)
@@ -136,18 +133,16 @@ class Wanted(Generic[C]):
 def folder(wanted: Wanted[C]) -> Path:
     """The folder of a result; the full digest is compared, not the name's letters."""
     cfg, digest = wanted.cfg, wanted.digest
+    found = with_digest(cfg.stage, digest)  # perhaps of another profile
+    if found:
+        return found
     dataset = re.sub(r"[^A-Za-z0-9._-]+", "_", getattr(cfg, "dataset_name", "")) or "data"
-    stage = runs_root() / cfg.stage
-    for length in (8, 16, 64):
-        same_hash = sorted(stage.glob(f"*-{digest[:length]}"))  # perhaps of another profile
-        for path in same_hash:
-            if is_done(path) and read_json(path / "config.json").get("digest") == digest:
-                return path
-        name = f"{dataset}-{cfg.profile}-s{getattr(cfg, cfg.seed_field, 0)}-{digest[:length]}"
-        config = stage / name / "config.json"
-        if not config.exists() or read_json(config).get("digest") == digest:
-            return stage / name
-    raise AssertionError("two results have one SHA-256")
+    name = f"{dataset}-{cfg.profile}-s{getattr(cfg, cfg.seed_field, 0)}"
+    path = runs_root() / cfg.stage / f"{name}-{digest[:8]}"
+    config = path / "config.json"
+    if config.exists() and read_json(config).get("digest") != digest:
+        return path.with_name(f"{name}-{digest[:16]}")
+    return path
 
 
 def with_digest(stage: str, digest: str) -> Path | None:
@@ -165,7 +160,7 @@ def find_or_make(
     *,
     resume: bool = False,
     leader: bool = True,
-    wait: Callable[[], Any] = lambda: None,
+    wait: Callable[[], object] = lambda: None,
 ) -> list[R]:
     """Find the finished results of some configurations, or make those that are missing.
 
@@ -201,15 +196,16 @@ def find_or_make(
             if leader:
                 for path in missing:
                     write_json(path / "DONE", checksums(path))
-                    if (size := size_of(path)) > LARGE:
-                        log.info(f"{short(path)} takes {in_words(size)} on the disk")
             wait()
     return [kind(path) for path in paths]
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Let one process at a time work on a folder; the lock of a dead process is free."""
+def lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Let one process at a time work on a folder; the lock of a dead process is free.
+
+    Gives False if another process has it and `wait` is False.
+    """
     from filelock import FileLock, Timeout
 
     make_folder(path.parent)
@@ -217,12 +213,15 @@ def lock(path: Path) -> Iterator[None]:
     try:
         guard.acquire(timeout=0.2)
     except Timeout:
+        if not wait:
+            yield False
+            return
         holder = file.read_text() or "just starting"
         log.info(f"another process ({holder}) works on {short(path)}; waiting for it")
         guard.acquire()
     file.write_text(f"{os.getpid()} on {socket.gethostname()}")
     try:
-        yield
+        yield True
     finally:
         guard.release()
 
@@ -231,6 +230,8 @@ def _begin(path: Path, wanted: Wanted[C], resume: bool) -> None:
     if path.exists() and not resume:
         shutil.rmtree(path)
     make_folder(path)
+    for partial in path.glob(".*.partial"):  # of a process that was killed
+        partial.unlink()
     cfg = wanted.cfg
     identity = {"stage": cfg.stage, "version": cfg.version, "upstream": wanted.upstream}
     identity["digest"] = wanted.digest
@@ -240,7 +241,7 @@ def _begin(path: Path, wanted: Wanted[C], resume: bool) -> None:
     write_json(env, environment(cfg) | {"resumed_from": before})
 
 
-def environment(cfg: StageConfig) -> dict[str, Any]:
+def environment(cfg: StageConfig) -> dict[str, object]:
     """Commit, versions, device and threads: what a reader needs to repeat the run."""
     from importlib.metadata import version
 
@@ -256,22 +257,17 @@ def environment(cfg: StageConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else cfg.device.replace("auto", "cpu"),
         "threads": cfg.threads or torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "seeds": {name: value for name, value in cfg if name.endswith("seed")},
     }
 
 
 def commit() -> str:
     """The commit of the checkout, with `+` if files differ from it; empty outside git."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(CHECKOUT), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
+    describe = ["git", "-C", str(CHECKOUT), "describe", "--always", "--abbrev=12", "--exclude=*"]
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
-    except OSError:
+        done = subprocess.run([*describe, "--dirty=+"], capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
         return ""
+    return done.stdout.strip()
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -330,10 +326,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LesionKDError(
-            f"cannot create the folder {path}: {error.strerror}. Choose another; LESIONKD_RUNS "
-            "names the folder of all results."
-        ) from error
+        raise LesionKDError(f"cannot create the folder {path}: {error.strerror}") from error
 
 
 @contextmanager
@@ -361,31 +354,27 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write JSON with sorted keys."""
     write_text(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Content:
     """Read a JSON file of a run."""
     try:
-        return json.loads(checked(path).read_text(encoding="utf-8"))
+        content: Content = json.loads(checked(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UnfinishedRun(
-            f"{path.parent} is not the folder of a run: it has no {path.name}. "
-            f"Finished runs are in {runs_root()}/<stage>/."
-        ) from None
+        raise UnfinishedRun(f"{path.parent} is not the folder of a run: no {path.name}") from None
     except ValueError:
-        raise UnfinishedRun(
-            f"{path} is damaged: remove the folder {path.parent} and run again."
-        ) from None
+        raise UnfinishedRun(f"{path} is damaged: remove its folder and run again.") from None
+    return content
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV with nine significant digits, so that float32 is read back exactly."""
-    how: dict[str, Any] = {"index": False, "float_format": "%.9g", "lineterminator": "\n"}
+    names = "surrogateescape"  # file names may be any bytes
     with replacing(path) as partial:
-        table.to_csv(partial, errors="surrogateescape", **how)  # file names may be any bytes
+        table.to_csv(partial, index=False, float_format="%.9g", lineterminator="\n", errors=names)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -394,9 +383,13 @@ def read_table(path: Path) -> pd.DataFrame:
 
     text = dict.fromkeys(TEXT, str)
     numbers = [n for n in pd.read_csv(checked(path), nrows=0).columns if n not in text]
-    missing = dict.fromkeys(numbers, [""])
-    how: dict[str, Any] = {"keep_default_na": False, "na_values": missing}
-    return pd.read_csv(path, encoding_errors="surrogateescape", dtype=text, **how)
+    return pd.read_csv(
+        path,
+        encoding_errors="surrogateescape",
+        dtype=text,
+        keep_default_na=False,
+        na_values=dict.fromkeys(numbers, [""]),
+    )
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -407,11 +400,11 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def read_array(path: Path, mmap: bool = True) -> np.ndarray:
-    """Read a .npy file, by default memory-mapped."""
+def read_array(path: Path) -> np.ndarray:
+    """Read a .npy file, memory-mapped."""
     import numpy as np
 
-    array: np.ndarray = np.load(checked(path), mmap_mode="r" if mmap else None, allow_pickle=False)
+    array: np.ndarray = np.load(checked(path), mmap_mode="r", allow_pickle=False)
     return array
 
 
@@ -428,7 +421,7 @@ def appending(
         yield lambda block: file.write(np.ascontiguousarray(block, dtype).data)
 
 
-def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, content: Mapping[str, object]) -> None:
     """Write tensors and plain values."""
     import torch
 
@@ -438,24 +431,20 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         partial.write_bytes(buffer.getbuffer())
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> Content:
     """Load a checkpoint on the CPU with `weights_only`: no code in it is executed."""
     import torch
 
+    if not checked(path).exists():
+        raise UnfinishedRun(f"{path.parent} has no {path.name}: no epoch is finished.")
     try:
-        if not is_intact(checked(path)):
+        if not is_intact(path):
             raise ValueError("its bytes are damaged")
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return content
-    except DamagedResult:
-        raise
-    except FileNotFoundError:
-        raise UnfinishedRun(
-            f"{path.parent} has no {path.name}: no epoch is finished, or it is not a training run."
-        ) from None
+        content: Content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make torch's unpickler fail in many ways
         why = str(error).partition("\n")[0] or type(error).__name__
         raise LesionKDError(f"{path} is not a readable checkpoint: {why}") from None
+    return content
 
 
 def is_intact(path: Path) -> bool:
@@ -481,16 +470,14 @@ class Result:
         return str(self.config["digest"])
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Content:
         """All options of the run."""
-        content: dict[str, Any] = read_json(self.path / "config.json")
-        return content
+        return read_json(self.path / "config.json")
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Content:
         """Scores and counts of the run."""
-        content: dict[str, Any] = read_json(self.path / "summary.json")
-        return content
+        return read_json(self.path / "summary.json")
 
     @property
     def history(self) -> pd.DataFrame:
@@ -517,17 +504,15 @@ def require_options(result: Result, cfg: StageConfig) -> None:
     made = result.config
     if made.get("digest") == Wanted(cfg, made.get("upstream", "")).digest:
         return
-    given = cfg.model_dump(mode="json", exclude=set(cfg.options(Role.RUN)))
-    apart = {n: (made[n], value) for n, value in given.items() if made.get(n, value) != value}
-    lines = [f"{name} = {ours!r}, not {theirs!r}" for name, (ours, theirs) in apart.items()]
-    if made.get("version") != cfg.version:
-        lines.append(f"version {made.get('version')} of this suite's results, not {cfg.version}")
-    if not lines:
-        files = [f"{n} = {given[n]!r}" for n in sorted(cfg.options(Role.FILE)) if given[n]]
-        lines = [f"another content of {', '.join(files) or 'its files'}"]
+    given = {"version": cfg.version}
+    given |= cfg.model_dump(mode="json", exclude=set(cfg.options(Role.RUN)))
+    apart = []
+    for name, value in given.items():
+        if made.get(name, value) != value:
+            apart.append(f"{name} = {made[name]!r}, not {value!r}")
     raise OtherOptions(
-        f"{short(result.path)} was made with {'; '.join(lines)} as the configuration says. Give "
-        "the configuration of this result, or make the result with this configuration."
+        f"{short(result.path)} was made with {'; '.join(apart) or 'another content of its files'} "
+        "as the configuration says. Give its configuration, or make it with this one."
     )
 
 
@@ -549,33 +534,35 @@ def collect(stage: str = "", split: str = "test") -> pd.DataFrame:
     return pd.DataFrame([row_of(path, split) for path in finished(stage)])
 
 
-def row_of(path: Path, split: str = "test") -> dict[str, Any]:
+def row_of(path: Path, split: str = "test") -> dict[str, object]:
     """A finished run as one row of a table: where it is, its options and its mean scores."""
-    summary = _summary(path)
+    summary = summary_of(path)
     made = datetime.fromtimestamp((path / "DONE").stat().st_mtime)
-    row: dict[str, Any] = {"run": short(path), "finished": f"{made:%Y-%m-%d %H:%M}"}
-    row |= _options(read_json(path / "config.json"))
+    row: dict[str, object] = {"run": short(path), "finished": f"{made:%Y-%m-%d %H:%M}"}
+    for name, value in read_json(path / "config.json").items():
+        row[name] = _plain(value)
     for name, score in (summary.get(split) or {}).items():
         if isinstance(score, dict):
             row[name] = score["mean"]
         elif isinstance(score, int):
             row[name] = score
-    return row | {name: summary[name] for name in ("parameters", "seconds") if name in summary}
+    for name in ("parameters", "seconds"):
+        if name in summary:
+            row[name] = summary[name]
+    return row
 
 
-def _summary(path: Path) -> dict[str, Any]:
+def summary_of(path: Path) -> Content:
+    """Scores and counts of a run; empty before its end, and of a stage without scores."""
     file = path / "summary.json"
     return read_json(file) if file.is_file() else {}
 
 
-def _options(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a run as plain values: {'feat': 1.0} -> 'feat=1', ['a', 'b'] -> 'a, b'."""
-    plain: dict[str, Any] = {}
-    for name, value in made.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key}={weight:g}" for key, weight in value.items())
-        plain[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
-    return plain
+def _plain(value: object) -> object:
+    """An option for a table: {'feat': 1.0} -> 'feat=1', ['a', 'b'] -> 'a, b'."""
+    if isinstance(value, dict):
+        value = [f"{key}={weight:g}" for key, weight in value.items()]
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def size_of(path: Path) -> int:
@@ -585,13 +572,13 @@ def size_of(path: Path) -> int:
 
 
 def in_words(size: int) -> str:
-    """374012345 -> '374 MB'."""
-    if size < 1e6:
-        return f"{size / 1e3:.0f} kB"
-    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"
+    """374012345 -> '374MB'."""
+    from tqdm import tqdm
+
+    return str(tqdm.format_sizeof(size, "B"))
 
 
-def with_interval(score: Mapping[str, Any], digits: int = 3) -> str:
+def with_interval(score: Content, digits: int = 3) -> str:
     """'0.944 [0.931, 0.956]'; without an interval where a single group cannot give one.
 
     `score` has the keys mean, low and high; a mean of None or NaN is '--'.
@@ -617,16 +604,12 @@ def report(path: Path) -> str:
     version, current = version_of(path)
     if version != current:
         lines.append(f"of version {version} of results, not {current}: only its name finds it")
-    for split, scores in _summary(path).items():
-        if split not in ("val", "test") or not scores:
-            continue
-        shown = [
-            f"{n} {with_interval(scores[n])}"
-            for n in ("dice", "hd95")
-            if scores.get(n, {}).get("mean") is not None
-        ]
-        missed = f"{scores['missed']} of {scores['lesions']} lesions missed"
-        lines.append(f"{split}, {scores['cases']} cases: {', '.join(shown)}; {missed}")
+    for split, scores in summary_of(path).items():
+        if split in ("val", "test") and scores:
+            dice, distance = with_interval(scores["dice"]), with_interval(scores["hd95"])
+            missed = f"{scores['missed']} of {scores['lesions']} lesions missed"
+            cases = f"{split}, {scores['cases']} cases"
+            lines.append(f"{cases}: dice {dice}, hd95 {distance}; {missed}")
     files = [checked(f) for f in path.iterdir() if f.is_file() and f.name not in CHANGING]
     return "\n".join([*lines, f"{len(files)} files, {in_words(size_of(path))}, all intact"])
 
@@ -635,31 +618,24 @@ IDENTITY = ("stage", "version", "upstream", "digest")
 """What config.json holds besides the options."""
 
 
-def _options_line(made: dict[str, Any]) -> str:
+def _options_line(made: Content) -> str:
     """The options that differ from the profile's; all of a stage that is defined elsewhere."""
-    options = {name: value for name, value in made.items() if name not in IDENTITY}
-    kind, label = _kinds(StageConfig).get(made["stage"]), "options"
+    kind, label, usual = KINDS.get(made["stage"]), "options", {}
     if kind is not None:
-        usual = kind(profile=made["profile"]).model_dump(mode="json")
-        options = {n: v for n, v in options.items() if n in usual and v != usual[n]}
         label = f"options that differ from the {made['profile']} profile"
-    plain = ", ".join(f"{name} = {value!r}" for name, value in _options(options).items())
-    return f"{label}: {plain or 'none'}"
+        usual = kind(profile=made["profile"]).model_dump(mode="json")
+    changed = []
+    for name, value in made.items():
+        known = kind is None or name in usual
+        if known and name not in IDENTITY and value != usual.get(name, ...):
+            changed.append(f"{name} = {_plain(value)!r}")
+    return f"{label}: {', '.join(changed) or 'none'}"
 
 
 def version_of(path: Path) -> tuple[int, int]:
     """The version of results that a run was made by, and the current one of its stage."""
     made = read_json(path / "config.json")
-    kind = _kinds(StageConfig).get(made["stage"], StageConfig)
-    return made.get("version", 0), kind.version
-
-
-def _kinds(kind: type[StageConfig]) -> dict[str, type[StageConfig]]:
-    """The configuration class of every stage, of those that are imported."""
-    kinds = {kind.stage: kind} if "stage" in vars(kind) else {}
-    for further in kind.__subclasses__():
-        kinds |= _kinds(further)
-    return kinds
+    return made.get("version", 0), KINDS.get(made["stage"], StageConfig).version
 
 
 # Progress -----------------------------------------------------------------------------------------
@@ -702,10 +678,16 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
         self.name, self.unit, self.total, self.done = name, unit, total, done
         self.lines = total if lines is None else lines
         self.first, self.started = done, time.monotonic()
-        self.bar: Bar | None = None
+        self.bar: tqdm | None = None
         if kind := live_bar():
-            how = {"desc": name, "unit": f" {unit}", "file": sys.stdout, "dynamic_ncols": True}
-            self.bar = kind(total=total or None, initial=done, **how)
+            self.bar = kind(
+                desc=name,
+                unit=f" {unit}",
+                total=total or None,
+                initial=done,
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
         elif done:
             log.info(f"{name}: resumes after {unit} {done} of {total}")
 
@@ -740,31 +722,16 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             self.bar.close()
 
 
-class Bar(Protocol):
-    """What is used of tqdm."""
-
-    total: int
-
-    def update(self, n: int) -> object:
-        """So many more steps are done."""
-
-    def set_postfix_str(self, s: str, refresh: bool) -> None:
-        """The text at the end."""
-
-    def close(self) -> None:
-        """Draw it a last time."""
-
-
-def live_bar() -> Callable[..., Bar] | None:
+def live_bar() -> type[tqdm] | None:
     """tqdm's bar for JupyterLab or a terminal; None under papermill, nbval and in a log file."""
-    kind: Callable[..., Bar] | None = None
+    kind: type[tqdm] | None = None
     if "ipykernel" in sys.modules:
         if "JPY_SESSION_NAME" in os.environ:
             from tqdm.notebook import tqdm_notebook
 
             kind = tqdm_notebook
     elif sys.stdout.isatty() and leads():
-        from tqdm import tqdm
+        from tqdm import tqdm as terminal_bar
 
-        kind = tqdm
+        kind = terminal_bar
     return kind

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lesionkd_core as lkd
 
@@ -23,6 +23,8 @@ from .results import CHECKOUT, Progress, is_done, log, make_folder, runs_root, s
 if TYPE_CHECKING:
     import pandas as pd
     from distributed import Client
+
+    from .results import Content
 
 Values = dict[str, object]
 """Parameters of a run by name, as papermill takes them."""
@@ -164,7 +166,7 @@ def read_sweep(file: Path) -> tuple[str, list[Values]]:
     return notebook, list(runs.values())
 
 
-def _wanted(file: Path, content: dict[str, Any]) -> Iterator[Values]:
+def _wanted(file: Path, content: Content) -> Iterator[Values]:
     """The parameters of every run: the combinations of `product`, then `include`."""
     common, product = content.get("parameters") or {}, content.get("product") or {}
     try:
@@ -218,20 +220,17 @@ def sweep(file: Path, scheduler: str = "", workers: int = 0) -> pd.DataFrame:
     rows = []
     client = _client(scheduler, len(runs), workers)
     with client, Progress(file.stem, "run", len(runs)) as progress:
-        futures = {
-            client.submit(_task, notebook, run, os.getcwd(), settings, pure=False): run
-            for run in runs
-        }
+        futures = {}
+        for run in runs:
+            future = client.submit(_task, notebook, run, os.getcwd(), settings, pure=False)
+            futures[future] = run
         for future in as_completed(futures):  # type: ignore[no-untyped-call]
             label = ", ".join(f"{name} {value}" for name, value in futures[future].items())
             try:
                 row = future.result()
             except Exception as error:  # a lost worker, or one without this package
-                row = {
-                    "status": "failed",
-                    "notebook": "",
-                    "error": f"{type(error).__name__}: {error}",
-                }
+                why = f"{type(error).__name__}: {error}"
+                row = {"status": "failed", "notebook": "", "error": why}
             rows.append({"run": label} | row)
             progress.step(f"{label} {row['status']} {row['error']}".rstrip())
     table = pd.DataFrame(rows)
@@ -248,9 +247,7 @@ def _client(scheduler: str, runs: int, workers: int) -> Client:
     try:
         return Client(address=scheduler, timeout=10)  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise LesionKDError(
-            f"no Dask scheduler answers at {scheduler}: {error}. Start one with 'dask scheduler'"
-        ) from None
+        raise LesionKDError(f"no Dask scheduler answers at {scheduler}: {error}") from None
 
 
 def _local(runs: int, workers: int) -> dict[str, object]:

@@ -8,12 +8,10 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -28,10 +26,9 @@ from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, score_network, summarize, validation_dice
 from .losses import Step, needs_teacher, resolve
 from .models import Network, parameter_count
-from .results import Progress, log
+from .results import Content, Progress, log
 
-TeacherPass = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""Images (N, 3, S, S) -> the frozen teacher's logits (N, 1, S, S) and feature maps."""
+ADVICE = "Reduce the learning rate or a weight; the last good epoch is kept."
 
 
 class TrainingDiverged(LesionKDError):
@@ -46,14 +43,11 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size < processes:
-        raise LesionKDError(
-            f"batch_size = {cfg.batch_size} cannot be divided among {processes} processes; "
-            f"use at least {processes}"
-        )
+        raise LesionKDError(f"batch_size = {cfg.batch_size} is too small for {processes} processes")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    strategy: Any = "auto"
+    strategy: DDPStrategy | str = "auto"
     if processes > 1:
         strategy = DDPStrategy(find_unused_parameters=True, timeout=timedelta(hours=12))
     try:
@@ -67,9 +61,7 @@ def start_fabric(cfg: TeacherConfig) -> Fabric:
         fabric.launch()
     except Exception as error:  # Lightning raises many kinds for a missing device
         why = str(error).partition("\n")[0] or type(error).__name__
-        raise LesionKDError(
-            f"device = {cfg.device!r} cannot be used here: {why}; use device = 'auto'"
-        ) from error
+        raise LesionKDError(f"device = {cfg.device!r} cannot be used here: {why}") from error
     if cfg.precision == "bf16-mixed" and fabric.device.type == "cpu" and not _multiplies_bfloat16():
         raise LesionKDError(
             "precision = 'bf16-mixed': this processor has no bfloat16 arithmetic (avx512_bf16 or "
@@ -178,17 +170,12 @@ class Learner:
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         self.objective: Objective = objective.to(fabric.device)  # type: ignore[assignment]
-        groups = [
-            {"params": list(self.objective.network.parameters()), "lr": recipe.lr},
-            {
-                "params": list(self.objective.terms.parameters()),
-                "lr": recipe.lr * recipe.connector_lr,
-            },
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizer = torch.optim.AdamW(
-            groups, weight_decay=cfg.weight_decay, fused=fabric.device.type in ("cpu", "cuda")
-        )
+        groups = [{"params": list(self.objective.network.parameters()), "lr": recipe.lr}]
+        connectors = list(self.objective.terms.parameters())
+        if connectors:
+            groups.append({"params": connectors, "lr": recipe.lr * recipe.connector_lr})
+        fused = fabric.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=fused)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
@@ -202,7 +189,7 @@ class Learner:
         self.sums: dict[str, Tensor] = {}
         self.measured: dict[str, float] = {}
 
-    def _resume(self, saved: dict[str, Any]) -> None:
+    def _resume(self, saved: Content) -> None:
         self.objective.load_state_dict(saved["objective"])
         self.best, self.seconds = saved["best"], saved["seconds"]
         self.history = saved["history"]
@@ -254,15 +241,14 @@ class Learner:
         leader = self.fabric.is_global_zero
         row = {"epoch": len(self.history) + 1, "lr": float(self.schedule.get_last_lr()[0])}
         for name, value in self.sums.items():
-            summed: Any = self.fabric.all_reduce(value)
-            row[f"loss_{name}"] = float(summed) / steps
+            row[f"loss_{name}"] = float(self.fabric.all_reduce(value)) / steps  # type: ignore[arg-type]
         dice = validation_dice(self.network, self.training.data) if leader else 0.0
         row |= self.measured | {"val_dice": self.fabric.broadcast(dice)}
         self.sums = {}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             raise TrainingDiverged(
                 f"end of epoch {row['epoch']} of {results.short(self.path)}: {', '.join(bad)} is "
-                "not finite. Reduce the learning rate or a weight; the last good epoch is kept."
+                f"not finite. {ADVICE}"
             )
         self.history.append(row)
         better, self.best = row["val_dice"] > self.best, max(row["val_dice"], self.best)
@@ -317,28 +303,28 @@ def gradients(network: nn.Module, weighted: dict[str, Tensor]) -> dict[str, floa
     Returns
     -------
     dict
-        grad_TERM, its norm; cos_TERM, its cosine with the gradient of L_seg; cos_A_B, of two other
-        terms.
+        grad_TERM, its norm; cos_TERM, its cosine with the gradient of L_seg.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    found = {
-        name: torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        for name, loss in weighted.items()
-        if loss.requires_grad
-    }
-    found = {n: g for n, g in found.items() if any(part is not None for part in g)}
+    found = {}
+    for name, loss in weighted.items():
+        if loss.requires_grad:
+            parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            if any(part is not None for part in parts):
+                found[name] = parts
     shared = [i for i in range(len(parameters)) if all(g[i] is not None for g in found.values())]
     if not shared:
         return {f"grad_{name}": 0.0 for name in found}
     flat = {name: torch.cat([g[i].flatten() for i in shared]) for name, g in found.items()}
     measured = {f"grad_{name}": float(g.norm()) for name, g in flat.items()}
-    for a, b in combinations(sorted(flat, key=lambda name: name != "seg"), 2):
-        cosine = nn.functional.cosine_similarity(flat[a], flat[b], dim=0)
-        measured[f"cos_{b}" if a == "seg" else f"cos_{a}_{b}"] = float(cosine)
+    for name, g in flat.items():
+        if name != "seg" and "seg" in flat:
+            cosine = nn.functional.cosine_similarity(flat["seg"], g, dim=0)
+            measured[f"cos_{name}"] = float(cosine)
     return measured
 
 
-def train(fabric: Fabric, learners: list[Learner], teacher: TeacherPass | None, name: str) -> None:
+def train(fabric: Fabric, learners: list[Learner], teacher: Network | None, name: str) -> None:
     """Train networks on the same batches; the frozen teacher sees each batch once for all.
 
     All learners have one training set, are at the same epoch and have the same number of epochs.
@@ -351,11 +337,10 @@ def train(fabric: Fabric, learners: list[Learner], teacher: TeacherPass | None, 
             started, steps = time.perf_counter(), 0
             for learner in learners:
                 learner.objective.train()
-            batches = first.training.epoch(
-                epoch, fabric.device, fabric.global_rank, fabric.world_size
-            )
+            rank, ranks = fabric.global_rank, fabric.world_size
+            batches = first.training.epoch(epoch, fabric.device, rank, ranks)
             for batch in batches:
-                lesson = _lesson(batch, learners, teacher)
+                lesson = _lesson(fabric, batch, learners, teacher)
                 for learner in learners:
                     learner.step(batch.images, lesson, measure=steps == 0)
                 totals = torch.stack([learner.latest["total"] for learner in learners])
@@ -371,11 +356,15 @@ def train(fabric: Fabric, learners: list[Learner], teacher: TeacherPass | None, 
             progress.step(_in_words(learners))
 
 
-def _lesson(batch: Batch, learners: list[Learner], teacher: TeacherPass | None) -> Lesson:
+def _lesson(
+    fabric: Fabric, batch: Batch, learners: list[Learner], teacher: Network | None
+) -> Lesson:
     """The teacher's answer to a batch (step S1), and the edge labels; computed once for all."""
     if teacher is None:
         return Lesson(batch.masks)
-    logits, maps = teacher(batch.images)
+    with torch.no_grad(), fabric.autocast():
+        logits, maps = teacher.forward_features(batch.images)
+    logits = logits.float()
     teacher_masks = logits[len(batch.masks) :] > 0
     masks = torch.cat([batch.masks, teacher_masks])
     widths = {learner.recipe.edge_width for learner in learners}
@@ -395,30 +384,12 @@ def _in_words(learners: list[Learner]) -> str:
 def _stop(learners: list[Learner], epoch: int, step: int) -> None:
     """Write `diverged.json` and raise; nothing of this epoch is kept."""
     learner = next(one for one in learners if not one.latest["total"].isfinite())
-    training = learner.training
-    losses = {name: float(value) for name, value in learner.latest.items()}
-    about = {
-        "epoch": epoch + 1,
-        "step": step + 1,
-        "lr": learner.schedule.get_last_lr()[0],
-        "losses": {name: str(value) for name, value in losses.items()},
-        "cases": training.names(training.drawn(epoch)[step].rows),
-    }
+    losses = {name: str(float(loss)) for name, loss in learner.latest.items()}
+    cases = learner.training.names(learner.training.drawn(epoch)[step].rows)
+    about = {"epoch": epoch + 1, "step": step + 1, "losses": losses, "cases": cases}
     results.write_json(learner.path / "diverged.json", about)
-    bad = [f"loss_{n} is {v}" for n, v in losses.items() if n != "total" and not math.isfinite(v)]
+    bad = [f"loss_{n} is {value}" for n, value in losses.items() if value in ("nan", "inf", "-inf")]
     raise TrainingDiverged(
         f"step {step + 1} of epoch {epoch + 1} of {results.short(learner.path)}: "
-        f"{', '.join(bad) or 'the sum of the losses is not finite'}; diverged.json there names the "
-        "cases of the batch. Reduce the learning rate or a weight; the last good epoch is kept."
+        f"{', '.join(bad)}; diverged.json there names the cases of the batch. {ADVICE}"
     )
-
-
-def teacher_pass(teacher: Network, fabric: Fabric) -> TeacherPass:
-    """Let the frozen teacher see each batch (step S1)."""
-
-    def see(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad(), fabric.autocast():
-            logits, maps = teacher.forward_features(images)
-        return logits.float(), maps
-
-    return see

@@ -110,7 +110,7 @@ def test_a_value_that_no_mask_has_is_an_error_before_anything_is_dropped(mine, r
     [
         ("lesion_values", "red", r"such as '1, 3', '#ff0000', 'all but 0' or 'over 127'"),
         ("lesion_values", "over 1, 2", "such as"),
-        ("ignore_values", "255", "cannot be left out .* lesion_values"),
+        ("ignore_values", "255", "did you mean 'lesion_values'"),
     ],
 )
 def test_an_option_that_names_no_values_is_refused(option, value, words):

@@ -296,7 +296,11 @@ def test_list_and_show_report_on_finished_runs(student, runs):
     path = copy_of(student.path, runs)
     code, out, _ = command("list")
     row = out.splitlines()[2]
-    assert code == 0 and f"runs/distill/{path.name}" in row and f"{student.test_dice:.3f}" in row
+    assert (
+        code == 0
+        and f"runs/distill/{path.name}" in row
+        and f"{student.summary['test']['dice']['mean']:.3f}" in row
+    )
     assert row.endswith("kB") and out.splitlines()[-1].startswith("1 runs, ")
     assert "no finished run" in command("list", "teacher")[1]
     assert command("show", path.name) == (0, results.report(path) + "\n", "")

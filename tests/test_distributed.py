@@ -143,5 +143,5 @@ def test_after_a_killed_process_the_same_command_resumes_to_the_same_bytes(two, 
 @pytest.mark.fault
 def test_more_processes_than_images_in_a_batch_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(LesionKDError, match="batch_size = 6 cannot be divided among 8 processes"):
+    with pytest.raises(LesionKDError, match="batch_size = 6 is too small for 8 processes"):
         start_fabric(CFG)

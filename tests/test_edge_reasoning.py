@@ -9,15 +9,8 @@ from torch import nn
 
 from lesionkd_core.config import LesionKDError
 from lesionkd_core.edges import edge_at_stride
-from lesionkd_core.losses import (
-    EdgeGraph,
-    EdgeHead,
-    EdgeReasoning,
-    Step,
-    derange,
-    grid_cells,
-)
-from lesionkd_core.losses.edge_reasoning import ShuffledEdgeReasoning
+from lesionkd_core.losses import EdgeGraph, EdgeHead, EdgeReasoning, Step
+from lesionkd_core.losses.edge_reasoning import ShuffledEdgeReasoning, derange, grid_cells
 from lesionkd_core.models import ResNet34UNet, UNet
 from tests.tiny import drawn, step_of
 

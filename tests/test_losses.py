@@ -18,7 +18,6 @@ from lesionkd_core.config import (
 )
 from lesionkd_core.losses import (
     TERMS,
-    Connector,
     EdgeGraph,
     FeatureRefinement,
     FittedGraph,
@@ -32,7 +31,12 @@ from lesionkd_core.losses import (
     resolve,
     unused_options,
 )
-from lesionkd_core.losses.feature_refinement import bn_margin, empirical_margins, partial_l2
+from lesionkd_core.losses.feature_refinement import (
+    Connector,
+    bn_margin,
+    empirical_margins,
+    partial_l2,
+)
 from lesionkd_core.models import ResNet34UNet, UNet
 from lesionkd_core.pipeline import arm_config
 from lesionkd_core.results import Wanted

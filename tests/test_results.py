@@ -437,5 +437,5 @@ def test_a_report_names_options_scores_and_state(student, runs):
 def test_the_environment_says_what_a_repetition_needs(student):
     env = results.read_json(student.path / "env.json")
     assert env["device"] == "cpu" and env["threads"] == 1 and env["processes"] == 1
-    assert env["packages"]["torch"] == torch.__version__ and env["seeds"]["split_seed"] == 0
+    assert env["packages"]["torch"] == torch.__version__
     assert re.fullmatch(r"([0-9a-f]{12}\+?)?", env["commit"])

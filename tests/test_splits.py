@@ -195,9 +195,9 @@ CONTRADICTIONS = {  # words of the error: options
     "folds split by group": {"folds": 3, "split": "random"},
     "/no/such.csv": {"split_file": "/no/such.csv"},
     "'centre, width'": {"window": "lung"},
-    "must be positive": {"window": "40, 0"},
-    "folds already decides": {"folds": 3, "normals": "test"},
-    "split_file already decides": {"split_file": __file__, "normals": "test"},
+    "of a width above 0": {"window": "40, 0"},
+    "folds or split_file already decide": {"folds": 3, "normals": "test"},
+    "already decide who": {"split_file": __file__, "normals": "test"},
     "'stretch' or 'pad'": {"fit": "crop"},
     "'groups', 'official', 'random' or 'test'": {"split": "offical"},
 }

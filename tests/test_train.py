@@ -119,7 +119,7 @@ OTHER = {  # what students trained together share, with a value that is not CFG'
 @pytest.mark.fault
 @pytest.mark.parametrize("name", OTHER)
 def test_students_that_do_not_share_batches_or_teacher_are_refused(data, teacher, graph, name):
-    words = f"need equal {name}; got {getattr(CFG, name)}, {OTHER[name]}. Run them separately"
+    words = f"need equal {name}; got {getattr(CFG, name)}, {OTHER[name]}"
     with pytest.raises(LesionKDError, match=words):
         distill_arms(teacher, graph, data, [CFG, CFG.with_values(**{name: OTHER[name]})])
 
@@ -193,7 +193,6 @@ def test_the_fitted_graph_knows_the_spread_of_the_teachers_node_states(graph):
     fitted = graph.load()
     assert fitted.std.shape == (CFG.states,) and (fitted.std > 0).all()
     assert 1 <= graph.summary["live_nodes"] <= CFG.grid**2
-    assert 0 <= graph.summary["single_node_fraction"] <= 1
     assert not any(p.requires_grad for p in fitted.graph.parameters())
     saved = results.read_checkpoint(graph.path / "checkpoint_best")["graph"]
     assert not any("head" in name for name in saved)
@@ -212,8 +211,7 @@ def test_gradients_are_taken_where_all_terms_reach():
     hidden = shared(x)
     losses = {"seg": own(hidden).sum(), "a": hidden.sum(), "b": -2 * hidden.sum()}
     both = gradients(network, losses)
-    assert both["cos_a_b"] == pytest.approx(-1)
-    assert set(both) == {"grad_seg", "grad_a", "grad_b", "cos_a", "cos_b", "cos_a_b"}
+    assert set(both) == {"grad_seg", "grad_a", "grad_b", "cos_a", "cos_b"}
 
 
 def test_a_student_that_learned_nothing_is_reported(data, runs, messages):
@@ -270,7 +268,7 @@ def test_a_loss_that_diverges_stops_the_run_and_names_step_term_and_cases(
         return real(self, step) * (float(bad) if len(calls) == (1 + steps) + 1 + 3 else 1)
 
     monkeypatch.setattr(FeatureRefinement, "forward", third_step_of_the_second_epoch)
-    words = rf"step 3 of epoch 2 of runs/distill/\S+: loss_feat is {bad}; .*Reduce the"
+    words = rf"step 3 of epoch 2 of runs/distill/\S+: .*loss_feat is {bad}; .*Reduce the"
     with pytest.raises(TrainingDiverged, match=words) as error:
         distill_arms(teacher, None, data, cfgs)
     path = runs / re.search(r"runs/(distill/\S+):", str(error.value))[1]
@@ -646,7 +644,7 @@ def test_an_ablation_collects_arms_and_seeds_and_a_later_arm_leaves_them(data, r
         "alone", "method", "feat", "teacher",
     ]  # fmt: skip
     for key, run in large.runs.items():
-        assert means[key] == pytest.approx(run.test_dice, abs=1e-5)
+        assert means[key] == pytest.approx(run.summary["test"]["dice"]["mean"], abs=1e-5)
     assert set(zip(large.history["arm"], large.history["seed"])) == set(large.runs)
 
 

@@ -14,9 +14,8 @@ from lesionkd_core.sweep import configuration
 SECTIONS = {
     "Everywhere": config.StageConfig,
     "Data and split": config.PrepareConfig,
-    "Edge label": config.EdgeConfig,
     "Teacher, and the training of both networks": config.TeacherConfig,
-    "Graph": config.GraphConfig,
+    "Edge label and graph": config.GraphConfig,
     "Student and losses": config.DistillConfig,
     "Ablation": config.AblationConfig,
     "Export": ExportConfig,
@@ -74,7 +73,7 @@ def section(title: str, kind: type[StageConfig]) -> str:
     fields = kind.model_json_schema()["properties"]
     rows = [
         f"| `{name}` | {default(name, fields[name])} | {allowed(fields[name])} "
-        f"| {fields[name]['description'].replace('|', '/')} |"
+        f"| {(kind.model_fields[name].description or '').replace('|', '/')} |"
         for name in kind.model_fields
         if name not in inherited or (name == "losses" and kind is config.AblationConfig)
     ]

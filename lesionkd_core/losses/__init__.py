@@ -11,28 +11,14 @@ from torch import nn
 
 from ..config import DistillConfig, TeacherConfig
 from ..models import Network
-from .edge_reasoning import (
-    EdgeGraph,
-    EdgeHead,
-    EdgeReasoning,
-    FittedGraph,
-    derange,
-    grid_cells,
-    node_distance,
-)
-from .feature_refinement import (
-    Connector,
-    FeatureRefinement,
-    bn_margin,
-    empirical_margins,
-    margin_relu,
-    partial_l2,
-)
-from .segmentation import SEG_LOSSES, SegmentationLoss, bce, bce_dice
+from .edge_reasoning import EdgeGraph, EdgeHead, EdgeReasoning, FittedGraph
+from .feature_refinement import FeatureRefinement, bn_margin, margin_relu, partial_l2
+from .segmentation import bce, bce_dice
 from .terms import (
     TERMS,
     LossTerm,
     Measured,
+    Setup,
     Step,
     Term,
     needs_graph,
@@ -43,38 +29,6 @@ from .terms import (
 )
 
 from . import baselines  # isort: skip  # registers its terms after the method's own
-
-__all__ = [
-    "SEG_LOSSES",
-    "TERMS",
-    "Connector",
-    "EdgeGraph",
-    "EdgeHead",
-    "EdgeReasoning",
-    "FeatureRefinement",
-    "FittedGraph",
-    "LossTerm",
-    "Measured",
-    "SegmentationLoss",
-    "Step",
-    "Term",
-    "baselines",
-    "bce",
-    "bce_dice",
-    "bn_margin",
-    "build_terms",
-    "derange",
-    "empirical_margins",
-    "grid_cells",
-    "margin_relu",
-    "needs_graph",
-    "needs_teacher",
-    "node_distance",
-    "partial_l2",
-    "register",
-    "resolve",
-    "unused_options",
-]
 
 
 def build_terms(
@@ -87,11 +41,11 @@ def build_terms(
 
     The initialization of each depends on the seed only, not on the other terms.
     """
+    setup = Setup(cfg, network, teacher, measured or Measured())  # type: ignore[arg-type]
     names = resolve(cfg.losses) if isinstance(cfg, DistillConfig) else {"seg": 1.0}
     modules = nn.ModuleDict()
     for name in names:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(getattr(cfg, cfg.seed_field))
-            term = TERMS[name].module
-            modules[name] = term.build(cfg, network, teacher, measured or Measured())
+            modules[name] = TERMS[name].module.build(setup)
     return modules

@@ -6,7 +6,7 @@ no gradient. Functions of feature maps take activations after the ReLU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,7 @@ from torch import Tensor
 from ..models import Network, channels_of, match_levels
 from .feature_refinement import Connector
 from .segmentation import SEG_LOSSES
-from .terms import LossTerm, Step, register, require_same_size
-
-if TYPE_CHECKING:
-    from ..config import TeacherConfig
-    from .terms import Measured
+from .terms import LossTerm, Setup, Step, register, require_same_size
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,15 +215,17 @@ def sobel_mask_loss(student: Tensor, masks: Tensor) -> Tensor:
 
 def _gradient(x: Tensor) -> Tensor:
     """Magnitude of the Sobel gradient, (N, 1, H, W) -> the same; borders replicated."""
-    kernel = (
-        torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=x.device) / 8
-    )
-    kernels = torch.stack([kernel, kernel.T]).unsqueeze(1).to(x.dtype)
+    kernel = x.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 8
+    kernels = torch.stack([kernel, kernel.T]).unsqueeze(1)
     both = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernels)
     return (both.square().sum(1, keepdim=True) + 1e-12).sqrt()
 
 
-@register("kd", label="logit KD", weight=3.0, sweep=(0.3, 1.0, 3.0, 10.0))
+AROUND_ONE = (0.3, 1.0, 3.0, 10.0)
+"""Weights that notebook 05 tries."""
+
+
+@register("kd", label="logit KD", weight=3.0, sweep=AROUND_ONE)
 class LogitDistillation(LossTerm):
     """`kd_loss`."""
 
@@ -235,13 +233,7 @@ class LogitDistillation(LossTerm):
         return kd_loss(step.logits, step.teacher_logits)
 
 
-@register(
-    "boundary_kd",
-    label="boundary KD",
-    weight=3.0,
-    sweep=(0.3, 1.0, 3.0, 10.0),
-    options=("edge_width",),
-)
+@register("boundary_kd", label="boundary KD", weight=3.0, sweep=AROUND_ONE, options=("edge_width",))
 class BoundaryDistillation(LossTerm):
     """`boundary_kd_loss`."""
 
@@ -257,7 +249,7 @@ class ChannelwiseDistillation(LossTerm):
         return cwd_loss(step.logits, step.teacher_logits)
 
 
-@register("dist", label="DIST", weight=1.0, sweep=(0.3, 1.0, 3.0, 10.0))
+@register("dist", label="DIST", weight=1.0, sweep=AROUND_ONE)
 class RelationDistillation(LossTerm):
     """`dist_loss`."""
 
@@ -283,7 +275,7 @@ class SobelOfMask(LossTerm):
         return sobel_mask_loss(step.logits[: len(step.masks)], step.masks)
 
 
-@register("pseudo", label="pseudo-labels", weight=1.0, sweep=(0.3, 1.0, 3.0, 10.0))
+@register("pseudo", label="pseudo-labels", weight=1.0, sweep=AROUND_ONE)
 class PseudoLabels(LossTerm):
     """L_seg with the teacher's hard masks (probability above 0.5), on the images without masks.
 
@@ -298,10 +290,8 @@ class PseudoLabels(LossTerm):
         self.loss = SEG_LOSSES[name]
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        return cls(cfg.seg_loss)
+    def build(cls, setup: Setup) -> Self:
+        return cls(setup.cfg.seg_loss)
 
     def forward(self, step: Step) -> Tensor:
         first = len(step.masks)
@@ -312,11 +302,7 @@ class PseudoLabels(LossTerm):
 
 
 @register(
-    "fitnets",
-    label="FitNets",
-    weight=0.1,
-    sweep=(0.03, 0.1, 0.3, 1.0),
-    options=("connector_lr",),
+    "fitnets", label="FitNets", weight=0.1, sweep=(0.03, 0.1, 0.3, 1.0), options=("connector_lr",)
 )
 class Hint(LossTerm):
     """`hint_loss` at stride 16, where the student's encoder ends.
@@ -334,11 +320,8 @@ class Hint(LossTerm):
         self.regressor = Connector(channels_of(student, s), channels_of(teacher, t))
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        assert teacher is not None
-        return cls(student, teacher)
+    def build(cls, setup: Setup) -> Self:
+        return cls(setup.student, setup.teacher)
 
     def forward(self, step: Step) -> Tensor:
         regressed = self.regressor(F.relu(step.maps[self.LEVEL].float()))
@@ -356,11 +339,8 @@ class AttentionTransfer(LossTerm):
         match_levels(student, teacher, self.LEVELS)
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        assert teacher is not None
-        return cls(student, teacher)
+    def build(cls, setup: Setup) -> Self:
+        return cls(setup.student, setup.teacher)
 
     def forward(self, step: Step) -> Tensor:
         maps = [(F.relu(step.maps[n]), F.relu(step.teacher_maps[n])) for n in self.LEVELS]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import GraphConfig, TeacherConfig
+from ..config import GraphConfig
 from ..edges import edge_at_stride
 from ..models import Network, channels_of, match_levels, stride_of
 from .feature_refinement import Connector
-from .terms import LossTerm, Step, register, require_same_size
-
-if TYPE_CHECKING:
-    from .terms import Measured
+from .terms import LossTerm, Setup, Step, register, require_same_size
 
 
 def grid_cells(height: int, width: int, grid: int) -> Tensor:
@@ -204,19 +201,12 @@ def node_distance(student: Tensor, teacher: Tensor, std: Tensor, live: Tensor) -
     return ((squared * live).sum(1) / live.sum(1).clamp_min(1)).mean()
 
 
-GRAPH_OPTIONS = (
-    "edge_width",
-    "edge_level",
-    "grid",
-    "states",
-    "anchors",
-    "graph_epochs",
-    "connector_lr",
-)
+OF_THE_GRAPH = ("edge_width", "edge_level", "grid", "states", "anchors", "graph_epochs")
+EDGE_OPTIONS = (*OF_THE_GRAPH, "connector_lr")
 EDGE_SWEEP = (0.01, 0.03, 0.1, 0.3)
 
 
-@register("edge", label="+ L_edge", weight=0.1, sweep=EDGE_SWEEP, options=GRAPH_OPTIONS)
+@register("edge", label="+ L_edge", weight=0.1, sweep=EDGE_SWEEP, options=EDGE_OPTIONS)
 class EdgeReasoning(LossTerm):
     """L_edge: the node states H of student and teacher should agree (step S4).
 
@@ -252,15 +242,13 @@ class EdgeReasoning(LossTerm):
         self.register_buffer("std", std.clamp_min(1e-6))
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        assert isinstance(cfg, GraphConfig) and teacher is not None and measured.fitted is not None
-        return cls(student, teacher, measured.fitted.graph, measured.fitted.std, cfg.edge_level)
+    def build(cls, setup: Setup) -> Self:
+        cfg, fitted = setup.cfg, setup.measured.fitted
+        assert isinstance(cfg, GraphConfig) and fitted is not None
+        return cls(setup.student, setup.teacher, fitted.graph, fitted.std, cfg.edge_level)
 
     def edge_of(self, step: Step) -> Tensor:
         """The full-size edge label that both networks are read at, (N, 1, H, W)."""
-        assert step.edge is not None, "L_edge needs the edge label"
         return step.edge
 
     def forward(self, step: Step) -> Tensor:
@@ -280,7 +268,7 @@ def live_in(graph: EdgeGraph, edge: Tensor) -> Tensor:
 
 
 @register(
-    "edge_shuffled", label="+ L_edge, shuffled", weight=0.1, sweep=EDGE_SWEEP, options=GRAPH_OPTIONS
+    "edge_shuffled", label="+ L_edge, shuffled", weight=0.1, sweep=EDGE_SWEEP, options=EDGE_OPTIONS
 )
 class ShuffledEdgeReasoning(EdgeReasoning):
     """Control: L_edge with the edge label of another image, for both networks.

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from ..config import DistillConfig, LesionKDError, TeacherConfig
+from ..config import DistillConfig, LesionKDError
 from ..models import Network, channels_of, match_levels, stride_of
-from .terms import LossTerm, Step, register, require_same_size
-
-if TYPE_CHECKING:
-    from .terms import Measured
+from .terms import LossTerm, Setup, Step, register, require_same_size
 
 
 def bn_margin(bn: nn.BatchNorm2d) -> Tensor:
@@ -181,12 +178,11 @@ class FeatureRefinement(LossTerm):
             self.register_buffer(f"margin{i}", margin)
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        assert isinstance(cfg, DistillConfig) and teacher is not None
-        margins = measured.margins if cfg.margin == "empirical" else None
-        return cls(student, teacher, cfg.levels, cfg.level_weights, margins)
+    def build(cls, setup: Setup) -> Self:
+        cfg = setup.cfg
+        assert isinstance(cfg, DistillConfig)
+        margins = setup.measured.margins if cfg.margin == "empirical" else None
+        return cls(setup.student, setup.teacher, cfg.levels, cfg.level_weights, margins)
 
     def forward(self, step: Step) -> Tensor:
         """Maps (N, C_i, H_i, W_i) of both networks -> ()."""

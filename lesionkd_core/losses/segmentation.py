@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import LossTerm, Step, register
-
-if TYPE_CHECKING:
-    from ..config import TeacherConfig
-    from ..models import Network
-    from .terms import Measured
+from .terms import LossTerm, Setup, Step, register
 
 
 def soft_dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -54,10 +49,8 @@ class SegmentationLoss(LossTerm):
         self.loss = SEG_LOSSES[name]
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
-        return cls(cfg.seg_loss)
+    def build(cls, setup: Setup) -> Self:
+        return cls(setup.cfg.seg_loss)
 
     def forward(self, step: Step) -> Tensor:
         return self.loss(step.logits[: len(step.masks)], step.masks)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
-from ..config import ConfigError, DistillConfig, LesionKDError, Role, nearest
+from ..config import ConfigError, DistillConfig, LesionKDError, Role, TeacherConfig, nearest
+from ..models import Network
 
 if TYPE_CHECKING:
-    from ..config import TeacherConfig
-    from ..models import Network
     from .edge_reasoning import FittedGraph
 
 T = TypeVar("T", bound="type[LossTerm]")
@@ -50,6 +49,17 @@ class Measured:
     margins: dict[str, Tensor] | None = None  # from `empirical_margins`
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What the loss terms of one network are built from."""
+
+    cfg: TeacherConfig
+    student: Network
+    teacher: Network
+    """The frozen teacher; None if no term reads it."""
+    measured: Measured
+
+
 class LossTerm(nn.Module):
     """One term of L_total: a module whose ``forward`` takes a `Step` and returns a scalar.
 
@@ -66,9 +76,7 @@ class LossTerm(nn.Module):
     teacher_maps: tuple[str, ...] = ()
 
     @classmethod
-    def build(
-        cls, cfg: TeacherConfig, student: Network, teacher: Network | None, measured: Measured
-    ) -> Self:
+    def build(cls, setup: Setup) -> Self:
         """A new term for one student; by default one without options or layers."""
         return cls()
 
@@ -117,10 +125,8 @@ def register(
     """
     for option in options:
         if option not in DistillConfig.model_fields:
-            known = DistillConfig.model_fields
-            raise ConfigError(
-                f"term {name!r} names the option {option!r}: {nearest(option, known)}"
-            )
+            hint = nearest(option, DistillConfig.model_fields)
+            raise ConfigError(f"term {name!r} names the option {option!r}: {hint}")
 
     def add(module: T) -> T:
         TERMS[name] = Term(name, module, label, weight, sweep, options)
@@ -191,6 +197,5 @@ def require_same_size(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise LesionKDError(
             f"the student's map is {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}. "
-            "The two networks round odd sizes differently: distillation needs images whose sides "
-            "are multiples of 32 px"
+            "Distillation needs images whose sides are multiples of 32 px"
         )
