@@ -24,7 +24,7 @@ from torch import nn
 
 import lesionkd_core as lkd
 from lesionkd_core.config import DistillConfig, PrepareConfig, TeacherConfig
-from lesionkd_core.data.batches import epoch_batches
+from lesionkd_core.data.batches import TrainingSet
 from lesionkd_core.edges import edge_label_batch
 from lesionkd_core.losses import EdgeGraph, FittedGraph, Measured, Step, build_terms
 from lesionkd_core.losses.segmentation import bce_dice
@@ -167,18 +167,15 @@ def time_whole_runs(folder):
     teacher = lkd.train_teacher(data, cfg)
     graph = lkd.fit_edge_graph(teacher, data, cfg)
 
-    def train(losses, views=0):
+    def train(losses):
         shutil.rmtree(folder / "distill", ignore_errors=True)
-        arms = [cfg.with_values(losses=name, teacher_views=views) for name in losses]
+        arms = [cfg.with_values(losses=name) for name in losses]
         lkd.distill_arms(teacher, graph, data, arms)
 
-    train(["feat, edge"], 4)  # stores the views
     runs = {
         "run, student alone": lambda: train([""]),
         "run, method": lambda: train(["feat, edge"]),
-        "run, method, teacher_views": lambda: train(["feat, edge"], 4),
         "run, 8 arms together": lambda: train(EIGHT),
-        "run, 8 arms together, teacher_views": lambda: train(EIGHT, 4),
     }
     in_turns(runs, "run, student alone", rounds=2, warmup=0)
 
@@ -190,7 +187,7 @@ def time_batches():
     steps = {"step, student alone": lambda: update(images, masks, None)}
     for augment in ("full", "flips", "none"):
         steps[f"batch, augment {augment}"] = lambda augment=augment: next(
-            epoch_batches(data, BATCH, 0, 0, augment, torch.device("cpu"))
+            TrainingSet(data, BATCH, 0, augment).epoch(0)
         )
     in_turns(steps, "step, student alone")
 
