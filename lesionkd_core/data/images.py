@@ -260,10 +260,10 @@ def pair(
     one_mask, fields
         Passed to every case.
     """
-    named = [(path, _composed(mask_name.format(stem_of(path)))) for path in images]
+    named = [(path, composed(mask_name.format(stem_of(path)))) for path in images]
     files: dict[str, list[Path]] = {}
     for stem, paths in masks.items():
-        files.setdefault(_composed(stem), []).extend(paths)
+        files.setdefault(composed(stem), []).extend(paths)
     exact = {name for _, name in named} & files.keys()
     folded: dict[str, list[Path]] = {}
     for stem in files.keys() - exact:
@@ -283,7 +283,8 @@ def pair(
     return cases
 
 
-def _composed(stem: str) -> str:
+def composed(stem: str) -> str:
+    """With accents in one form; macOS encodes them in another one."""
     return unicodedata.normalize("NFC", stem)
 
 
