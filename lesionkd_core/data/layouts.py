@@ -11,7 +11,6 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from ..results import CHECKOUT
 from . import phantom
 from .images import (
     IMAGE_SUFFIXES,
-    VOLUME_SUFFIXES,
     Case,
     Reading,
     before_number,
@@ -702,7 +700,7 @@ def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]
         raise ManifestError(f"{path.name}: {why}")
     table.columns = [name.strip().lower() for name in table.columns]
     columns = {*COLUMNS, group_column}
-    for name in {"image", "mask", group_column} - {"group", *table.columns}:
+    for name in sorted({"image", "mask", group_column} - {"group", *table.columns}):
         known = f"columns are {', '.join(COLUMNS)} (data/own.md)"
         raise ManifestError(f"{path.name}: no column {name!r}; {known}")
     for name in table.columns:
@@ -841,30 +839,17 @@ def _content(folder: Path) -> list[Path]:
         return []
 
 
-def _own(dataset: str) -> tuple[Release, Path]:
-    own = Release(dataset, "own data", dataset, ("images", "masks"), "paired", access="your own")
+def _own(dataset: str, layout: str = "paired") -> tuple[Release, Path]:
+    own = Release(dataset, "own data", dataset, (dataset,), layout, access="your own")
     places = [Path(dataset).expanduser(), data_root() / dataset]
     for path in places:
-        if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+        if layout == "paired" and path.suffix.lower() in (".csv", ".tsv") and path.is_file():
             return replace(own, layout="manifest"), path.resolve()
-        if release := _release_at(path.resolve()):
-            return release, path.resolve()
-        if own.fits(path):
-            return own, path.resolve()
-    for path in places:
-        if path.is_dir() and own_pairs(path).cases:
-            return own, path.resolve()
-    for path in places:
         if path.is_dir():
-            held = ", ".join(file.name for file in _content(path)[:3]) or "nothing"
-            raise DatasetNotFound(
-                f"{path} has no folders 'images' and 'masks', and no images with masks; it holds "
-                f"{held}. Put your own data there as images/a.jpg with masks/a.png (data/own.md)."
-            )
+            release = _release_at(path.resolve()) if layout == "paired" else None
+            return release or own, path.resolve()
     if len(places[0].parts) > 1:
-        near = get_close_matches(places[0].name, [p.name for p in places[0].parent.glob("*")], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DatasetNotFound(f"there is no folder and no CSV manifest {places[0]}{hint}")
+        raise DatasetNotFound(f"there is no folder and no CSV manifest {places[0]}")
     hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
     raise DatasetNotFound(
         f"dataset {dataset!r} is neither in the catalogue nor a folder nor a CSV manifest; {hint}\n"
@@ -873,32 +858,15 @@ def _own(dataset: str) -> tuple[Release, Path]:
 
 
 def _release_at(folder: Path) -> Release | None:
-    """The release of the catalogue that a folder is, by its name or its number of cases.
+    """The release of the catalogue that a folder is, by its name and by what is in it.
 
     Its window stays with the name of the release: a trained student knows no folder.
     """
     for release in CATALOGUE.values():
-        if not release.fits(folder):
-            continue
         names = {name.lower() for name in (release.folder, *release.names)}
-        try:
-            if folder.name.lower() in names or len(release.cases(folder)) == release.count:
-                return replace(release, window="")
-        except OSError:
-            continue
+        if folder.name.lower() in names and release.fits(folder):
+            return replace(release, window="")
     return None
-
-
-def _without_masks(dataset: str) -> tuple[Release, Path]:
-    for path in (Path(dataset).expanduser(), data_root() / dataset):
-        if path.is_dir():
-            return Release(
-                dataset, "own data", dataset, (path.name,), "images_alone"
-            ), path.resolve()
-    raise DatasetNotFound(
-        f"unlabelled = {dataset!r}: there is no such folder; give a folder of images, absolute or "
-        f"relative to the working folder or {data_root()}"
-    )
 
 
 def listing(cfg: PrepareConfig) -> Listing:
@@ -911,8 +879,10 @@ def listing(cfg: PrepareConfig) -> Listing:
     """
     if cfg.dataset == phantom.NAME:
         return Listing([])
-    unlabelled = isinstance(cfg, UnlabelledConfig)
-    release, folder = _without_masks(cfg.dataset) if unlabelled else find(cfg.dataset)
+    if isinstance(cfg, UnlabelledConfig):
+        release, folder = _own(cfg.dataset, "images_alone")
+    else:
+        release, folder = find(cfg.dataset)
     column = cfg.group_by.partition("column:")[2]
     if column and release.layout != "manifest":
         raise ConfigError(f"group_by = {cfg.group_by!r}: {cfg.dataset} is no CSV manifest")
@@ -922,10 +892,10 @@ def listing(cfg: PrepareConfig) -> Listing:
         why = f"{error.filename or folder} cannot be read ({error.strerror})"
         raise DatasetNotFound(f"{cfg.dataset}: {why}.") from None
     if not found.cases:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES))
+        held = ", ".join(file.name for file in _content(folder)[:3]) or "nothing"
         raise DatasetNotFound(
-            f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
-            f"file that can be read ({kinds})."
+            f"{cfg.dataset}: no images with masks in {folder}, which holds {held}. Put your own "
+            "data there as images/a.jpg with masks/a.png; data/own.md names the formats."
         )
     cases = [replace(case, window=release.window) for case in found.cases]
     if cfg.group_by not in ("", "sequence") and not column:
@@ -970,33 +940,16 @@ def suggested_groups(cases: Sequence[Case], folder: Path) -> tuple[str, dict[str
     (rule, {id: group}) or None
     """
     paths = {case.id: Path(os.path.relpath(case.image, folder)) for case in cases}
-    hints: list[dict[str, str]] = [{}, {}, {}, {}]
-    for name, path in paths.items():
-        above, stem = path.parent.as_posix(), stem_of(path)
-        first, but_last = re.split(r"[\W_]+", stem)[0], re.sub(r"[\W_]+[^\W_]+[\W_]*$", "", stem)
-        for hint, start in zip(hints, (first, but_last, before_number(stem))):
-            hint[name] = f"{above}/{start}" if start != stem and re.search(r"\d", start) else ""
-        hints[3][name] = above if re.search(r"\d", above) else ""
-    for keys in hints:
-        sizes = Counter(filter(None, keys.values()))
-        if len(sizes) < 2 or sum(n for n in sizes.values() if n > 1) <= len(keys) / 2:
-            continue
-        letters = {re.sub(r"\d+$", "", key.rpartition("/")[2]) for key in sizes}
-        rules = ["folder", "number"]
-        if len(letters) == 1 and letters != {""}:
-            rules.append(rf"({re.escape(letters.pop())}\d+)")
-        rules += [r"([^\W_]+)[^/]*$", r"([^/]+)[_ -][^/]*$"]  # the first part; all but the last
-        rules += [r"(.*/[^\W_]+)[^/]*$", r"(.+)[_ -][^/]*$"]  # the same with the folder
-        for rule in rules:
-            if _same_partition(_groups_by(rule, paths), keys):
-                return rule, keys
+    above = ".*/" if len({path.parent for path in paths.values()}) > 1 else ""
+    first_part, all_but_last = rf"({above}[^\W_]+)[^/]*$", rf"({above}[^/]+)[_ -][^/]*$"
+    for rule in (first_part, all_but_last, "number", "folder"):
+        groups = _groups_by(rule, paths)
+        sizes = Counter(groups.values())
+        shared = sum(count for count in sizes.values() if count > 1)
+        numbered = all(re.search(r"\d[^/]*$", group) for group in sizes)
+        if numbered and len(sizes) > 1 and shared > len(groups) / 2:
+            return rule, groups
     return None
-
-
-def _same_partition(one: dict[str, str], other: dict[str, str]) -> bool:
-    pairs = {(one[name], other[name]) for name in one}
-    whole = "" not in one.values()
-    return whole and len(pairs) == len(set(one.values())) == len(set(other.values()))
 
 
 def _groups_by(rule: str, paths: dict[str, Path]) -> dict[str, str]:
