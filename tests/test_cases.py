@@ -83,8 +83,9 @@ def test_the_decision_is_printed_and_kept_and_a_mask_that_does_not_fit_is_named(
     assert line in messages() and data.summary["masks"] == line
     assert areas(data).tolist() == [200] * 11
     assert reason(data, "case_005") == (
-        "case_005.png: values 0, 255: most masks have other values; give lesion_values = 'all but "
-        "0' if 255 is lesion, or convert it to 0 and 255"
+        "case_005.png: values 0, 255: most masks have other values; name the lesion with "
+        "lesion_values ('1, 3', 'all but 0', 'over 127' or '#ff0000'), or convert the mask to 0 "
+        "and 255"
     )
     data = prepared(mine, lesion_values="1, 3")
     assert areas(data).tolist() == [136] * 11  # case_005 has no lesion
