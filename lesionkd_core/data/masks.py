@@ -146,8 +146,7 @@ class Look:
     kind : str
         'one value', 'two values', 'classes' (numbers up to 31, areas, instances), 'thin' (areas,
         but most pixels are at borders), 'soft' (black and white with soft borders), 'few' (black
-        and white with specks of one or two values), 'ignore' (classes beside 255), 'negative' or
-        'unclear'.
+        and white with specks of one or two values), 'ignore' (classes beside 255) or 'unclear'.
     values : array
         Distinct values, ascending; of very many the smallest and the largest.
     text : str
@@ -198,7 +197,7 @@ def _kind(planes: np.ndarray, values: np.ndarray, counts: np.ndarray, lossy: boo
     if len(values) == 1:
         return "one value"
     if values[0] < 0:
-        return "negative"
+        return "unclear"
     if VOID in values:
         return "ignore"
     if len(values) == 2 and not lossy:
@@ -435,7 +434,6 @@ def _union(looks: Iterable[Look]) -> np.ndarray:
 REASONS = {
     "ignore": "this may mean 'ignore', and pixels cannot be left out of loss and scores",
     "unclear": "neither two values, nor classes, nor black and white with soft borders",
-    "negative": "negative values are neither classes nor black and white",
     "thin": "what is between may be classes or soft borders",
     "few": "what is between may be classes or soft borders",
     "classes": "most masks are black and white",
