@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -243,7 +243,8 @@ def pair(
     masks: dict[str, list[Path]],
     mask_name: str = "{}",
     one_mask: bool = True,
-    **fields: Any,
+    label: str = "",
+    split: str = "",
 ) -> list[Case]:
     """Pair images with the masks of their stems.
 
@@ -257,7 +258,7 @@ def pair(
         Mask files by stem, as `by_stem` returns them.
     mask_name : str
         Makes the stem of the mask from that of the image, such as '{}_segmentation'.
-    one_mask, fields
+    one_mask, label, split
         Passed to every case.
     """
     named = [(path, composed(mask_name.format(stem_of(path)))) for path in images]
@@ -273,13 +274,17 @@ def pair(
     for path, name in named:
         if name in exact:
             found = files[name]
+        elif asked[name.casefold()] == 1:
+            found = folded.get(name.casefold(), [])
         else:
-            found = folded.get(name.casefold(), []) if asked[name.casefold()] == 1 else []
+            found = []
         used.update(found)
-        cases.append(Case(stem_of(path), path, tuple(found), one_mask=one_mask, **fields))
+        case = Case(stem_of(path), path, tuple(found), label=label, split=split, one_mask=one_mask)
+        cases.append(case)
     for path in sorted({p for paths in files.values() for p in paths} - used, key=natural):
         problem = f"{path.name}: no image belongs to this mask"
-        cases.append(Case(stem_of(path), path, (path,), problem=problem, **fields))
+        case = Case(stem_of(path), path, (path,), label=label, split=split, problem=problem)
+        cases.append(case)
     return cases
 
 
@@ -366,8 +371,8 @@ def noted_image(
         image = Image.fromarray((255 * grey).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        extrema: Any = image.getextrema()  # of each band
-        notes += ("transparency dropped",) * (extrema[3][0] < 255)
+        if np.asarray(image.getchannel("A")).min() < 255:
+            notes += ("transparency dropped",)
     elif image.mode == "CMYK":
         notes += ("CMYK converted to RGB",)
     rgb = image if image.mode == "RGB" else image.convert("RGB")
