@@ -57,8 +57,6 @@ class Case:
         Class, and the release's own train, val or test; may be empty.
     page : int, optional
         Page of image and mask, for stacks in one TIFF file.
-    window : str
-        The option of this name.
     one_mask : bool
         Two masks of one name are a mistake in this layout, not two lesions.
     unlabelled : bool
@@ -78,7 +76,6 @@ class Case:
     label: str = ""
     split: str = ""
     page: int | None = None
-    window: str = ""
     one_mask: bool = False
     unlabelled: bool = False
     by_index: bool = False

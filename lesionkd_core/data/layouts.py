@@ -847,6 +847,9 @@ def _own(dataset: str, layout: str = "paired") -> tuple[Release, Path]:
         if path.is_dir():
             release = _release_at(path.resolve()) if layout == "paired" else None
             return release or own, path.resolve()
+    if layout == "images_alone":
+        why = "there is no such folder; give a folder of images"
+        raise DatasetNotFound(f"unlabelled = {dataset!r}: {why}")
     if len(places[0].parts) > 1:
         raise DatasetNotFound(f"there is no folder and no CSV manifest {places[0]}")
     hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
@@ -896,10 +899,9 @@ def listing(cfg: PrepareConfig) -> Listing:
             f"{cfg.dataset}: no images with masks in {folder}, which holds {held}. Put your own "
             "data there as images/a.jpg with masks/a.png; data/own.md names the formats."
         )
-    cases = [replace(case, window=release.window) for case in found.cases]
     if cfg.group_by not in ("", "sequence") and not column:
-        cases = _regrouped(cases, folder, cfg.group_by)
-    return replace(found, cases=cases, folder=folder, release=release)
+        found = replace(found, cases=_regrouped(found.cases, folder, cfg.group_by))
+    return replace(found, folder=folder, release=release)
 
 
 def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
@@ -1010,6 +1012,6 @@ def read(case: Case, window: str = "") -> Iterator[Reading]:
         Names the file and what is wrong with it.
     """
     if not case.problem and is_volume(case.image):
-        yield from volume_reader().read_slices(case, window or case.window)
+        yield from volume_reader().read_slices(case, window)
     else:
-        yield read_case(case, window or case.window)
+        yield read_case(case, window)

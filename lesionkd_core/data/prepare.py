@@ -240,7 +240,7 @@ def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[Row]:
             raise UnreadableFile(problem)
         return [
             _row(r, prepare_image(r.image, cfg), prepare_mask(r.mask, cfg), case, cfg)
-            for r in read(case, cfg.window)
+            for r in read(case, window_of(cfg))
         ]
     except UnreadableFile as error:
         facts = {"id": case.id, "file": case.image.name, "problem": str(error), "notes": []}
