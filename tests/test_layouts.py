@@ -345,9 +345,9 @@ def test_pancreas_ct_pairs_series_and_labels_by_patient(data, above):
         ("PANCREAS_0001", "PANCREAS_0001"),
         ("PANCREAS_0002", "PANCREAS_0002"),  # 25 was withdrawn
     ]
-    readings = same(
-        read(cases["PANCREAS_0002"], "70, 340"), windowed(HU, -100, 240), np.roll(LESION, 2, 2)
-    )
+    window = window_of(PrepareConfig(dataset="nih-pancreas"))
+    slices = read(cases["PANCREAS_0002"], window)
+    readings = same(slices, windowed(HU, -100, 240), np.roll(LESION, 2, 2))
     assert readings[0].id == "PANCREAS_0002_z000"
     assert any("matched voxel by voxel" in note for r in readings for note in r.notes)
 

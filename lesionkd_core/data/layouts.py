@@ -242,15 +242,8 @@ def wounds(folder: Path) -> list[Case]:
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "imagestr")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "groundtruth", "labelstr")
-PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+PART = re.compile(r"(train|val|test)(?:ing|id|idation)?")
+"""Name of a sub-folder with a part of the official split."""
 MARK = r"(?:masks?|segmentations?|seg|gt|ground[ _-]?truth|lesions?|labels?|annotations?)"
 NAMINGS = {
     "the suffix": rf"(?P<stem>.+?)(?P<mark>[ ._-]+{MARK})(?:[ _-]?\d+)?",
@@ -316,6 +309,12 @@ class _Place:
     masks: Path | None
     flat: bool = False
 
+    @property
+    def split(self) -> str:
+        """The official split that the sub-folder is called after."""
+        part = PART.fullmatch(self.name.lower())
+        return part[1] if part else ""
+
     def files(self) -> tuple[list[Path], list[Path]]:
         """Images and masks."""
         if self.images == self.masks:
@@ -340,29 +339,24 @@ def own_pairs(folder: Path) -> Listing:
     """
     places = _places(folder)
     found = [(place, *place.files()) for place in places]
+    one_each = all(
+        place.name and not place.split and len(images) == 1 for place, images, _ in found
+    )
     cases: list[Case] = []
     said = set()
     for place, images, masks in found:
-        cases += unread({place.images, place.masks or place.images})
         if place.name and len(images) > 1 and len(masks) == 1:
             raise _several_for_one(images, masks[0])
-    if found and all(place.name and len(images) == 1 for place, images, _ in found):
-        cases += [Case(place.name, images[0], tuple(masks)) for place, images, masks in found]
-        said.add("one folder for each case")
-    else:
-        for place, images, masks in found:
+        if one_each:
+            cases.append(Case(place.name, images[0], tuple(masks)))
+            said.add("one folder for each case")
+        else:
             here, how = _matched(images, masks)
+            cases += _of_sub_folder(place, here) if place.name else here
             said.add(how)
-            if place.name:
-                split = PARTS.get(place.name.lower(), "")
-                label = "" if split else place.name
-                here = [
-                    replace(case, id=f"{place.name}-{case.id}", split=split, label=label)
-                    for case in here
-                ]
-                if split:
-                    said.add("sub-folders as official split")
-            cases += here
+        if place.split:
+            said.add("sub-folders as official split")
+        cases += unread({place.images, place.masks or place.images})
     images_read = [case for case in cases if not case.problem]
     if images_read and not any(case.masks for case in images_read):
         raise DatasetNotFound(
@@ -371,6 +365,16 @@ def own_pairs(folder: Path) -> Listing:
         )
     how = ", ".join(sorted(said - {""}))
     return Listing(cases, how, _not_read_beside(folder, places, len(images_read)))
+
+
+def _of_sub_folder(place: _Place, cases: list[Case]) -> list[Case]:
+    """Cases with the name of their sub-folder as split or as label, and in the id."""
+    label = "" if place.split else place.name
+    named = []
+    for case in cases:
+        case_id = f"{place.name}-{case.id}"
+        named.append(replace(case, id=case_id, split=place.split, label=label))
+    return named
 
 
 def _several_for_one(images: list[Path], mask: Path) -> DatasetNotFound:
@@ -392,7 +396,7 @@ def _places(folder: Path) -> list[_Place]:
         if images_in(images):
             places.append(_Place("", images, masks, flat=True))
         return places
-    parts = [part for part in _folders(folder) if part.name.lower() in PARTS]
+    parts = [part for part in _folders(folder) if PART.fullmatch(part.name.lower())]
     if not parts and any(path.is_file() for path in sources_in(folder)):
         return [_Place("", folder, folder)]
     places = []

@@ -354,7 +354,10 @@ def decision_for(case: Case) -> Decision:
 
 def look_at_all(cases: Sequence[Case]) -> dict[Key, Look]:
     """All masks that can be read; why another cannot is said when its case is read."""
-    keys = list(dict.fromkeys(key for case in cases if not case.problem for key in _files(case)))
+    keys: dict[Key, None] = {}  # in this order, each once
+    for case in cases:
+        if not case.problem:
+            keys.update(dict.fromkeys(_files(case)))
     if len(keys) > 1000:
         log.info(f"reading the values of {len(keys)} masks")
     volumes = any(is_volume(path) for path, _ in keys)
@@ -369,7 +372,8 @@ def look_at_all(cases: Sequence[Case]) -> dict[Key, Look]:
 def _files(case: Case) -> Iterator[Key]:
     for path in case.masks:
         if is_volume(path) and path.is_dir():
-            yield from ((file, None) for file in files_in(path))
+            for file in files_in(path):
+                yield file, None
         else:
             yield path, case.page
 
@@ -410,8 +414,11 @@ def _chosen(looks: dict[Key, Look]) -> Attempt:
         for look in looks.values()
         if look.kind in ("two values", "soft") and look.values[-1] < COLOUR
     )
-    likely = [*sorted(ends, key=lambda pair: pair[1])[-1:], *dict(ends.most_common(3))]
-    attempts = [_all_but(looks), *(_over(looks, *pair) for pair in likely)]
+    attempts = [_all_but(looks)]
+    if ends:
+        brightest = max(ends, key=lambda pair: pair[1])
+        usual = [pair for pair, _ in ends.most_common(3)]
+        attempts += [_over(looks, ground, top) for ground, top in (brightest, *usual)]
     rule, refused = min(attempts, key=lambda attempt: len(attempt[1]))
     several = [key for key, look in looks.items() if look.kind != "one value"]
     doubtful = "few" if rule.how == "over" else ""
