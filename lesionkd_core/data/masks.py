@@ -146,7 +146,8 @@ class Look:
     kind : str
         'one value', 'two values', 'classes' (numbers up to 31, areas, instances), 'thin' (areas,
         but most pixels are at borders), 'soft' (black and white with soft borders), 'few' (black
-        and white with specks of one or two values), 'ignore' (classes beside 255) or 'unclear'.
+        and white with specks of one or two values), 'ignore' (classes beside 255), 'negative' or
+        'unclear'.
     values : array
         Distinct values, ascending; of very many the smallest and the largest.
     text : str
@@ -197,7 +198,7 @@ def _kind(planes: np.ndarray, values: np.ndarray, counts: np.ndarray, lossy: boo
     if len(values) == 1:
         return "one value"
     if values[0] < 0:
-        return "unclear"
+        return "negative"
     if VOID in values:
         return "ignore"
     if len(values) == 2 and not lossy:
@@ -416,7 +417,7 @@ def _chosen(looks: dict[Key, Look]) -> Attempt:
     )
     attempts = [_all_but(looks)]
     if ends:
-        brightest = max(ends, key=lambda pair: pair[1])
+        brightest = sorted(ends, key=lambda pair: pair[1])[-1]
         usual = [pair for pair, _ in ends.most_common(3)]
         attempts += [_over(looks, ground, top) for ground, top in (brightest, *usual)]
     rule, refused = min(attempts, key=lambda attempt: len(attempt[1]))
@@ -441,6 +442,7 @@ def _union(looks: Iterable[Look]) -> np.ndarray:
 REASONS = {
     "ignore": "this may mean 'ignore', and pixels cannot be left out of loss and scores",
     "unclear": "neither two values, nor classes, nor black and white with soft borders",
+    "negative": "negative values are neither classes nor black and white",
     "thin": "what is between may be classes or soft borders",
     "few": "what is between may be classes or soft borders",
     "classes": "most masks are black and white",
