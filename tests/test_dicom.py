@@ -237,7 +237,7 @@ def test_monochrome1_masks_are_read_as_shown(tmp_path):
     ("ground", "more", "words"),
     [
         ((255, 255, 255), {}, "what is the background"),
-        ((0, 0, 0), {"LossyImageCompression": "01"}, "give lesion_values = 'over"),
+        ((0, 0, 0), {"LossyImageCompression": "01"}, "name the lesion with lesion_values"),
     ],
 )
 def test_dicom_masks_in_colour_or_changed_by_compression_are_refused(tmp_path, ground, more, words):

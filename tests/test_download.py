@@ -11,7 +11,6 @@ import tarfile
 import threading
 import time
 import zipfile
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -155,7 +154,6 @@ def test_the_archives_of_isic_are_unpacked_below_one_folder(server, root, monkey
     assert download("isic2018") == root / "isic2018" == find("isic2018")[1]
     assert server.asked == asked + 1, "complete archives are not fetched again"
     assert names_in(root / "isic2018") == sorted(name.removesuffix(".zip") for name in names)
-    assert not list(root.rglob("._*"))
 
 
 SHAPES = {  # how people pack a release
@@ -250,21 +248,14 @@ def test_another_archive_than_the_first_is_refused_until_its_entry_is_removed(
 # The disk -----------------------------------------------------------------------------------------
 
 
-def free_space(monkeypatch, count):
-    usage = namedtuple("Usage", "total used free")(count, 0, count)
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage)
-
-
 @pytest.mark.fault
-def test_what_does_not_fit_on_the_disk_is_not_begun(server, kvasir, tmp_path, root, monkeypatch):
-    free_space(monkeypatch, 1_000_000)
-    refused("1.50 MB needed", "1.00 MB are free")
-    assert not names_in(kvasir.parent)
-    bomb = tmp_path / "bomb.zip"
-    bomb.write_bytes(zipped({"Kvasir-SEG/images/a.png": bytes(300_000_000)}))
-    assert bomb.stat().st_size < 400_000
-    refused("bomb.zip", "300.00 MB needed", archive=bomb)
-    assert names_in(root) == ["downloads"]
+def test_a_full_disk_is_named_and_leaves_no_release(server, kvasir, root, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    refused("No space left on device", "free space", "--to")
+    assert names_in(root) == ["downloads"] and kvasir.exists()
 
 
 @pytest.mark.fault
@@ -282,8 +273,7 @@ def test_what_is_in_the_way_is_named_and_stays(server, kvasir, root):
 
 LINK = "Kvasir-SEG/images/link"
 HOSTILE = {
-    **{f"zip with {n}": zipped(FILES | {n: b"x"}) for n in ("../evil", "a/../../evil", "/evil")},
-    **{f"tar with {n}": tarred(FILES | {n: b"x"}) for n in ("../evil", "a/../../evil", "/evil")},
+    **{f"tar with {n}": tarred(FILES | {n: b"x"}) for n in ("../evil", "a/../../evil")},
     "tar through a link": tarred({LINK: (tarfile.SYMTYPE, "/tmp"), f"{LINK}/evil": b"x"} | FILES),
     "tar with a link out": tarred(FILES | {LINK: (tarfile.SYMTYPE, "../../../evil")}),
     "tar with a hard link out": tarred(FILES | {LINK: (tarfile.LNKTYPE, "/etc/passwd")}),
@@ -298,6 +288,18 @@ def test_a_hostile_archive_writes_nothing(tmp_path, root, what):
     refused("hostile", archive=tmp_path / "hostile")
     assert names_in(tmp_path) == ["data", "hostile"] and names_in(root) == ["downloads"]
     assert not Path("/evil").exists() and not Path("/tmp/evil").exists()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("pack", "name"),
+    [(zipped, "../evil"), (zipped, "a/../../evil"), (zipped, "/evil"), (tarred, "/evil")],
+)
+def test_an_archive_with_a_path_to_the_outside_stays_inside(tmp_path, root, pack, name):
+    (tmp_path / "hostile.zip").write_bytes(pack(FILES | {name: b"x"}))
+    download("kvasir-seg", archive=tmp_path / "hostile.zip")
+    assert names_in(tmp_path) == ["data", "hostile.zip"] and not Path("/evil").exists()
+    assert names_in(root) == ["Kvasir-SEG", "checksums.json", "downloads"]
 
 
 def flipped(content):

@@ -98,7 +98,7 @@ SPOILT = {  # what is wrong: how it is made from folder and name; words of the r
     ),
     "red on white": (
         lambda d, n: save(mask_of(d, n), np.where(lesion(9)[..., None], RED, np.uint8(255))),
-        ["values 255, #c81e1e", "lesion_values = the values of the lesion"],
+        ["values 255, #c81e1e", "lesion_values"],
     ),
     "mask of several pages": (
         lambda d, n: instead(mask_of(d, n), pages(lesion(9), lesion(5)), ".tif"),

@@ -244,13 +244,13 @@ def patients(root, numbered="patient{:02d}_{:03d}", count=7, slices=4, below="")
 
 
 NAMES = {  # names of files, the rule that unites them, number of groups; or no hint at a patient
-    "numbered series": (["p{0}_{1}"], "number", 9),
+    "numbered series": (["p{0}_{1}"], r"([^\W_]+)[^/]*$", 9),
     "left and right": (["{0}_left", "{0}_right"], r"([^\W_]+)[^/]*$", 9),
-    "two frames": (["patient{0:03d}_frame01", "patient{0:03d}_frame12"], "number", 9),
-    "tiles": (["slide{0}_x{1}_y512", "slide{0}_x{1}_y0"], r"(slide\d+)", 9),
-    "sides behind a number": (["bus_{0:04d}-l", "bus_{0:04d}-r"], r"(bus_\d+)", 9),
+    "two frames": (["patient{0:03d}_frame01", "patient{0:03d}_frame12"], r"([^\W_]+)[^/]*$", 9),
+    "tiles": (["slide{0}_x{1}_y512", "slide{0}_x{1}_y0"], r"([^\W_]+)[^/]*$", 9),
+    "sides behind a number": (["bus_{0:04d}-l", "bus_{0:04d}-r"], r"([^/]+)[_ -][^/]*$", 9),
     "two parts": (["{0}-a_{1}", "{0}-b_{1}"], r"([^\W_]+)[^/]*$", 9),
-    "the same in two clinics": (["north/{0}_{1}", "south/{0}_{1}"], "number", 18),
+    "the same in two clinics": (["north/{0}_{1}", "south/{0}_{1}"], r"(.*/[^\W_]+)[^/]*$", 18),
     "folders of patients": (["case{0}/{1}"], "folder", 9),
     "no separator": (["p{0}frame{1}"], "number", 9),
     "one series": (["IMG_{0}{1}"], None, 1),
@@ -275,7 +275,8 @@ def test_names_that_hint_at_patients_give_a_rule_that_unites_them(what, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("numbered", "rule"), [("patient{:02d}_{:03d}", "number"), ("s{}_x{}_y0", r"(s\d+)")]
+    ("numbered", "rule"),
+    [("patient{:02d}_{:03d}", r"([^\W_]+)[^/]*$"), ("p{:02d}frame{:03d}", "number")],
 )
 def test_the_advice_about_names_is_followed_and_the_warning_is_gone(
     tmp_path, runs, messages, numbered, rule

@@ -78,18 +78,3 @@ def test_a_threshold_does_not_solve_it():
             scores.append((dice(bright, mask), dice(~bright, mask)))
     scores = np.array(scores)
     assert scores.mean(axis=0).max() < 0.6 and scores.max(axis=1).mean() < 0.6
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("pixels", {"pixels": 8}),
-        ("pixels", {"pixels": 64.5}),
-        ("seed", {"seed": -1}),
-        ("index", {"index": -1}),
-    ],
-)
-def test_a_wrong_argument_is_named(name, arguments):
-    with pytest.raises(ValueError, match=f"^{name} is "):
-        draw(**{"seed": 0, "index": 0} | arguments)

@@ -164,13 +164,6 @@ def test_without_a_window_the_percentiles_of_the_volume_decide(tmp_path, monkeyp
     assert np.abs(np.array([*volume.images()]) - whole).max() <= 4 * 4
 
 
-def test_the_default_window_of_a_release_is_used_unless_another_is_given(tmp_path):
-    image, mask = nifti(tmp_path / "a.nii", HU), nifti(tmp_path / "m.nii", LESION.astype(np.uint8))
-    with_default = case(image, mask, window="70, 340")
-    same(read(with_default), windowed(HU, -100, 240), LESION)
-    same(read(with_default, WINDOW), windowed(HU), LESION)
-
-
 def test_a_flat_volume_is_black(tmp_path):
     flat = read_volume(nifti(tmp_path / "a.nii", np.full(SHAPE, 7, np.uint8)))
     assert not any(image.any() for image in flat.images())

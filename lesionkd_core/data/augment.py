@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ class Change(NamedTuple):
     grain: float = 0.0  # seed of the noise
 
 
-Columns = Any
-"""A `Change` whose fields are arrays (N,)."""
+Columns = dict[str, np.ndarray]
+"""Changes of N cases: an array (N,) for each field of `Change`."""
 
 
 def draw(seed: int, epoch: int, case: int, augmentation: str, copy: int = 0) -> Change:
@@ -69,11 +69,11 @@ def draw(seed: int, epoch: int, case: int, augmentation: str, copy: int = 0) -> 
     flips = Change(*map(bool, rng.random(3) < 0.5))
     if augmentation == "flips":
         return flips
-    drawn: dict[str, Any] = {}
+    drawn: dict[str, float] = {}
     for probability, ranges in FULL:
         if rng.random() < probability:
             drawn |= zip(ranges, rng.uniform(*zip(*ranges.values())).tolist())
-    return flips._replace(**drawn)
+    return Change(flips.mirror, flips.upend, flips.transpose, **drawn)
 
 
 def augment(images: Tensor, masks: Tensor, changes: Sequence[Change]) -> tuple[Tensor, Tensor]:
@@ -93,15 +93,20 @@ def augment(images: Tensor, masks: Tensor, changes: Sequence[Change]) -> tuple[T
     images : (N, C, S, S) float32, grey values 0..1
     masks : (N, 1, S, S) float32, 0 or 1
     """
-    change: Columns = Change(*np.array(changes, dtype=np.float64).T)
+    change = columns_of(changes)
     planes = turn(torch.cat([images, masks], 1).contiguous(), changes)
     planes = torch.cat([tone(planes[:, :-1], change), planes[:, -1:].float()], 1)
     moves = matrices(change)
     _apply(planes, (moves != np.eye(2, 3)).any((1, 2)), warp, moves)
     images = planes[:, :-1]
-    _apply(images, change.blur > 0, blur, change.blur)
-    _apply(images, change.noise > 0, add_noise, change.noise, change.grain)
+    _apply(images, change["blur"] > 0, blur, change["blur"])
+    _apply(images, change["noise"] > 0, add_noise, change["noise"], change["grain"])
     return images, (planes[:, -1:] > 0.5).float()
+
+
+def columns_of(changes: Sequence[Change]) -> Columns:
+    """Changes of several cases, field by field."""
+    return dict(zip(Change._fields, np.array(changes, dtype=np.float64).T))
 
 
 def _apply(
@@ -121,19 +126,19 @@ def turn(planes: Tensor, changes: Sequence[Change]) -> Tensor:
 
 def tone(images: Tensor, change: Columns) -> Tensor:
     """((x - 0.5) contrast + 0.5 + brightness)^gamma, clipped to 0..1, by a table of 256 values."""
-    contrast, brightness = change.contrast[:, None], change.brightness[:, None]
+    contrast, brightness = change["contrast"][:, None], change["brightness"][:, None]
     levels = (np.arange(256) / 255 - 0.5) * contrast + 0.5 + brightness
-    table = (levels.clip(0, 1) ** change.gamma[:, None]).astype(np.float32)
+    table = (levels.clip(0, 1) ** change["gamma"][:, None]).astype(np.float32)
     lookup = torch.from_numpy(table).to(images.device)
     return lookup.gather(1, images.flatten(1).long()).view(images.shape)
 
 
 def matrices(change: Columns) -> np.ndarray:
     """(N, 2, 3): maps a place (x, y, 1) in the result to the original; the image spans -1..1."""
-    angle, slide = np.deg2rad(change.angle), np.tan(np.deg2rad(change.shear))
-    cos, sin = np.cos(angle) / change.zoom, np.sin(angle) / change.zoom
+    angle, slide = np.deg2rad(change["angle"]), np.tan(np.deg2rad(change["shear"]))
+    cos, sin = np.cos(angle) / change["zoom"], np.sin(angle) / change["zoom"]
     linear = np.array([[cos, cos * slide - sin], [sin, sin * slide + cos]]).transpose(2, 0, 1)
-    shift = np.array([change.right, change.down]).T[..., None] * 2
+    shift = np.array([change["right"], change["down"]]).T[..., None] * 2
     return np.concatenate([linear, -linear @ shift], 2)
 
 

@@ -133,16 +133,6 @@ def _local(release: Release, given: Path) -> list[Path]:
     return files
 
 
-def _require_space(folder: Path, what: str, needed: int) -> None:
-    if needed > (free := shutil.disk_usage(folder).free):
-        why = f"{_size(needed)} needed in {folder}, {_size(free)} are free"
-        raise DownloadError(f"{what}: {why}. Free some space, or choose another disk (--to).")
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
 # Fetching -----------------------------------------------------------------------------------------
 
 
@@ -154,19 +144,12 @@ def _fetch(release: Release, address: str, mirror: str, root: Path) -> Path:
     for unfinished in kept.glob("tmp*"):  # pooch's, of a killed process
         unfinished.unlink()
 
-    def announce(response: requests.Response, *_: object, **__: object) -> None:
-        if response.status_code == 200:
-            size = int(response.headers.get("Content-Length", 0))
-            _require_space(kept, name, size)
-            log.info(f"{name}: {_size(size)}")
-
     live = live_bar()
     bar = live and live(unit="B", unit_scale=True, desc=name, file=sys.stdout)
-    fetch = pooch.HTTPDownloader(
-        bar, chunk_size=1 << 18, timeout=TIMEOUT, hooks={"response": announce}
-    )
+    fetch = pooch.HTTPDownloader(bar, chunk_size=1 << 18, timeout=TIMEOUT)
+    log.info(f"fetching {address}")
     try:
-        known = _known(release, root).get(name)
+        known = _known(release, name, root)
         return Path(pooch.retrieve(address, known, name, kept, downloader=fetch))
     except requests.RequestException as error:
         raise DownloadError(
@@ -179,14 +162,10 @@ def _fetch(release: Release, address: str, mirror: str, root: Path) -> Path:
         raise _another_file(release, name, address, root) from None
 
 
-def _known(release: Release, root: Path) -> dict[str, str]:
-    """SHA-256 of the archives of a release that were unpacked before, by name."""
-    before = f"{release.name}/"
-    return {
-        key.removeprefix(before): entry["sha256"]
-        for key, entry in _read_checksums(root).items()
-        if key.startswith(before)
-    }
+def _known(release: Release, name: str, root: Path) -> str | None:
+    """SHA-256 of an archive of this name that was unpacked before."""
+    entry = _read_checksums(root).get(f"{release.name}/{name}")
+    return entry["sha256"] if entry else None
 
 
 def _read_checksums(root: Path) -> dict[str, dict[str, str]]:
@@ -204,7 +183,7 @@ def _read_checksums(root: Path) -> dict[str, dict[str, str]]:
 def _another_file(release: Release, name: str, source: str, root: Path) -> DownloadError:
     return DownloadError(
         f"{name} from {source} is not the file that was unpacked before (SHA-256 "
-        f"{_known(release, root)[name]}). Start again if the transfer may have failed.\nIf the "
+        f"{_known(release, name, root)}). Start again if the transfer may have failed.\nIf the "
         f"authors changed the release and you want the new one, remove '{release.name}/{name}' "
         f"from {root / 'checksums.json'} first."
     )
@@ -218,9 +197,8 @@ def _unpack(release: Release, files: list[Path], root: Path) -> None:
     target, top = root / release.folder, root / f".{release.name}.unpacking" / release.folder
     shutil.rmtree(top.parent, ignore_errors=True)  # of a killed process
     sums = {file.name: pooch.file_hash(str(file)) for file in files}
-    known = _known(release, root)
     for file in files:
-        if known.get(file.name, sums[file.name]) != sums[file.name]:
+        if _known(release, file.name, root) not in (None, sums[file.name]):
             raise _another_file(release, file.name, str(file), root)
     try:
         for file in files:
@@ -246,17 +224,15 @@ def _unpack(release: Release, files: list[Path], root: Path) -> None:
 
 
 def _extract(file: Path, into: Path, release: Release, target: Path) -> None:
-    """Unpack a zip or tar archive; refuse one that is damaged or would write elsewhere."""
+    """Unpack a zip or tar archive; nothing in it can be written elsewhere."""
     into.mkdir(parents=True, exist_ok=True)
-    into = into.resolve()
     try:
         with _opened(file) as archive:
-            sizes = _sizes(archive)
-            for name in sizes:
-                if not (into / name).resolve().is_relative_to(into):
-                    raise DownloadError(f"{file}: its member {name!r} would be written elsewhere.")
-            _require_space(target.parent, file.name, sum(sizes.values()))
-            tops = {name.removeprefix("./").partition("/")[0] for name in sizes}
+            if isinstance(archive, tarfile.TarFile):
+                names = archive.getnames()
+            else:
+                names = archive.namelist()
+            tops = {name.removeprefix("./").partition("/")[0] for name in names}
             if file.stem in release.holds and file.stem not in tops:  # loose files of images.zip
                 into = into / file.stem
             if isinstance(archive, tarfile.TarFile):
@@ -264,29 +240,16 @@ def _extract(file: Path, into: Path, release: Release, target: Path) -> None:
                 while archive.fileobj and archive.fileobj.read(1 << 20):
                     pass  # to the checksum at the end of a .gz
             else:
-                archive.extractall(into)
-    except LesionKDError:
-        raise
+                archive.extractall(into)  # drops '..' and a leading '/'
     except Exception as error:  # damaged bytes make zipfile and tarfile raise almost anything
         if getattr(error, "errno", None):
             raise  # of the disk
         raise _unreadable(file, error, release, target) from None
-    for path in [*into.rglob("__MACOSX"), *into.rglob("._*")]:  # of macOS, not of the release
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    shutil.rmtree(into / "__MACOSX", ignore_errors=True)
 
 
 def _opened(file: Path) -> tarfile.TarFile | zipfile.ZipFile:
     return tarfile.open(file) if tarfile.is_tarfile(file) else zipfile.ZipFile(file)
-
-
-def _sizes(archive: tarfile.TarFile | zipfile.ZipFile) -> dict[str, int]:
-    """Bytes of every member when it is unpacked."""
-    if isinstance(archive, tarfile.TarFile):
-        return {member.name: member.size for member in archive}
-    return {member.filename: member.file_size for member in archive.infolist()}
 
 
 def _unreadable(file: Path, error: Exception, release: Release, target: Path) -> DownloadError:

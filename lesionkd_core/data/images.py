@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -57,8 +57,6 @@ class Case:
         Class, and the release's own train, val or test; may be empty.
     page : int, optional
         Page of image and mask, for stacks in one TIFF file.
-    window : str
-        The option of this name.
     one_mask : bool
         Two masks of one name are a mistake in this layout, not two lesions.
     unlabelled : bool
@@ -78,7 +76,6 @@ class Case:
     label: str = ""
     split: str = ""
     page: int | None = None
-    window: str = ""
     one_mask: bool = False
     unlabelled: bool = False
     by_index: bool = False
@@ -243,7 +240,8 @@ def pair(
     masks: dict[str, list[Path]],
     mask_name: str = "{}",
     one_mask: bool = True,
-    **fields: Any,
+    label: str = "",
+    split: str = "",
 ) -> list[Case]:
     """Pair images with the masks of their stems.
 
@@ -257,13 +255,13 @@ def pair(
         Mask files by stem, as `by_stem` returns them.
     mask_name : str
         Makes the stem of the mask from that of the image, such as '{}_segmentation'.
-    one_mask, fields
+    one_mask, label, split
         Passed to every case.
     """
-    named = [(path, _composed(mask_name.format(stem_of(path)))) for path in images]
+    named = [(path, composed(mask_name.format(stem_of(path)))) for path in images]
     files: dict[str, list[Path]] = {}
     for stem, paths in masks.items():
-        files.setdefault(_composed(stem), []).extend(paths)
+        files.setdefault(composed(stem), []).extend(paths)
     exact = {name for _, name in named} & files.keys()
     folded: dict[str, list[Path]] = {}
     for stem in files.keys() - exact:
@@ -273,17 +271,22 @@ def pair(
     for path, name in named:
         if name in exact:
             found = files[name]
+        elif asked[name.casefold()] == 1:
+            found = folded.get(name.casefold(), [])
         else:
-            found = folded.get(name.casefold(), []) if asked[name.casefold()] == 1 else []
+            found = []
         used.update(found)
-        cases.append(Case(stem_of(path), path, tuple(found), one_mask=one_mask, **fields))
+        case = Case(stem_of(path), path, tuple(found), label=label, split=split, one_mask=one_mask)
+        cases.append(case)
     for path in sorted({p for paths in files.values() for p in paths} - used, key=natural):
         problem = f"{path.name}: no image belongs to this mask"
-        cases.append(Case(stem_of(path), path, (path,), problem=problem, **fields))
+        case = Case(stem_of(path), path, (path,), label=label, split=split, problem=problem)
+        cases.append(case)
     return cases
 
 
-def _composed(stem: str) -> str:
+def composed(stem: str) -> str:
+    """With accents in one form; macOS encodes them in another one."""
     return unicodedata.normalize("NFC", stem)
 
 
@@ -365,8 +368,8 @@ def noted_image(
         image = Image.fromarray((255 * grey).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        extrema: Any = image.getextrema()  # of each band
-        notes += ("transparency dropped",) * (extrema[3][0] < 255)
+        if np.asarray(image.getchannel("A")).min() < 255:
+            notes += ("transparency dropped",)
     elif image.mode == "CMYK":
         notes += ("CMYK converted to RGB",)
     rgb = image if image.mode == "RGB" else image.convert("RGB")

@@ -8,14 +8,11 @@ import io
 import os
 import re
 import tomllib
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -24,11 +21,11 @@ from ..results import CHECKOUT
 from . import phantom
 from .images import (
     IMAGE_SUFFIXES,
-    VOLUME_SUFFIXES,
     Case,
     Reading,
     before_number,
     by_stem,
+    composed,
     count_pages,
     images_in,
     is_dicom,
@@ -70,18 +67,29 @@ def busi(folder: Path) -> list[Case]:
 
 def bus_bra(folder: Path) -> list[Case]:
     """BUS-BRA: `Images/bus_0001-l.png` with `Masks/mask_0001-l.png`; a table names patients."""
-    patients, labels = {}, {}
-    with open(folder / "bus_data.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            patients[row["ID"]] = f"patient-{int(row['Case']):04d}"
-            labels[row["ID"]] = row["Pathology"]
     masks = by_stem(images_in(folder / "Masks"))
     masks = {re.sub("^mask_", "bus_", stem): paths for stem, paths in masks.items()}
     found = pair(images_in(folder / "Images"), masks)
-    return [
-        replace(case, group=patients.get(case.id, ""), label=labels.get(case.id, ""))
-        for case in found
-    ]
+    return _described(found, folder / "bus_data.csv", "ID", "patient-{Case:0>4}", "{Pathology}")
+
+
+def _described(
+    cases: list[Case], table: Path, column: str, group: str, label: str = ""
+) -> list[Case]:
+    """Cases with group and label of the row of a table whose `column` holds their id.
+
+    `group` and `label` are made of other columns: 'patient-{Case:0>4}'.
+    """
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        separator = "\t" if "\t" in file.readline() else ","
+        file.seek(0)
+        rows = {row[column]: row for row in csv.DictReader(file, delimiter=separator)}
+    described = []
+    for case in cases:
+        if row := rows.get(case.id):
+            case = replace(case, group=group.format(**row), label=label.format(**row))
+        described.append(case)
+    return described
 
 
 def covid_ct(folder: Path, images: str, masks: str) -> list[Case]:
@@ -125,20 +133,13 @@ def ham10000(folder: Path, images: list[str], masks: str, table: list[str]) -> l
 
     The table, if it is there, names the lesion (the group) and the diagnosis of each image.
     """
-    lesions, labels = {}, {}
-    for path in [folder / name for name in table if (folder / name).is_file()][:1]:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
-            file.seek(0)
-            for row in csv.DictReader(file, delimiter="\t" if "\t" in header else ","):
-                lesions[row["image_id"]], labels[row["image_id"]] = row["lesion_id"], row["dx"]
     places = [unpacked(folder / name) for name in images if (folder / name).is_dir()]
     photos = sorted((path for place in places for path in images_in(place)), key=natural)
     found = pair(photos, by_stem(images_in(unpacked(folder / masks))), "{}_segmentation")
-    return [
-        replace(case, group=lesions.get(case.id, ""), label=labels.get(case.id, ""))
-        for case in found
-    ]
+    for name in table:
+        if (folder / name).is_file():
+            return _described(found, folder / name, "image_id", "{lesion_id}", "{dx}")
+    return found
 
 
 def isic(folder: Path, images: str, masks: str, parts: dict[str, str]) -> list[Case]:
@@ -159,9 +160,7 @@ def isic(folder: Path, images: str, masks: str, parts: dict[str, str]) -> list[C
 
 def kvasir_seg(folder: Path) -> list[Case]:
     """Kvasir-SEG: images/ and masks/; a table beside its card names scenes that are there twice."""
-    with open(CHECKOUT / "data" / "kvasir-seg-scenes.csv", newline="") as file:
-        scenes = {row["image"]: row["scene"] for row in csv.DictReader(file)}
-    return [replace(case, group=scenes.get(case.id, "")) for case in paired(folder)]
+    return _described(paired(folder), CHECKOUT / "data/kvasir-seg-scenes.csv", "image", "{scene}")
 
 
 def nih_pancreas(folder: Path, labels: str, withdrawn: list[str]) -> list[Case]:
@@ -175,10 +174,12 @@ def nih_pancreas(folder: Path, labels: str, withdrawn: list[str]) -> list[Case]:
         number = patient.name[-4:]
         series = sorted({file.parent for file in patient.rglob("*.dcm")})
         if series and number not in withdrawn:
+            case = Case(patient.name, series[0], (), patient.name, by_index=True, one_mask=True)
             masks = [p for p in sources_in(folder / labels) if stem_of(p) == f"label{number}"]
-            problem = f"{patient.name}: holds {len(series)} series; keep one" * (len(series) > 1)
-            case = Case(patient.name, series[0], tuple(masks), patient.name, problem=problem)
-            cases.append(replace(case, by_index=True, one_mask=True))
+            problem = ""
+            if len(series) > 1:
+                problem = f"{patient.name}: holds {len(series)} series; keep one"
+            cases.append(replace(case, masks=tuple(masks), problem=problem))
     return cases
 
 
@@ -241,18 +242,16 @@ def wounds(folder: Path) -> list[Case]:
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "imagestr")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "groundtruth", "labelstr")
-PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-PARTS |= {"test": "test", "testing": "test"}
+PART = re.compile(r"(train|val|test)(?:ing|id|idation)?")
+"""Name of a sub-folder with a part of the official split."""
 MARK = r"(?:masks?|segmentations?|seg|gt|ground[ _-]?truth|lesions?|labels?|annotations?)"
 NAMINGS = {
-    "the suffix": rf"(?P<stem>.+?)(?P<mark>[ ._-]+{MARK})(?P<number>[ _-]?\d+)?",
+    "the suffix": rf"(?P<stem>.+?)(?P<mark>[ ._-]+{MARK})(?:[ _-]?\d+)?",
     "the prefix": rf"(?P<mark>{MARK}[ ._-]+|p(?=\d+$))(?P<stem>.+)",
     "the suffix of the image": r"(?P<stem>.+)(?P<mark>\.(?:jpe?g|png|bmp|tiff?))",
-    "the lack of": r"(?P<stem>.+)(?P<mark>)",  # _0000, the number of a channel, in nnU-Net's names
 }
 """How the name of a mask may follow from that of its image."""
 UNREAD = {".jp2", ".j2k", ".avif", ".heic", ".heif", ".svg", ".psd", ".dng", ".czi", ".npy", ".mat"}
-OWN_NAMES = "give both the same stem, or mark the masks, as in a.jpg and a_mask.png (data/own.md)"
 
 
 @dataclass(frozen=True)
@@ -313,7 +312,8 @@ class _Place:
     @property
     def split(self) -> str:
         """The official split that the sub-folder is called after."""
-        return PARTS.get(self.name.lower(), "")
+        part = PART.fullmatch(self.name.lower())
+        return part[1] if part else ""
 
     def files(self) -> tuple[list[Path], list[Path]]:
         """Images and masks."""
@@ -343,14 +343,19 @@ def own_pairs(folder: Path) -> Listing:
         place.name and not place.split and len(images) == 1 for place, images, _ in found
     )
     cases: list[Case] = []
-    said = {"one folder for each case"} if one_each and found else set()
+    said = set()
     for place, images, masks in found:
+        if place.name and len(images) > 1 and len(masks) == 1:
+            raise _several_for_one(images, masks[0])
         if one_each:
             cases.append(Case(place.name, images[0], tuple(masks)))
+            said.add("one folder for each case")
         else:
-            here, how = _paired_in(place, images, masks)
-            cases += here
-            said |= {how, "sub-folders as official split"} if place.split else {how}
+            here, how = _matched(images, masks)
+            cases += _of_sub_folder(place, here) if place.name else here
+            said.add(how)
+        if place.split:
+            said.add("sub-folders as official split")
         cases += unread({place.images, place.masks or place.images})
     images_read = [case for case in cases if not case.problem]
     if images_read and not any(case.masks for case in images_read):
@@ -358,26 +363,30 @@ def own_pairs(folder: Path) -> Listing:
             f"{folder} has images and no masks: put the mask of images/a.jpg into a folder 'masks' "
             "beside 'images' as masks/a.png, or mark it in its name, a_mask.png (data/own.md)"
         )
-    how = ", ".join(sorted(filter(None, said)))
+    how = ", ".join(sorted(said - {""}))
     return Listing(cases, how, _not_read_beside(folder, places, len(images_read)))
 
 
-def _paired_in(place: _Place, images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
-    """Cases of a place, and how they were paired; a sub-folder that is no split is a label."""
-    if place.name and len(masks) == 1:
-        _refuse_channels(images, masks[0])
-    found, how = _matched(images, masks)
-    if not place.name:
-        return found, how
+def _of_sub_folder(place: _Place, cases: list[Case]) -> list[Case]:
+    """Cases with the name of their sub-folder as split or as label, and in the id."""
     label = "" if place.split else place.name
-    return [
-        replace(case, id=f"{place.name}-{case.id}", split=place.split, label=label)
-        for case in found
-    ], how
+    named = []
+    for case in cases:
+        case_id = f"{place.name}-{case.id}"
+        named.append(replace(case, id=case_id, split=place.split, label=label))
+    return named
+
+
+def _several_for_one(images: list[Path], mask: Path) -> DatasetNotFound:
+    names = ", ".join(file.name for file in images[:5])
+    return DatasetNotFound(
+        f"{mask.parent} holds {len(images)} images ({names}) and one mask ({mask.name}). One image "
+        "is read for each mask: list one kind of image with the masks in a CSV table and give that "
+        "as dataset (data/own.md)"
+    )
 
 
 def _places(folder: Path) -> list[_Place]:
-    parts = [part for part in _folders(folder) if _plain(part) in PARTS]
     images, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
     if images and masks:
         inner = [part for part in _folders(images) if images_in(part)]
@@ -387,41 +396,29 @@ def _places(folder: Path) -> list[_Place]:
         if images_in(images):
             places.append(_Place("", images, masks, flat=True))
         return places
-    if parts or not any(path.is_file() for path in sources_in(folder)):
-        inner = parts or _folders(folder)
-        found = [(p, _inside(p, IMAGE_FOLDERS), _inside(p, MASK_FOLDERS)) for p in inner]
-        return [_Place(p.name, images or p, masks or p) for p, images, masks in found]
-    return [_Place("", folder, folder)]
+    parts = [part for part in _folders(folder) if PART.fullmatch(part.name.lower())]
+    if not parts and any(path.is_file() for path in sources_in(folder)):
+        return [_Place("", folder, folder)]
+    places = []
+    for part in parts or _folders(folder):
+        images, masks = _inside(part, IMAGE_FOLDERS), _inside(part, MASK_FOLDERS)
+        places.append(_Place(part.name, images or part, masks or part))
+    return places
 
 
 def _not_read_beside(folder: Path, places: list[_Place], count: int) -> tuple[str, ...]:
     """Names the folders beside images and masks that may be the masks instead."""
-    masks = [place.masks for place in places if place.masks and not place.name]
-    read = {path for place in places for path in (place.images, place.masks)}
-    beside = [p for p in _folders(folder) if p not in read and len(images_in(p)) >= count / 2]
-    if not masks or masks == [folder] or not beside:
+    if len(places) != 1 or places[0].images == places[0].masks:
+        return ()
+    read = places[0].masks
+    beside = [p for p in _folders(folder) if p not in (places[0].images, read)]
+    beside = [p for p in beside if len(images_in(p)) >= count / 2]
+    if not beside or not read:
         return ()
     held = ", ".join(f"{path.name}/ ({len(images_in(path))} pictures)" for path in beside)
     return (
-        f"the masks are read from {masks[0].name}/, and {held} is not read. If the lesions are "
+        f"the masks are read from {read.name}/, and {held} is not read. If the lesions are "
         "there, list images and masks in a CSV table and give that as dataset (data/own.md)",
-    )
-
-
-def _refuse_channels(files: list[Path], mask: Path) -> None:
-    """Several images of one case and its mask in one folder, as in BraTS."""
-    start = stem_of(mask)
-    if match := re.fullmatch(NAMINGS["the suffix"], start, re.I):
-        start = match["stem"]
-    if len(files) < 2 or (match and not all(stem_of(f).startswith(start) for f in files)):
-        return
-    names = ", ".join(file.name for file in files)
-    image, drawn = (Path(mask.parent.name) / path.name for path in (files[0], mask))
-    raise DatasetNotFound(
-        f"{mask.parent} holds {len(files)} images ({names}) and one mask ({mask.name}). One image "
-        "is read for each mask: choose a kind and list it for every folder in a CSV table, which "
-        f"you put into {mask.parent.parent} and give as dataset (data/own.md):\n"
-        f"image,mask\n{image},{drawn}"
     )
 
 
@@ -436,16 +433,19 @@ def images_alone(folder: Path) -> list[Case]:
     cases = []
     for file in sources:
         name = "-".join([*file.relative_to(folder).parts[:-1], stem_of(file)])
-        pages = 1 if suffix_of(file) not in (".tif", ".tiff") else _pages(file)
-        numbers = [f"_page{page:03d}" for page in range(pages)] if pages > 1 else [""]
-        for page, number in enumerate(numbers):
-            case = Case(name + number, file, (), unlabelled=True)
-            cases.append(replace(case, page=page) if number else case)
+        pages = _pages(file)
+        if pages == 1:
+            cases.append(Case(name, file, (), unlabelled=True))
+            continue
+        for page in range(pages):
+            cases.append(Case(f"{name}_page{page:03d}", file, (), page=page, unlabelled=True))
     return cases + unread(folders)
 
 
 def _pages(file: Path) -> int:
-    """Pages of a picture; 1 if it cannot be read, which reading the case will say."""
+    """Pages of a TIFF file; 1 if it cannot be read, which reading the case will say."""
+    if suffix_of(file) not in (".tif", ".tiff"):
+        return 1
     try:
         return count_pages(file)
     except LesionKDError:
@@ -501,9 +501,7 @@ def _told_apart(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """Images and masks of one folder."""
     masks = _named_after_others(files)
     masks |= {file for file in files if re.fullmatch(rf"{MARK}[ _-]?\d*", stem_of(file), re.I)}
-    if (
-        not masks
-    ):  # the one that is marked, if no other is, though no image has the rest of its name
+    if not masks:  # the one that is marked, though no image has the rest of its name
         marked = {f for f in files if re.fullmatch(NAMINGS["the suffix"], stem_of(f), re.I)}
         masks = marked if len(marked) == 1 else set()
     return [file for file in files if file not in masks], [file for file in files if file in masks]
@@ -511,41 +509,51 @@ def _told_apart(files: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def _named_after_others(files: list[Path]) -> set[Path]:
     """Files whose names say that they are masks of others."""
-    stems, masks = {stem_of(file) for file in files}, set()
-    for file in files:
-        found = (re.fullmatch(pattern, stem_of(file), re.I) for pattern in NAMINGS.values())
-        if ({match["stem"] for match in found if match} - {stem_of(file)}) & stems:
-            masks.add(file)
-    return masks
+    stems = {stem_of(file) for file in files}
+    return {file for file in files if not stems.isdisjoint(_unmarked(stem_of(file)).values())}
+
+
+def _unmarked(stem: str) -> dict[str, str]:
+    """How the name of a mask is marked, and what its image is then called.
+
+    >>> _unmarked("a_mask")
+    {"the suffix '_mask'": 'a'}
+    """
+    found = {}
+    for naming, pattern in NAMINGS.items():
+        if match := re.fullmatch(pattern, stem, re.I):
+            found[f"{naming} {match['mark'].casefold()!r}"] = match["stem"]
+    return found
 
 
 def _matched(images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
-    """Cases of images and masks with equal stems, or else with one mark in all names of masks."""
+    """Cases of images and masks with equal stems, or else with one mark in the names of masks."""
     stems, files = {stem_of(image).casefold(): stem_of(image) for image in images}, by_stem(masks)
     if not (images and masks) or any(stem.casefold() in stems for stem in files):
         return pair(images, files), ""
-    ways = []
-    for naming, pattern in NAMINGS.items():
-        channel = "_0000" * (naming == "the lack of")
-        found: dict[str, list[Path]] = {}
-        marks, numbered = set(), False
+    ways: dict[str, dict[str, str]] = {}
+    for stem in files:
+        names = _unmarked(stem) | {"the lack of '_0000'": f"{stem}_0000"}  # nnU-Net's channel
+        for way, name in names.items():
+            if name.casefold() in stems:
+                ways.setdefault(way, {})[stem] = stems[name.casefold()]
+    likely = [way for way, found in ways.items() if len(set(found.values())) > len(images) / 2]
+    if len(likely) == 1:
+        image_of = ways[likely[0]]
+        named: dict[str, list[Path]] = {}
         for stem, paths in files.items():
-            match = re.fullmatch(pattern, stem, re.I)
-            image = stems.get(f"{match['stem']}{channel}".casefold()) if match else None
-            found.setdefault(image or stem, []).extend(paths)
-            if match and image:
-                marks.add(match["mark"].casefold() or channel)
-                numbered |= bool(match.groupdict().get("number"))
-        if len(marks) == 1 and sum(stem in found for stem in stems.values()) > len(images) / 2:
-            ways.append((f"masks paired by {naming} {marks.pop()!r}", found, numbered))
-    if len(ways) == 1:
-        how, found, numbered = ways[0]
-        return pair(images, found, one_mask=not numbered), how
-    names = [f"{', '.join(p.name for p in some[:3])} ({len(some)})" for some in (images, masks)]
+            named.setdefault(image_of.get(stem, stem), []).extend(paths)
+        return pair(images, named, one_mask=False), f"masks paired by {likely[0]}"
+    names_of_images, names_of_masks = _first_names(images), _first_names(masks)
     raise DatasetNotFound(
-        f"no mask can be assigned to an image. {images[0].parent} holds {names[0]}; "
-        f"{masks[0].parent} holds {names[1]}; {OWN_NAMES}, or list them in a CSV table."
+        f"no mask can be assigned to an image. {images[0].parent} holds {names_of_images}; "
+        f"{masks[0].parent} holds {names_of_masks}; give both the same stem, or mark the masks, as "
+        "in a.jpg and a_mask.png (data/own.md), or list them in a CSV table."
     )
+
+
+def _first_names(files: list[Path]) -> str:
+    return f"{', '.join(path.name for path in files[:3])} ({len(files)})"
 
 
 def unread(folders: Collection[Path]) -> list[Case]:
@@ -568,8 +576,6 @@ def unread(folders: Collection[Path]) -> list[Case]:
 # Your own list of cases ---------------------------------------------------------------------------
 
 COLUMNS = ("image", "mask", "group", "split", "label", "id")
-INDEX = r"|unnamed: \d+"
-"""Header of the numbers of the rows, which pandas writes."""
 
 
 def manifest(path: Path, group_column: str = "group") -> Listing:
@@ -594,26 +600,29 @@ def manifest(path: Path, group_column: str = "group") -> Listing:
 
     for line, row in _rows(path, group_column):
         image = locate(row["image"])
-        said = {name: row[name] for name in COLUMNS[2:]} | {"group": row[group_column]}
+        said = {name: row[name] for name in ("split", "label", "id")} | {"group": row[group_column]}
         if images.setdefault(image, said) != said:
             raise ManifestError(
                 f"{path.name}, line {line}: {row['image']} is in an earlier line with another "
                 "group, split, label or id"
             )
-        masks.setdefault(image, []).extend(map(locate, filter(str.strip, row["mask"].split(";"))))
-    names, spellings = _names(list(images)), _spellings(said["group"] for said in images.values())
+        drawn = masks.setdefault(image, [])
+        for cell in row["mask"].split(";"):
+            if cell.strip():
+                drawn.append(locate(cell))
+    names = _names(list(images))
+    groups, doubts = _one_spelling([said["group"] for said in images.values()])
     labelled = any(said["label"] for said in images.values())
     above = os.path.commonpath([image.parent for image in images])
     cases = []
-    for image, said in images.items():
+    for (image, said), group in zip(images.items(), groups):
         place = image.relative_to(above).parts[:-1]  # of a clinic or a class, if there are several
         label = said["label"] if labelled or not place else place[0]
         missing = [file for file in (image, *masks[image]) if not file.exists()]
         problem = ", ".join(f"{file.name}: file is missing in {file.parent}" for file in missing)
-        group = spellings[said["group"]][0]
         case = Case(said["id"] or names[image], image, tuple(dict.fromkeys(masks[image])), group)
         cases.append(replace(case, label=label, split=said["split"], problem=problem))
-    return Listing(cases, doubts=(*_written_differently(spellings), *_shared_masks(cases)))
+    return Listing(cases, doubts=(*doubts, *_shared_masks(cases)))
 
 
 def _on_disk(path: Path, listed: dict[Path, dict[str, Path]]) -> Path:
@@ -623,12 +632,8 @@ def _on_disk(path: Path, listed: dict[Path, dict[str, Path]]) -> Path:
         return path
     folder = _on_disk(path.parent, listed)
     if folder not in listed:
-        listed[folder] = {_composed(inner.name): inner for inner in _content(folder)}
-    return listed[folder].get(_composed(path.name), path)
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
+        listed[folder] = {composed(inner.name): inner for inner in _content(folder)}
+    return listed[folder].get(composed(path.name), path)
 
 
 def _names(images: list[Path]) -> dict[Path, str]:
@@ -643,25 +648,21 @@ def _names(images: list[Path]) -> dict[Path, str]:
     return {image: name if counts[name] == 1 else stem_of(image) for image, name in names.items()}
 
 
-def _spellings(groups: Iterable[str]) -> dict[str, list[str]]:
-    """For each group all its spellings: {'7': ['7', '7.0'], '7.0': ['7', '7.0']}."""
-    alike: dict[str, list[str]] = {}
-    found = list(dict.fromkeys(groups))
-    for group in found:
+def _one_spelling(groups: list[str]) -> tuple[list[str], list[str]]:
+    """Groups of equal numbers, such as 7 and 7.0, as the first is written; and a doubt about it."""
+    first: dict[str, str] = {}
+    same: list[str] = []
+    doubts: list[str] = []
+    for group in groups:
         number = re.fullmatch(r"0*(\d+)(?:\.0*)?", group)
-        alike.setdefault(number[1] if number else group, []).append(group)
-    return {group: spelled for spelled in alike.values() for group in spelled}
-
-
-def _written_differently(spellings: dict[str, list[str]]) -> list[str]:
-    several = [spelled for spelled in spellings.values() if len(spelled) > 1]
-    if not several:
-        return []
-    example = " and ".join(map(repr, several[0]))
-    return [
-        f"groups are written in several ways, such as {example}; equal numbers are read as one "
-        "group. If they are different patients, give them different names"
-    ]
+        same.append(first.setdefault(number[1] if number else group, group))
+        if same[-1] != group and not doubts:
+            doubts.append(
+                f"groups are written in several ways, such as {same[-1]!r} and {group!r}; equal "
+                "numbers are read as one group. If they are different patients, give them "
+                "different names"
+            )
+    return same, doubts
 
 
 def _shared_masks(cases: list[Case]) -> list[str]:
@@ -669,57 +670,58 @@ def _shared_masks(cases: list[Case]) -> list[str]:
     for case in cases:
         for mask in case.masks:
             users.setdefault(mask, []).append(case.image.name)
-    shared = {mask: names for mask, names in users.items() if len(names) > 1}
+    shared = [mask for mask, names in users.items() if len(names) > 1]
     if not shared:
         return []
-    mask, names = next(iter(shared.items()))
-    more = ", ..." if len(names) > 4 else ""
+    mask, names = shared[0], users[shared[0]]
     return [
-        f"{len(shared)} mask(s) are given for several images: {mask.name} for {len(names)}, "
-        f"{', '.join(names[:4])}{more}. If that is a mistake, name the mask of each image"
+        f"{len(shared)} mask(s) are given for several images: {mask.name} for {len(names)}, such "
+        f"as {names[0]} and {names[1]}. If that is a mistake, name the mask of each image"
     ]
 
 
 def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells of every row that is not empty."""
+    import pandas as pd
+
     try:
         text = path.read_text(encoding="utf-8-sig")
-        header = text.partition("\n")[0]
-        how: dict[str, Any] = {"skipinitialspace": True, "strict": True}
-        how["delimiter"] = max(",;\t", key=header.count)
-        table = csv.DictReader(io.StringIO(text, newline=""), **how)
-        table.fieldnames = names = [name.strip().lower() for name in table.fieldnames or ()]
-        rows: list[tuple[int, dict[Any, Any]]] = []
-        rows += ((table.line_num, row) for row in table if any(row.values()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        why = f"cannot be read as a CSV table in UTF-8 ({error})"
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        table = pd.read_csv(
+            io.StringIO(text),
+            sep=separator,
+            skipinitialspace=True,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
+        )
+    except (OSError, ValueError) as error:  # also of pandas' parser
+        why = f"cannot be read as a CSV table in UTF-8 ({str(error).strip()})"
         raise ManifestError(f"{path.name}: {why}") from None
-    names = [name for name in names if not re.fullmatch(INDEX, name)]
-    columns = tuple(dict.fromkeys((*COLUMNS, group_column)))
-    missing = sorted({"image", "mask", group_column} - {"group", *names})
-    unknown = [name for name in names if name not in columns]
-    twice = [name for name in names if names.count(name) > 1]
-    if missing:
-        known = f"columns are {', '.join(COLUMNS)} (data/own.md)"
-        raise ManifestError(f"{path.name}: no column {' and '.join(map(repr, missing))}; {known}")
-    if unknown:
-        hint = nearest(unknown[0], COLUMNS)
-        hint += f"; if it names the patient, give group_by = 'column:{unknown[0]}'"
-        raise ManifestError(f"{path.name}: column {unknown[0]!r} is unknown; {hint}")
-    if twice or not rows:
-        why = f"column {twice[0]!r} is there twice" if twice else "no rows below the header"
+    if not isinstance(table.index, pd.RangeIndex):
+        why = "rows have more cells than columns; put a path with a comma in quotes"
         raise ManifestError(f"{path.name}: {why}")
-    for line, row in rows:
-        cells = {name: (row.get(name) or "").strip() for name in columns}
+    table.columns = [name.strip().lower() for name in table.columns]
+    columns = {*COLUMNS, group_column}
+    for name in sorted({"image", "mask", group_column} - {"group", *table.columns}):
+        known = f"columns are {', '.join(COLUMNS)} (data/own.md)"
+        raise ManifestError(f"{path.name}: no column {name!r}; {known}")
+    for name in table.columns:
+        if name not in columns and not name.startswith("unnamed: "):  # the index of pandas
+            hint = nearest(name, COLUMNS)
+            hint += f"; if it names the patient, give group_by = 'column:{name}'"
+            raise ManifestError(f"{path.name}: column {name!r} is unknown; {hint}")
+    if table.empty:
+        raise ManifestError(f"{path.name}: no rows below the header")
+    for line, row in enumerate(table.fillna("").to_dict("records"), 2):
+        cells = {name: row.get(name, "").strip() for name in columns}
+        if not any(cells.values()):
+            continue
         cells["split"] = cells["split"].lower()
-        why = ""
-        if None in row:
-            why = "more cells than columns; put a path with a comma in quotes"
-        elif not cells["image"]:
-            why = "no image"
-        elif cells["split"] not in ("", "train", "val", "test"):
+        if not cells["image"]:
+            raise ManifestError(f"{path.name}, line {line}: no image")
+        if cells["split"] not in ("", "train", "val", "test"):
             why = f"split = {cells['split']!r}; it must be train, val, test or empty"
-        if why:
             raise ManifestError(f"{path.name}, line {line}: {why}")
         yield line, cells
 
@@ -760,7 +762,7 @@ class Release:
     folder: str
     holds: Sequence[str]
     layout: str
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     count: int = 0
     licence: str = ""
     citation: str = ""
@@ -840,30 +842,20 @@ def _content(folder: Path) -> list[Path]:
         return []
 
 
-def _own(dataset: str) -> tuple[Release, Path]:
-    own = Release(dataset, "own data", dataset, ("images", "masks"), "paired", access="your own")
+def _own(dataset: str, layout: str = "paired") -> tuple[Release, Path]:
+    own = Release(dataset, "own data", dataset, (dataset,), layout, access="your own")
     places = [Path(dataset).expanduser(), data_root() / dataset]
     for path in places:
-        if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+        if layout == "paired" and path.suffix.lower() in (".csv", ".tsv") and path.is_file():
             return replace(own, layout="manifest"), path.resolve()
-        if release := _release_at(path.resolve()):
-            return release, path.resolve()
-        if own.fits(path):
-            return own, path.resolve()
-    for path in places:
-        if path.is_dir() and own_pairs(path).cases:
-            return own, path.resolve()
-    for path in places:
         if path.is_dir():
-            held = ", ".join(file.name for file in _content(path)[:3]) or "nothing"
-            raise DatasetNotFound(
-                f"{path} has no folders 'images' and 'masks', and no images with masks; it holds "
-                f"{held}. Put your own data there as images/a.jpg with masks/a.png (data/own.md)."
-            )
+            release = _release_at(path.resolve()) if layout == "paired" else None
+            return release or own, path.resolve()
+    if layout == "images_alone":
+        why = "there is no such folder; give a folder of images"
+        raise DatasetNotFound(f"unlabelled = {dataset!r}: {why}")
     if len(places[0].parts) > 1:
-        near = get_close_matches(places[0].name, [p.name for p in places[0].parent.glob("*")], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DatasetNotFound(f"there is no folder and no CSV manifest {places[0]}{hint}")
+        raise DatasetNotFound(f"there is no folder and no CSV manifest {places[0]}")
     hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
     raise DatasetNotFound(
         f"dataset {dataset!r} is neither in the catalogue nor a folder nor a CSV manifest; {hint}\n"
@@ -872,32 +864,15 @@ def _own(dataset: str) -> tuple[Release, Path]:
 
 
 def _release_at(folder: Path) -> Release | None:
-    """The release of the catalogue that a folder is, by its name or its number of cases.
+    """The release of the catalogue that a folder is, by its name and by what is in it.
 
     Its window stays with the name of the release: a trained student knows no folder.
     """
     for release in CATALOGUE.values():
-        if not release.fits(folder):
-            continue
         names = {name.lower() for name in (release.folder, *release.names)}
-        try:
-            if folder.name.lower() in names or len(release.cases(folder)) == release.count:
-                return replace(release, window="")
-        except OSError:
-            continue
+        if folder.name.lower() in names and release.fits(folder):
+            return replace(release, window="")
     return None
-
-
-def _without_masks(dataset: str) -> tuple[Release, Path]:
-    for path in (Path(dataset).expanduser(), data_root() / dataset):
-        if path.is_dir():
-            return Release(
-                dataset, "own data", dataset, (path.name,), "images_alone"
-            ), path.resolve()
-    raise DatasetNotFound(
-        f"unlabelled = {dataset!r}: there is no such folder; give a folder of images, absolute or "
-        f"relative to the working folder or {data_root()}"
-    )
 
 
 def listing(cfg: PrepareConfig) -> Listing:
@@ -910,8 +885,10 @@ def listing(cfg: PrepareConfig) -> Listing:
     """
     if cfg.dataset == phantom.NAME:
         return Listing([])
-    unlabelled = isinstance(cfg, UnlabelledConfig)
-    release, folder = _without_masks(cfg.dataset) if unlabelled else find(cfg.dataset)
+    if isinstance(cfg, UnlabelledConfig):
+        release, folder = _own(cfg.dataset, "images_alone")
+    else:
+        release, folder = find(cfg.dataset)
     column = cfg.group_by.partition("column:")[2]
     if column and release.layout != "manifest":
         raise ConfigError(f"group_by = {cfg.group_by!r}: {cfg.dataset} is no CSV manifest")
@@ -921,15 +898,14 @@ def listing(cfg: PrepareConfig) -> Listing:
         why = f"{error.filename or folder} cannot be read ({error.strerror})"
         raise DatasetNotFound(f"{cfg.dataset}: {why}.") from None
     if not found.cases:
-        kinds = ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES))
+        held = ", ".join(file.name for file in _content(folder)[:3]) or "nothing"
         raise DatasetNotFound(
-            f"{cfg.dataset}: no images in {folder}; {release.holds[0]!r} is empty, or holds no "
-            f"file that can be read ({kinds})."
+            f"{cfg.dataset}: no images with masks in {folder}, which holds {held}. Put your own "
+            "data there as images/a.jpg with masks/a.png; data/own.md names the formats."
         )
-    cases = [replace(case, window=release.window) for case in found.cases]
     if cfg.group_by not in ("", "sequence") and not column:
-        cases = _regrouped(cases, folder, cfg.group_by)
-    return replace(found, cases=cases, folder=folder, release=release)
+        found = replace(found, cases=_regrouped(found.cases, folder, cfg.group_by))
+    return replace(found, folder=folder, release=release)
 
 
 def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
@@ -969,33 +945,16 @@ def suggested_groups(cases: Sequence[Case], folder: Path) -> tuple[str, dict[str
     (rule, {id: group}) or None
     """
     paths = {case.id: Path(os.path.relpath(case.image, folder)) for case in cases}
-    hints: list[dict[str, str]] = [{}, {}, {}, {}]
-    for name, path in paths.items():
-        above, stem = path.parent.as_posix(), stem_of(path)
-        first, but_last = re.split(r"[\W_]+", stem)[0], re.sub(r"[\W_]+[^\W_]+[\W_]*$", "", stem)
-        for hint, start in zip(hints, (first, but_last, before_number(stem))):
-            hint[name] = f"{above}/{start}" if start != stem and re.search(r"\d", start) else ""
-        hints[3][name] = above if re.search(r"\d", above) else ""
-    for keys in hints:
-        sizes = Counter(filter(None, keys.values()))
-        if len(sizes) < 2 or sum(n for n in sizes.values() if n > 1) <= len(keys) / 2:
-            continue
-        letters = {re.sub(r"\d+$", "", key.rpartition("/")[2]) for key in sizes}
-        rules = ["folder", "number"]
-        if len(letters) == 1 and letters != {""}:
-            rules.append(rf"({re.escape(letters.pop())}\d+)")
-        rules += [r"([^\W_]+)[^/]*$", r"([^/]+)[_ -][^/]*$"]  # the first part; all but the last
-        rules += [r"(.*/[^\W_]+)[^/]*$", r"(.+)[_ -][^/]*$"]  # the same with the folder
-        for rule in rules:
-            if _same_partition(_groups_by(rule, paths), keys):
-                return rule, keys
+    above = ".*/" if len({path.parent for path in paths.values()}) > 1 else ""
+    first_part, all_but_last = rf"({above}[^\W_]+)[^/]*$", rf"({above}[^/]+)[_ -][^/]*$"
+    for rule in (first_part, all_but_last, "number", "folder"):
+        groups = _groups_by(rule, paths)
+        sizes = Counter(groups.values())
+        shared = sum(count for count in sizes.values() if count > 1)
+        numbered = all(re.search(r"\d[^/]*$", group) for group in sizes)
+        if numbered and len(sizes) > 1 and shared > len(groups) / 2:
+            return rule, groups
     return None
-
-
-def _same_partition(one: dict[str, str], other: dict[str, str]) -> bool:
-    pairs = {(one[name], other[name]) for name in one}
-    whole = "" not in one.values()
-    return whole and len(pairs) == len(set(one.values())) == len(set(other.values()))
 
 
 def _groups_by(rule: str, paths: dict[str, Path]) -> dict[str, str]:
@@ -1057,6 +1016,6 @@ def read(case: Case, window: str = "") -> Iterator[Reading]:
         Names the file and what is wrong with it.
     """
     if not case.problem and is_volume(case.image):
-        yield from volume_reader().read_slices(case, window or case.window)
+        yield from volume_reader().read_slices(case, window)
     else:
-        yield read_case(case, window or case.window)
+        yield read_case(case, window)

@@ -239,12 +239,12 @@ def _kind(planes: np.ndarray, values: np.ndarray, counts: np.ndarray, lossy: boo
 
 def _in_areas(planes: np.ndarray, values: np.ndarray) -> np.ndarray:
     """How many pixels of each value have 8 neighbours of the same value in their plane."""
+    from scipy.ndimage import maximum_filter, minimum_filter
+
     inside = np.zeros(len(values), np.int64)
     for plane in planes:
-        across, down = plane[:, 1:] == plane[:, :-1], plane[1:] == plane[:-1]
-        rows = across[:, 1:] & across[:, :-1]
-        same = rows[:-2] & rows[1:-1] & rows[2:] & down[:-1, 1:-1] & down[1:, 1:-1]
-        where = np.searchsorted(values, plane[1:-1, 1:-1][same])
+        same = minimum_filter(plane, 3) == maximum_filter(plane, 3)
+        where = np.searchsorted(values, plane[1:-1, 1:-1][same[1:-1, 1:-1]])
         inside += np.bincount(where.clip(max=len(values) - 1), minlength=len(values))
     return inside
 
@@ -331,8 +331,10 @@ def decide(looks: dict[Key, Look], lesion_values: str = "", invert: bool = False
             notes[key] = ("all of the image read as lesion",)
     values = _union(look for key, look in looks.items() if key not in refused)
     line = f"masks: {_listed(values)}; lesion: {rule}"
-    line += " (lesion_values)" if lesion_values else ""
-    line += " (invert_masks)" if invert else ""
+    if lesion_values:
+        line += " (lesion_values)"
+    if invert:
+        line += " (invert_masks)"
     if refused:
         line += f"; {len(refused)} of {len(looks)} do not fit"
     return Decision(rule, line, refused, notes)
@@ -353,7 +355,10 @@ def decision_for(case: Case) -> Decision:
 
 def look_at_all(cases: Sequence[Case]) -> dict[Key, Look]:
     """All masks that can be read; why another cannot is said when its case is read."""
-    keys = list(dict.fromkeys(key for case in cases if not case.problem for key in _files(case)))
+    keys: dict[Key, None] = {}  # in this order, each once
+    for case in cases:
+        if not case.problem:
+            keys.update(dict.fromkeys(_files(case)))
     if len(keys) > 1000:
         log.info(f"reading the values of {len(keys)} masks")
     volumes = any(is_volume(path) for path, _ in keys)
@@ -368,7 +373,8 @@ def look_at_all(cases: Sequence[Case]) -> dict[Key, Look]:
 def _files(case: Case) -> Iterator[Key]:
     for path in case.masks:
         if is_volume(path) and path.is_dir():
-            yield from ((file, None) for file in files_in(path))
+            for file in files_in(path):
+                yield file, None
         else:
             yield path, case.page
 
@@ -388,8 +394,8 @@ def _given(looks: dict[Key, Look], text: str) -> Attempt:
     rule, refused = Rule.parse(text), {}
     values, wrong = _union(looks.values()), ""
     if rule.how == "over":
-        larger = values > rule.values[0]
-        wrong = f"'{rule}' selects all or none" if larger.all() or not larger.any() else ""
+        if len(np.unique(values > rule.values[0])) < 2:
+            wrong = f"'{rule}' selects all or none"
     elif absent := [v for v in rule.values if not np.isclose(values, v).any()]:
         wrong = f"names {', '.join(map(_name, absent))}, which no mask has"
     if wrong and len(values):
@@ -409,8 +415,11 @@ def _chosen(looks: dict[Key, Look]) -> Attempt:
         for look in looks.values()
         if look.kind in ("two values", "soft") and look.values[-1] < COLOUR
     )
-    likely = [*sorted(ends, key=lambda pair: pair[1])[-1:], *dict(ends.most_common(3))]
-    attempts = [_all_but(looks), *(_over(looks, *pair) for pair in likely)]
+    attempts = [_all_but(looks)]
+    if ends:
+        brightest = sorted(ends, key=lambda pair: pair[1])[-1]
+        usual = [pair for pair, _ in ends.most_common(3)]
+        attempts += [_over(looks, ground, top) for ground, top in (brightest, *usual)]
     rule, refused = min(attempts, key=lambda attempt: len(attempt[1]))
     several = [key for key, look in looks.items() if look.kind != "one value"]
     doubtful = "few" if rule.how == "over" else ""
@@ -440,7 +449,7 @@ REASONS = {
     "soft": "soft borders, while most masks are of two values or classes",
     "two values": "most masks have other values",
     "one value": "one value alone is neither lesion nor background",
-    "no background": "the background of the other masks ({ground}) is not in it",
+    "no background": "the background of the other masks is not in it",
     "all alike": "all of it would be background, or all lesion",
 }
 """Why a mask does not fit a rule, by its kind or by what it lacks."""
@@ -470,7 +479,7 @@ def _all_but(looks: dict[Key, Look]) -> Attempt:
         elif kind not in ("one value", *firm) and not (kind in ("few", "thin") and all_known):
             why = kind
         if why:
-            refused[key] = _why(look, REASONS[why], ground)
+            refused[key] = _why(look, REASONS[why])
     return rule, refused
 
 
@@ -504,29 +513,16 @@ def _over(looks: dict[Key, Look], ground: float, top: float) -> Attempt:
         elif high <= half or low > half:
             why = "all alike"
         if why:
-            refused[key] = _why(look, REASONS[why], ground, half)
+            refused[key] = _why(look, REASONS[why])
     return Rule("over", (half,)), refused
 
 
-def _why(look: Look, reason: str, ground: float | None = None, half: float = 0) -> str:
-    """What was found in a mask, why it is not read, and what decides."""
-    low, high = look.values[0], look.values[-1]
-    ground = low if ground is None else ground
-    over = f"'over {half or (low + high) / 2:g}'"
-    if look.lossy:
-        cure = f"'over {half or 127.5:g}'"
-    elif look.kind == "ignore" or _marks_ignored(look.values):
-        mark = _name(VOID if VOID in look.values else high)
-        cure = f"'all but 0, {mark}' if {mark} does, else 'all but 0'"
-    elif high >= COLOUR or low < 0:
-        some = look.values[look.values >= COLOUR] if high >= COLOUR else look.values[-1:]
-        cure = f"the values of the lesion, such as '{_name(some[0])}'"
-    elif look.kind in ("one value", "two values"):
-        cure = f"'all but {_name(ground)}' if {_name(high)} is lesion"
-    else:
-        cure = f"'all but {_name(ground)}' or {over}"
-    reason = reason.format(ground=_name(ground))
-    return f"{look.text}: {reason}; give lesion_values = {cure}, or convert it to 0 and 255"
+def _why(look: Look, reason: str) -> str:
+    """What was found in a mask, why it is not read, and the option that decides."""
+    return (
+        f"{look.text}: {reason}; name the lesion with lesion_values ('1, 3', 'all but 0', 'over "
+        "127' or '#ff0000'), or convert the mask to 0 and 255"
+    )
 
 
 # Reading ------------------------------------------------------------------------------------------

@@ -50,9 +50,6 @@ def draw(seed: int, index: int, pixels: int = 128) -> tuple[np.ndarray, np.ndarr
     mask : (pixels, pixels) bool
         Empty in about 8 % of the cases.
     """
-    for name, value, least in (("seed", seed, 0), ("index", index, 0), ("pixels", pixels, 16)):
-        if not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} is {value!r}; give an integer of at least {least}")
     shapes, scene, noise = np.random.default_rng([seed, index]).spawn(3)
     x, y = grid(pixels)
     outlines = lesion_outlines(shapes)

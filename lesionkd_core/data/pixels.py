@@ -81,19 +81,16 @@ def lesion_contrast(image: np.ndarray, mask: np.ndarray) -> float:
     return float(grey[mask].mean() - grey[ring].mean()) / 255
 
 
-def moments(image: np.ndarray) -> list[list[float]]:
-    """Means of the three channels and of their squares, from the histogram."""
-    counts = np.reshape(Image.fromarray(image).histogram(), (3, 256))
-    return [(counts @ np.arange(256.0) ** p / counts[0].sum()).tolist() for p in (1, 2)]
-
-
 def unseen(image: np.ndarray, prepared: np.ndarray) -> list[str]:
     """Notes on a picture (H, W, 3) that shows little, as it is or prepared."""
-    (height, width), (mean, square) = image.shape[:2], np.array(moments(prepared))
-    short = f"{width} x {height} px: a side is shorter than {SHORT} px"
+    height, width = image.shape[:2]
+    pixels = prepared.reshape(-1, 3)
+    mean = pixels.mean(0)
     cure = "; if it has a narrow range of values, give window = 'centre, width'"
-    found = [short] * (min(height, width) < SHORT)
-    if (square - mean**2).max() < EVEN**2:
+    found = []
+    if min(height, width) < SHORT:
+        found.append(f"{width} x {height} px: a side is shorter than {SHORT} px")
+    if pixels.std(0).max() < EVEN:
         found.append(f"nearly flat: all grey levels are near {mean.mean():.0f} of 255{cure}")
     elif mean.max() < BLACK:
         found.append(f"nearly black: the mean grey level is {mean.max():.1f} of 255{cure}")

@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,6 @@ from .masks import decided
 from .pixels import (
     THUMBNAIL,
     lesion_contrast,
-    moments,
     prepare_image,
     prepare_mask,
     thumbnail,
@@ -47,18 +46,22 @@ from .splits import SPLITS, Groups, SplitError, copies, crossing, group_cases, s
 
 SMALL = (THUMBNAIL, THUMBNAIL)
 PART, VOLUMES = 64, 2  # images or volumes between two saves; they are in memory together
-BYTES = 9
-"""Written for each prepared pixel: image and mask in a part, then image, mask and edge."""
-FEW_PIXELS = 10
-"""A mask of fewer pixels is reported if the median lesion has a hundred times as many."""
 ALIKE = 0.9
 """Masks of different images with a larger correlation are reported."""
 AROUND = 0.9
 """Masks that are lesion along more than this fraction of the border are reported."""
 LARGEST = 8
 """Groups of images that show the same in `summary.json`."""
-Row = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
-"""Facts of a case; its image (1, S, S, 3), mask (1, S, S) and thumbnail; empty if it is dropped."""
+Facts = Mapping[str, object]
+
+
+class Row(NamedTuple):
+    """Facts of a case, and its arrays; they are empty if it is dropped."""
+
+    facts: Facts
+    images: np.ndarray  # (1, S, S, 3) uint8
+    masks: np.ndarray  # (1, S, S) uint8
+    thumbnails: np.ndarray  # (1, 64, 64) uint8
 
 
 class Prepared(results.Result):
@@ -133,16 +136,15 @@ def prepare(cfg: PrepareConfig) -> Prepared:
         prepare(_unlabelled(cfg))
     if not isinstance(cfg, UnlabelledConfig):
         cfg = cfg.upstream(PrepareConfig)
-    upstream, raw = fingerprint(cfg)
+    upstream, _ = fingerprint(cfg)
 
     def make(missing: dict[Path, PrepareConfig]) -> None:
         for path in missing:
             log.info(f"preparing {cfg.dataset} at {cfg.pixels} px")
-            _check_space(path, (cfg.cases or len(raw) or phantom.CASES) * cfg.pixels**2 * BYTES)
             source = listing(cfg)
             for note in source.notes(cfg.dataset):
                 log.info(f"note: {note}")
-            source = replace(source, cases=decided(raw, cfg))
+            source = replace(source, cases=decided(source.cases, cfg))
             if source.decision:
                 log.info(source.decision)
             parts = _read_all(path / "parts", cfg, source.cases)
@@ -182,18 +184,15 @@ def unlabelled_images(data: Prepared, cfg: DistillConfig) -> Unlabelled | None:
 
 
 def _unlabelled(cfg: DistillConfig) -> UnlabelledConfig:
-    names = ("profile", "pixels", "fit")
-    given = {name: getattr(cfg, name) for name in names} | {"window": window_of(cfg)}
-    return UnlabelledConfig(**given, dataset=cfg.unlabelled, normals="keep", split="test")
-
-
-def _check_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path).free
-    if needed > free:
-        raise LesionKDError(
-            f"the prepared data need at least {needed / 1e9:.1f} GB, and the disk of {path} has "
-            f"{free / 1e9:.1f} GB. Free some space, or give fewer pixels or cases."
-        )
+    return UnlabelledConfig(
+        profile=cfg.profile,
+        pixels=cfg.pixels,
+        fit=cfg.fit,
+        window=window_of(cfg),
+        dataset=cfg.unlabelled,
+        normals="keep",
+        split="test",
+    )
 
 
 def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
@@ -241,12 +240,13 @@ def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[Row]:
             raise UnreadableFile(problem)
         return [
             _row(r, prepare_image(r.image, cfg), prepare_mask(r.mask, cfg), case, cfg)
-            for r in read(case, cfg.window)
+            for r in read(case, window_of(cfg))
         ]
     except UnreadableFile as error:
-        nothing = np.empty((0, cfg.pixels, cfg.pixels), np.uint8)
-        row = {"id": case.id, "file": case.image.name, "problem": str(error), "notes": []}
-        return [(row, nothing, nothing, nothing)]
+        facts = {"id": case.id, "file": case.image.name, "problem": str(error), "notes": []}
+        mask = np.empty((0, cfg.pixels, cfg.pixels), np.uint8)
+        image = np.empty((0, cfg.pixels, cfg.pixels, 3), np.uint8)
+        return [Row(facts, image, mask, np.empty((0, *SMALL), np.uint8))]
 
 
 def _row(
@@ -255,11 +255,16 @@ def _row(
     """Size and likeness come from the original, so that every prepared size has the same split."""
     empty, drawn = not mask.any(), reading.mask
     border = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
-    notes = [*reading.notes, *(() if reading.volume else unseen(reading.image, image))]
-    problem = "no lesion (normals = drop)" if empty and cfg.normals == "drop" else ""
-    # slices of two patients look alike
-    small = np.zeros(SMALL, np.uint8) if reading.volume else thumbnail(reading.image)
-    row = {
+    notes = list(reading.notes)
+    if reading.volume:
+        small = np.zeros(SMALL, np.uint8)  # slices of two patients look alike
+    else:
+        small = thumbnail(reading.image)
+        notes += unseen(reading.image, image)
+    problem = ""
+    if empty and cfg.normals == "drop":
+        problem = "; ".join(["no lesion (normals = drop)", *notes])
+    facts: Facts = {
         "id": reading.id,
         "file": case.image.name,
         "notes": notes,
@@ -273,20 +278,19 @@ def _row(
         "lesion_fraction": np.count_nonzero(drawn) / drawn.size,
         "border": float(border.mean()),
         "contrast": lesion_contrast(image, mask),
-        "moments": moments(image),
-        "problem": "; ".join([problem, *notes]) if problem else "",
+        "problem": problem,
     }
-    kept = slice(0, 0) if row["problem"] else slice(None)
-    return row, image[None][kept], mask[None][kept].astype(np.uint8), small[None][kept]
+    count = 0 if problem else 1
+    return Row(facts, image[None][:count], mask[None][:count].astype(np.uint8), small[None][:count])
 
 
 def _write_part(path: Path, done: list[Row]) -> None:
-    kept = [arrays for row, *arrays in done if not row["problem"]] or [[np.empty(0, np.uint8)] * 3]
-    arrays: dict[str, Any] = dict(
-        zip(("images", "masks", "thumbnails"), map(np.concatenate, zip(*kept)))
-    )
+    facts = np.array(json.dumps([row.facts for row in done]))
+    images = np.concatenate([row.images for row in done])
+    masks = np.concatenate([row.masks for row in done])
+    small = np.concatenate([row.thumbnails for row in done])
     with results.replacing(path) as partial, open(partial, "wb") as file:
-        np.savez(file, rows=np.array(json.dumps([row for row, *_ in done])), **arrays)
+        np.savez(file, rows=facts, images=images, masks=masks, thumbnails=small)
 
 
 def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing) -> None:
@@ -297,8 +301,10 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing
     used = rows["problem"] == ""
     _check_count(cfg, int(used.sum()), dropped)
     cases = rows[used].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
-    small = np.concatenate([np.load(part)["thumbnails"].reshape(-1, *SMALL) for part in parts])
-    groups = _grouped(cases, cfg, small, source)
+    small = np.concatenate([np.load(part)["thumbnails"] for part in parts])
+    compared = small if source.cases else None  # the phantom repeats nothing
+    sequence = sequence_of(cfg, source.release)
+    groups = group_cases(cases["group"], compared, cfg.join_copies, sequence)
     cases = cases.assign(named=cases["group"], group=groups.codes, joined=groups.joined)
     try:
         cases["split"] = split_cases(cases, cfg)
@@ -309,18 +315,34 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing
     warnings = _warnings(cases, chosen, groups, source, cfg, _mask_agreement(parts, chosen))
     cases = cases[chosen].reset_index(drop=True)
     joined = _joined(cases)
-    for line in filter(None, (dropped.strip(), _described(joined))):
-        log.info(line)
+    if dropped:
+        log.info(dropped.strip())
+    if joined["groups"]:
+        log.info(
+            f"{joined['images']} images show the same as another and form {joined['groups']} "
+            "groups; notebook 01 draws the largest (join_copies)"
+        )
     for warning in warnings:
         log.warning(f"warning: {warning}")
     _write_arrays(path, parts, chosen, cfg.pixels)
     results.write_array(path / "thumbnails.npy", small[chosen])
-    _write_tables(path, rows, cases)
-    about: dict[str, Any] = {"kept": len(cases), "groups": int(cases["group"].nunique())}
-    about |= {"crossing": crossing(cases), "warnings": warnings, "joined": joined}
-    about |= {"paired": source.how, "masks": source.decision}
-    about |= _counted(_report(rows)) | _statistics(cases)
-    results.write_json(path / "summary.json", about)
+    report = _report(rows)
+    results.write_table(path / "report.csv", report)
+    results.write_table(path / "split.csv", cases[["id", "group", "split"]])
+    described = ["label", "split", "volume", "lesion_fraction", "contrast", "height", "width"]
+    results.write_table(path / "cases.csv", cases[["id", "group", "joined", *described]])
+    summary = {
+        "kept": len(cases),
+        "groups": int(cases["group"].nunique()),
+        "crossing": crossing(cases),
+        "warnings": warnings,
+        "joined": joined,
+        "paired": source.how,
+        "masks": source.decision,
+        "repaired": int(report.loc[report["action"] == "repaired", "id"].nunique()),
+        "dropped": int(report.loc[report["action"] == "dropped", "id"].nunique()),
+    }
+    results.write_json(path / "summary.json", summary)
 
 
 def _dropped(path: Path, rows: pd.DataFrame) -> str:
@@ -343,31 +365,12 @@ def _check_count(cfg: PrepareConfig, count: int, dropped: str) -> None:
         )
 
 
-def _grouped(cases: pd.DataFrame, cfg: PrepareConfig, small: np.ndarray, source: Listing) -> Groups:
-    """Groups by name and by what images show; the phantom repeats nothing."""
-    compared = small if source.cases else None
-    sequence = sequence_of(cfg, source.release)
-    return group_cases(cases["group"], compared, cfg.join_copies, sequence)
-
-
-def _joined(cases: pd.DataFrame) -> dict[str, Any]:
+def _joined(cases: pd.DataFrame) -> dict[str, object]:
     """Images that share a group because they show the same: how many, and the largest groups."""
     groups = cases[cases["joined"]].groupby("group")["id"].agg(list)
     largest = sorted(groups[groups.map(len) > 1], key=len, reverse=True)
     images = sum(map(len, largest))
     return {"images": images, "groups": len(largest), "largest": largest[:LARGEST]}
-
-
-def _described(joined: dict[str, Any]) -> str:
-    """One line of the log for what `_joined` found."""
-    if not joined["groups"]:
-        return ""
-    first = joined["largest"][0]
-    more = ", ..." if len(first) > 4 else ""
-    return (
-        f"{joined['images']} images show the same as another and form {joined['groups']} groups, "
-        f"the largest with {len(first)}: {', '.join(first[:4])}{more} (join_copies)"
-    )
 
 
 def _mask_agreement(parts: list[Path], chosen: np.ndarray) -> float:
@@ -396,7 +399,14 @@ def _warnings(
         found.append(source.release.caution)
     found += _warned_groups(cases, groups, files)
     found += _warned_names(cases, source) or _warned_labels(cases)
-    return found + _warned_masks(cases, agreement, source.official)
+    if agreement > ALIKE:
+        found.append(
+            f"the masks of different images hardly differ (correlation {agreement:.2f}), as fields "
+            "of view do and lesions do not. Look at the contours in notebook 01"
+        )
+    elif not source.official:  # a known release is not inverted
+        found += _warned_inverted(cases[~cases["empty"] & (cases["volume"] == "")])
+    return found
 
 
 def _warned_groups(cases: pd.DataFrame, groups: Groups, files: list[str]) -> list[str]:
@@ -455,27 +465,6 @@ def _warned_labels(cases: pd.DataFrame) -> list[str]:
     ]
 
 
-def _warned_masks(cases: pd.DataFrame, agreement: float, official: bool) -> list[str]:
-    lesions = cases[~cases["empty"] & (cases["volume"] == "")]
-    found = []
-    if agreement > ALIKE:
-        found.append(
-            f"the masks of different images hardly differ (correlation {agreement:.2f}), as fields "
-            "of view do and lesions do not. Look at the contours in notebook 01"
-        )
-    elif not official:  # a known release is not inverted
-        found += _warned_inverted(lesions)
-    area = lesions["lesion_fraction"] * lesions["height"] * lesions["width"]
-    stray = lesions.loc[(area < FEW_PIXELS) & (area < area.median() / 100), "file"].tolist()
-    if stray:
-        found.append(
-            f"{len(stray)} masks have fewer than {FEW_PIXELS} lesion pixels, such as that of "
-            f"{stray[0]}; the median is {area.median():.0f}. If other values of these masks are "
-            "lesion too, name them in lesion_values"
-        )
-    return found
-
-
 def _warned_inverted(lesions: pd.DataFrame) -> list[str]:
     """Masks that may show the lesion black on white: all of them, or a few."""
     share = lesions["lesion_fraction"]
@@ -492,29 +481,6 @@ def _warned_inverted(lesions: pd.DataFrame) -> list[str]:
         f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
         "invert these files (invert_masks = True would invert all)"
     ]
-
-
-def _counted(report: pd.DataFrame) -> dict[str, int]:
-    """Number of cases that were repaired and dropped."""
-    return {
-        action: int(report.loc[report["action"] == action, "id"].nunique())
-        for action in ("repaired", "dropped")
-    }
-
-
-def _write_tables(path: Path, rows: pd.DataFrame, cases: pd.DataFrame) -> None:
-    results.write_table(path / "report.csv", _report(rows))
-    results.write_table(path / "split.csv", cases[["id", "group", "split"]])
-    described = ["label", "split", "volume", "lesion_fraction", "contrast", "height", "width"]
-    results.write_table(path / "cases.csv", cases[["id", "group", "joined", *described]])
-
-
-def _statistics(cases: pd.DataFrame) -> dict[str, list[float]]:
-    """Channel means and standard deviations over the training images, 0..255."""
-    train = cases["split"] == "train"
-    mean, square = np.mean(cases[train if train.any() else ~train]["moments"].tolist(), axis=0)
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    return {"mean": mean.round(4).tolist(), "std": std.round(4).tolist()}
 
 
 def _report(rows: pd.DataFrame) -> pd.DataFrame:

@@ -377,14 +377,12 @@ def split_cases(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
         raise SplitError(f"{cfg.split_file}: assigns no case of {cfg.dataset} to {missing}")
     if missing:
         units = cases["id" if cfg.split == "random" else "group"].value_counts()
-        normals = "; normals = 'test' moves every group with an empty mask to the test split"
         raise SplitError(
             f"{cfg.dataset}: {len(cases)} cases in {len(units)} groups, the largest with "
-            f"{units.max()}, leave no group for {missing}. Near-duplicates, frames of one video "
-            f"and images of one patient form one group{normals * (cfg.normals == 'test')}.\n"
-            f"At least 3 groups are needed. val_fraction = {cfg.val_fraction} and test_fraction = "
-            f"{cfg.test_fraction} are the sizes asked for. Add patients, or name them with "
-            "group_by if these groups are wrong."
+            f"{units.max()}, leave no group for {missing}; at least 3 groups are needed. Copies, "
+            "frames of one video, images of one patient, and with normals = 'test' all without a "
+            f"lesion stay together.\nval_fraction = {cfg.val_fraction} and test_fraction = "
+            f"{cfg.test_fraction} were asked for. Add patients, or name them with group_by."
         )
     return splits
 
@@ -452,17 +450,12 @@ def allot(
 def _official(cases: pd.DataFrame, cfg: PrepareConfig) -> pd.Series:
     """The release's own split; without a validation part, one is drawn from its training part."""
     splits = cases["official"].copy()
-    if not {"train", "test"} <= set(splits):
+    if not {"train", "test"} <= set(splits) <= set(SPLITS):
         counts = ", ".join(f"{n} {name or 'none'}" for name, n in splits.value_counts().items())
         raise SplitError(
-            f"{cfg.dataset}: split = 'official' needs training and test cases; found: {counts}.\n"
-            "Add the missing part of the release or the column split of the manifest, or use "
-            "split = 'groups'."
-        )
-    if (unsaid := splits == "").any():
-        raise SplitError(
-            f"{cfg.dataset}: {unsaid.sum()} cases have no official split, the first is "
-            f"{cases['id'][unsaid].iloc[0]!r}; use split = 'groups'."
+            f"{cfg.dataset}: split = 'official' needs train or test for every case, and val if you "
+            f"like; found: {counts}.\nAdd what is missing to the release or to the column split of "
+            "the list, or use split = 'groups'."
         )
     if "val" not in set(splits):
         train = splits == "train"

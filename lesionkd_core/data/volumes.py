@@ -12,11 +12,10 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -36,8 +35,6 @@ sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 SAMPLE = 4_000_000
 """Percentiles of larger volumes are computed from about this many evenly spaced voxels."""
-SHOWN = 0.01
-"""A window is used if more than this fraction of the voxels is neither black nor white."""
 LPS = np.diag([-1.0, -1.0, 1.0])
 """Axes of a slice as radiologists see it: columns to the patient's left, rows to posterior."""
 FILES = images.VOLUME_SUFFIXES - {".dcm"}
@@ -123,17 +120,6 @@ class Volume:
         step = int(np.ceil((self.voxels.size / SAMPLE) ** 0.5))
         return self.voxels[:, ::step, ::step]
 
-    def with_windows_that_show(self) -> Volume:
-        """The same; if the windows of the file clip nearly all voxels, without them."""
-        if self.voxels.ndim == 4 or None in self.windows:
-            return self
-        low, high = np.transpose(np.array(self.windows))[..., None, None]
-        sample = self._sample()
-        if ((sample > low) & (sample < high)).mean() > SHOWN:
-            return self
-        note = "the window of the file shows black and white alone; its percentiles are used"
-        return replace(self, windows=(None,) * len(self.windows), notes=(*self.notes, note))
-
 
 # Volumes and their masks --------------------------------------------------------------------------
 
@@ -160,7 +146,9 @@ def read_slices(case: Case, window: str = "") -> Iterator[Reading]:
     case.check_masks()
     mask, notes, group = _read_masks(case)  # before the image: one volume in memory at a time
     volume = read_volume(case.image)
-    notes = volume.notes + notes + (f"{len(case.masks)} masks united",) * (len(case.masks) > 1)
+    notes = volume.notes + notes
+    if len(case.masks) > 1:
+        notes += (f"{len(case.masks)} masks united",)
     several, first = len(mask) > 1, mask.any((1, 2)).argmax()
     for z, image in enumerate(volume.images(window)):
         slice_id, name = (f"{case.id}_z{z:03d}", case.id) if several else (case.id, "")
@@ -242,7 +230,8 @@ def _read_masks(case: Case) -> tuple[np.ndarray, tuple[str, ...], str]:
             notes += _unite_slices(union, path, stems, case)
         else:
             kind = "volume file (NIfTI, NRRD or MetaImage)"
-            kind += ", or a folder with one mask for each slice" * bool(series)
+            if series:
+                kind += ", or a folder with one mask for each slice"
             raise UnreadableFile(f"{path.name}: the mask of {case.image.name} must be a {kind}")
     return union, notes, series.patient if series else ""
 
@@ -400,8 +389,8 @@ def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
         int(float(reader.GetMetaData(key))) for key in ("vox_offset", "bitpix", "datatype")
     )
     missing, width = int(np.prod(reader.GetSize())) * bits // 8, bits // 8
-    opened: Any = gzip.open if images.suffix_of(path) == ".nii.gz" else open
-    with opened(path, "rb") as file:
+    packed = images.suffix_of(path) == ".nii.gz"
+    with gzip.open(path) if packed else open(path, "rb") as file:
         little = int.from_bytes(file.read(offset)[:4], "little") in (348, 540)
         while block := file.read(1 << 20):
             missing -= len(block)
@@ -490,7 +479,8 @@ class _Series:
         self.headers = [self.headers[i] for i in order]
         steps, first = self._count_steps(np.diff(depths[order]), placed), self.headers[0]
         spacing = _numbers(first, "spacing") or _numbers(first, "detector")
-        self.notes += ("no PixelSpacing: 1 mm assumed",) * (not spacing)
+        if not spacing:
+            self.notes += ("no PixelSpacing: 1 mm assumed",)
         across, down = np.reshape(turns[0], (2, 3))
         thick = _numbers(first, "distance") or _numbers(first, "thickness") or [1]
         step, affine = np.cross(across, down) * (abs(thick[0]) or 1), np.eye(4)
@@ -546,8 +536,7 @@ class _Series:
                 voxels = np.empty((*self.space.shape, *pixels.shape[3:]), kind)
             voxels[z : z + len(pixels)] = pixels
         inverted = self.headers[0].get("photometric") == "MONOCHROME1"
-        volume = Volume(voxels, self.space, tuple(windows), inverted, self.notes)
-        return volume.with_windows_that_show()
+        return Volume(voxels, self.space, tuple(windows), inverted, self.notes)
 
 
 def _numbers(header: dict[str, str], name: str) -> list[float]:
