@@ -29,8 +29,11 @@ public final class Lesion {
      */
     public ByteBuffer segment(ByteBuffer pixels, int width, int height, int stride, int format) {
         if (workspace == null || width != this.width || height != this.height) {
-            workspace = ByteBuffer.allocateDirect(workspaceSize(width, height));
-            mask = ByteBuffer.allocateDirect(width * height);
+            int size = workspaceSize(width, height);
+            if (size == 0) throw new IllegalArgumentException("no picture has " + width + " x " + height + " pixels");
+            ByteBuffer newMask = ByteBuffer.allocateDirect(width * height);
+            workspace = ByteBuffer.allocateDirect(size); // after what may fail, so that all four agree
+            mask = newMask;
             this.width = width;
             this.height = height;
         }
@@ -39,7 +42,7 @@ public final class Lesion {
         return mask;
     }
 
-    /** The app's first test: the largest difference from PyTorch on the golden picture, 0 or 1. */
+    /** The app's first test: the largest difference from PyTorch on the golden picture: 0 or 1, in bytes up to 10. */
     public static native int goldenDifference();
 
     private static native int workspaceSize(int width, int height);

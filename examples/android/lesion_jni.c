@@ -17,6 +17,7 @@ JNIEXPORT jstring JNICALL Java_org_example_Lesion_segment(JNIEnv *env, jclass se
     static const int sizes[] = {1, 3, 3, 4, 4};
     const int order = format & ~LESION_BINARY, known = order >= LESION_GRAY && order <= LESION_BGRA;
     const jlong row = known ? (jlong)width * sizes[order] : 0, step = stride ? stride : row;
+    if (!pixels || !mask || !workspace) return (*env)->NewStringUTF(env, "a buffer is null");
     const uint8_t *from = (*env)->GetDirectBufferAddress(env, pixels);
     uint8_t *to = (*env)->GetDirectBufferAddress(env, mask);
     void *space = (*env)->GetDirectBufferAddress(env, workspace);

@@ -69,23 +69,40 @@ static void *read_file(const char *path, size_t *size) {
     return content;
 }
 
+/* The next number of a header; lines that begin with # are comments. -1: there is none. */
+static int number(const char **at) {
+    while (**at == ' ' || **at == '\n' || **at == '\r' || **at == '\t' || **at == '#') {
+        if (**at == '#')
+            while (**at && **at != '\n') ++*at;
+        else
+            ++*at;
+    }
+    int value = 0, read = 0;
+    if (sscanf(*at, "%d%n", &value, &read) != 1) return -1;
+    *at += read;
+    return value;
+}
+
 int main(int argc, char **argv) {
+    if (argc == 2 || argc > 4) return fail("use: segment_ppm [PICTURE.ppm MASK.pgm [student.bin]]");
     student s = {lesion_student, sizeof lesion_student};
     size_t size = 0;
     if (argc == 4) {
         s.model = read_file(argv[3], &s.size);
+        if (!s.model) return fail("the file of the student cannot be read");
     }
     const int error = lesion_model_check(s.model, s.size);
     if (error) return fail(lesion_error_string(error));
     if (argc < 3) return compare_golden(s);
 
     char *picture = read_file(argv[1], &size);
-    int width = 0, height = 0, most = 0, start = 0;
-    char kind = 0;
-    if (!picture || sscanf(picture, "P%c %d %d %d%n", &kind, &width, &height, &most, &start) != 4 || most != 255)
-        return fail("expected a binary PPM or PGM picture with 255 levels");
+    if (!picture || picture[0] != 'P') return fail("expected a binary PPM or PGM picture");
+    const char kind = picture[1], *at = picture + 2;
+    const int width = number(&at), height = number(&at), levels = number(&at);
+    if (levels != 255) return fail("expected a binary PPM or PGM picture with 255 levels");
+    const size_t start = (size_t)(at - picture);
     const size_t bytes = (size_t)width * (size_t)height * (kind == '6' ? 3 : 1);
-    if ((kind != '5' && kind != '6') || width < 1 || height < 1 || size < (size_t)start + 1 + bytes)
+    if ((kind != '5' && kind != '6') || width < 1 || height < 1 || size < start + 1 + bytes)
         return fail("the picture is of another kind, or cut off");
     const uint8_t *pixels = (const uint8_t *)picture + start + 1;
     uint8_t *mask = segment(s, pixels, width, height, kind == '6' ? LESION_RGB : LESION_GRAY);

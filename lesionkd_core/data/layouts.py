@@ -430,6 +430,8 @@ def images_alone(folder: Path) -> list[Case]:
             f"unlabelled: {folder} holds masks, such as {min(masks).name}; give a folder of images "
             "alone"
         )
+    if not sources:
+        raise DatasetNotFound(f"unlabelled: no images in {folder}; give a folder of images")
     cases = []
     for file in sources:
         name = "-".join([*file.relative_to(folder).parts[:-1], stem_of(file)])

@@ -348,7 +348,7 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing
 def _dropped(path: Path, rows: pd.DataFrame) -> str:
     """The first reasons for dropping cases, to be added to a message; empty if there are none."""
     reasons = [
-        f"  {row.file}: {row.problem.removeprefix(f'{row.file}: ')}"
+        f"  {row.file or row.id}: {row.problem.removeprefix(f'{row.file}: ')}"
         for row in rows[rows["problem"] != ""].itertuples()
     ]
     if not reasons:
