@@ -214,7 +214,7 @@ def test_the_option_reference_is_up_to_date_and_has_every_option():
 @pytest.mark.parametrize("page", readme_index.PAGES, ids=lambda p: p.name)
 def test_generated_tables_are_up_to_date(page):
     text = page.read_text(encoding="utf-8")
-    assert text.count("<!-- table: ") >= 2
+    assert "<!-- table: " in text
     assert text == readme_index.with_tables(text), "python -m tools.readme_index"
 
 

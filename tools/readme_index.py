@@ -15,7 +15,7 @@ from lesionkd_core.analysis import statistics, tables
 from lesionkd_core.results import CHECKOUT
 from tools.option_reference import option_reference
 
-PAGES = [CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md"]
+PAGES = [CHECKOUT / name for name in ("README.md", "docs/results.md", "docs/mobile.md")]
 NAMES = {
     "em-isbi2012": "EM membranes",
     "busi": "breast ultrasound (BUSI)",
@@ -126,9 +126,29 @@ def cost() -> pd.DataFrame:
     for pixels, row in best.iterrows():
         times = {"image side": f"{pixels} px"}
         for model in ("unet64", "resnet34_unet", "student"):
-            times[tables.label(model)] = f"{row[model]:.3g} ms"
+            times[tables.label(model)] = milliseconds(row[model])
         times["U-Net 64 / student"] = f"{row['unet64'] / row['student']:.0f}"
         rows.append(times)
+    return pd.DataFrame(rows)
+
+
+def milliseconds(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def engines() -> pd.DataFrame:
+    """The student in every engine and precision: milliseconds by image side, share of peak."""
+    student = tables.committed("cost").query("model == 'student'")
+    rows = []
+    for (engine, precision), part in student.groupby(["engine", "precision"], sort=False):
+        row = {"engine": f"{engine}, {precision}"}
+        for one in part.itertuples():
+            row[f"{one.pixels} px"] = milliseconds(one.latency_ms_median)
+        row["share of peak"] = (
+            f"{part['share_of_peak'].min():.0%} to {part['share_of_peak'].max():.0%}"
+        )
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -139,6 +159,7 @@ BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
     "labels": labels,
     "ratios": ratios,
     "cost": cost,
+    "engines": engines,
 }
 """Generated tables by name."""
 
