@@ -21,7 +21,7 @@ LIMITS = (
 )
 PATENT = (
     "The method is the subject of a patent application (Zhejiang University of Technology, 2021); "
-    "ask for the rights before commercial use."
+    "obtain a licence before commercial use."
 )
 
 
