@@ -10,9 +10,12 @@ import difflib
 import hashlib
 import inspect
 import json
+import os
 import re
+import sys
 from collections.abc import Collection
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
@@ -114,6 +117,22 @@ def content_of(file: str) -> str:
         return hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
     except OSError as error:
         raise ConfigError(f"cannot read {file!r}: {error.strerror}") from None
+
+
+def _with_code(network: str) -> str:
+    """A network's name; that of 'package.module:function' with the SHA-256 of its file."""
+    module, colon, _ = network.partition(":")
+    if not colon or module == "timm":
+        return network
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a module beside the notebook
+    try:
+        found = find_spec(module)
+    except ImportError:
+        found = None
+    if found is None or found.origin is None:
+        raise ConfigError(f"network {network!r}: there is no module {module!r}")
+    return f"{network} {content_of(found.origin)}"
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -326,6 +345,8 @@ class StageConfig(BaseModel):
         for name in self.options(Role.FILE) & values.keys():
             if values[name] not in ("", "random"):
                 values[name] = content_of(values[name])
+        for name in {"teacher", "student"} & values.keys():
+            values[name] = _with_code(values[name])
         return values
 
     def digest(self, upstream: str, unused: Collection[str] = ()) -> str:

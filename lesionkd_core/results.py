@@ -510,9 +510,11 @@ def require_options(result: Result, cfg: StageConfig) -> None:
     for name, value in given.items():
         if made.get(name, value) != value:
             apart.append(f"{name} = {made[name]!r}, not {value!r}")
+    if not apart:
+        apart = ["files of another content, or by another version of the code"]
     raise OtherOptions(
-        f"{short(result.path)} was made with {'; '.join(apart) or 'another content of its files'} "
-        "as the configuration says. Give its configuration, or make it with this one."
+        f"{short(result.path)} was made with {'; '.join(apart)} as the configuration says. Give "
+        "its configuration, or make it with this one."
     )
 
 

@@ -323,6 +323,14 @@ def test_a_registered_term_becomes_an_option_value_and_an_arm(toy, pair):
     assert build_terms(cfg, *pair)["toy"](step).item() == step.logits.square().mean().item()
 
 
+@pytest.mark.fault
+def test_a_term_with_layers_has_to_name_the_option_that_trains_them(toy, pair, monkeypatch):
+    """Otherwise two trainings with other learning rates of these layers had one digest."""
+    monkeypatch.setattr(toy, "build", classmethod(lambda cls, setup: torch.nn.Linear(2, 2)))
+    with pytest.raises(LesionKDError, match="'toy' trains layers of its own.*connector_lr"):
+        build_terms(DistillConfig(losses="toy"), *pair)
+
+
 def student_digest(**options):
     """Digest of a student by what its loss terms read."""
     cfg = DistillConfig(**options)

@@ -331,3 +331,15 @@ def test_parameters_of_a_notebook_can_be_read_again_after_other_names_were_bound
     assert (cfg.seed, cfg.width) == (4, 4)
     with pytest.raises(ConfigError, match="seed = 'x'"):
         DistillConfig.from_notebook(namespace | {"seed": "x"})
+
+
+def test_a_network_of_ones_own_counts_with_its_code(tmp_path, monkeypatch):
+    """The file may have been edited since a result was made."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file, cfg = tmp_path / "networks_of_mine.py", DistillConfig(student="networks_of_mine:tiny")
+    with pytest.raises(ConfigError, match="there is no module 'networks_of_mine'"):
+        cfg.digest("")
+    file.write_text("tiny = 1")
+    first = cfg.digest("")
+    file.write_text("tiny = 2")
+    assert cfg.digest("") != first

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..config import DistillConfig, TeacherConfig
+from ..config import DistillConfig, LesionKDError, TeacherConfig
 from ..models import Network
 from .edge_reasoning import EdgeGraph, EdgeHead, EdgeReasoning, FittedGraph
 from .feature_refinement import FeatureRefinement, bn_margin, margin_relu, partial_l2
@@ -48,4 +48,10 @@ def build_terms(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(getattr(cfg, cfg.seed_field))
             modules[name] = TERMS[name].module.build(setup)
+        trained = any(p.requires_grad for p in modules[name].parameters())
+        if trained and "connector_lr" not in TERMS[name].options:
+            raise LesionKDError(
+                f"the loss term {name!r} trains layers of its own, whose learning rate depends on "
+                "connector_lr: name that in the options of its @register"
+            )
     return modules

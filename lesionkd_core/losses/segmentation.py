@@ -25,7 +25,7 @@ def bce_dice(logits: Tensor, masks: Tensor) -> Tensor:
     """0.5 BCE + 0.5 soft Dice of logits and masks, (N, 1, H, W), masks in 0..1 -> ().
 
     With BCE alone a network of 58,629 parameters often predicts background for many epochs. The
-    Dice term does not shrink with the lesion. Source: docs/method.md, Segmentation loss.
+    Dice term does not shrink with the lesion. Source: docs/method.md, L_seg.
     """
     return 0.5 * bce(logits, masks) + 0.5 * soft_dice_loss(logits, masks)
 
