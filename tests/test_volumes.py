@@ -112,11 +112,10 @@ def test_the_patient_s_left_is_on_the_right_posterior_below_and_the_head_last(tm
 
 
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd"])
-@pytest.mark.parametrize("way", [WAYS[0], WAYS[13], WAYS[-1]])
-def test_nrrd_and_metaimage_are_read_like_nifti(tmp_path, suffix, way):
+def test_nrrd_and_metaimage_are_read_like_nifti(tmp_path, suffix):
     files = []
     for name, voxels in (("a", HU), ("m", LESION.astype(np.uint8))):
-        as_nifti = nifti(tmp_path / f"{name}.nii", voxels, way, tilted(20))
+        as_nifti = nifti(tmp_path / f"{name}.nii", voxels, WAYS[13], tilted(20))
         sitk.WriteImage(sitk.ReadImage(as_nifti), tmp_path / f"{name}{suffix}")
         files.append(tmp_path / f"{name}{suffix}")
     same(read(case(*files), WINDOW), windowed(HU), LESION)
@@ -132,9 +131,8 @@ def test_values_are_scaled_by_the_header(tmp_path):
     assert np.array_equal(read_volume(tmp_path / "a.nii").voxels, HU)
 
 
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("kind", ["u1", "i1", "i2", "u2", "i4", "f4", "f8"])
-def test_every_type_of_number_is_read(tmp_path, kind, order):
+@pytest.mark.parametrize(("order", "kind"), [("<", "i2"), (">", "f4")])
+def test_every_type_of_number_is_read(tmp_path, order, kind):
     values = np.abs(HU % 100).astype(order + kind)
     image = nib.Nifti1Image(stored(values)[0], LPS, nib.Nifti1Header(endianness=order))
     image.set_data_dtype(kind)
@@ -142,7 +140,7 @@ def test_every_type_of_number_is_read(tmp_path, kind, order):
     assert np.array_equal(read_volume(tmp_path / "a.nii").voxels, values)
 
 
-@pytest.mark.parametrize("shape", [(1, 48, 64), (48, 1, 64), (48, 64, 1), (48, 64)])
+@pytest.mark.parametrize("shape", [(1, 48, 64), (48, 64)])
 def test_a_volume_one_voxel_thick_is_one_picture(tmp_path, shape):
     voxels = RNG.normal(0, 100, shape).astype(np.float32)
     image, mask = tmp_path / "a.nii.gz", tmp_path / "m.nii.gz"
@@ -178,9 +176,7 @@ def test_every_value_of_a_mask_but_0_is_lesion_and_several_masks_are_united(tmp_
     assert [note for r in readings for note in r.notes] == ["2 masks united"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "top"), [(np.uint8, 2), (np.uint8, 4), (np.int16, 3), (np.int16, 7)]
-)
+@pytest.mark.parametrize(("kind", "top"), [(np.uint8, 4), (np.int16, 7)])
 def test_classes_stored_with_a_scale_factor_are_classes(tmp_path, kind, top):
     classes = LESION * RNG.integers(1, top + 1, SHAPE)
     classes[0, 0, 0] = top
@@ -200,18 +196,12 @@ def test_notes_are_given_with_the_first_slice_that_has_a_lesion(tmp_path):
     assert noted == [False, False, False, True, False]
 
 
-@pytest.mark.parametrize("shape", [(6, 7), (6, 7, 1), (6, 7, 1, 1)])
-def test_a_volume_of_one_slice_is_an_image(tmp_path, shape):
+def test_a_volume_of_one_slice_is_an_image(tmp_path):
     for name, values in (("a.nii", HU), ("m.nii", LESION.astype(np.uint8))):
-        nib.save(nib.Nifti1Image(values[0].T.reshape(shape), LPS), tmp_path / name)
+        nib.save(nib.Nifti1Image(values[0].T[..., None], LPS), tmp_path / name)
     files = tmp_path / "a.nii", tmp_path / "m.nii"
     [reading] = same(read(case(*files), WINDOW), windowed(HU[:1]), LESION[:1])
     assert (reading.id, reading.volume) == ("scan", "")
-
-
-def test_a_fourth_axis_of_one_entry_is_a_volume(tmp_path):
-    nib.save(nib.Nifti1Image(stored(HU)[0][..., None], LPS), tmp_path / "A.NII.GZ")
-    assert np.array_equal(read_volume(tmp_path / "A.NII.GZ").voxels, HU)
 
 
 @pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
