@@ -79,7 +79,6 @@ COMMAND = "from lesionkd_core.cli import main; main({}, standalone_mode=False)"
     "statement",
     [
         "import lesionkd_core as lkd; lkd.DistillConfig(losses='feat')",
-        "import lesionkd_core as lkd; lkd.AblationConfig()",
         COMMAND.format(["--help"]),
         COMMAND.format(["list"]),
         COMMAND.format(["show", "STUDENT"]),
@@ -90,17 +89,6 @@ def test_nothing_heavy_is_imported_until_it_is_needed(statement, student):
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
     assert HEAVY.isdisjoint(done.stdout.splitlines()[-1].split())
-
-
-def test_the_shell_completes_commands():
-    """By click: `eval "$(_LESIONKD_COMPLETE=bash_source lesionkd)"`."""
-    asked = {"_LESIONKD_COMPLETE": "bash_complete", "COMP_WORDS": "lesionkd tr", "COMP_CWORD": "1"}
-    code = "from lesionkd_core.cli import main; main(prog_name='lesionkd')"
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(
-        words, capture_output=True, text=True, env=os.environ | asked, cwd=ROOT, check=False
-    )
-    assert done.stdout == "plain,train-teacher\n"
 
 
 # Terminal -----------------------------------------------------------------------------------------
@@ -137,7 +125,6 @@ def test_in_a_log_file_the_number_of_lines_is_bounded(capsys, total, lines, expe
     ("done", "seconds", "words"),
     [
         (1, 10, "30 s left"),  # 10 s for a step, three steps left
-        (2, 90, "90 s left"),
         (2, 600, "10 min left"),
         (4, 60, ""),
     ],

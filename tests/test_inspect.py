@@ -116,12 +116,6 @@ def test_the_source_of_a_function_is_shown_without_its_docstring(monkeypatch):
     assert "Source: Heo et al." in shown(monkeypatch, losses.partial_l2, docstring=True)
 
 
-def test_classes_and_several_functions_are_shown_in_one_block(monkeypatch):
-    text = shown(monkeypatch, losses.FeatureRefinement, EdgeGraph.build_graph)
-    assert text.count("```") == 2 and '"""' not in text and "\ndef build_graph(self" in text
-    compile(text.removeprefix("```python\n").removesuffix("\n```"), "shown", "exec")
-
-
 # Cases and edge labels ----------------------------------------------------------------------------
 
 
@@ -142,14 +136,6 @@ def test_cases_are_spread_from_the_smallest_to_the_largest_lesion():
     assert inspect.spread_of_cases(prepared, "test", 3) == [1, 2, 0]
     assert inspect.spread_of_cases(prepared, "test", 9) == [1, 3, 2, 4, 0]
     assert inspect.spread_of_cases(prepared, "train", 3) == []
-
-
-def test_example_pairs_are_around_the_threshold(monkeypatch):
-    table = pd.DataFrame({"content": [0.9, 0.1, 0.5, 0.6, 0.3, 0.2], "correlation": 0.95})
-    table["same"] = table["content"] >= 0.48
-    monkeypatch.setattr(inspect, "compare_pairs", lambda thumbnails: table)
-    shown = inspect.example_pairs(Cases([0.1] * 5), 2)
-    assert shown["content"].tolist() == [0.6, 0.5, 0.3, 0.2]
 
 
 def test_the_edge_survives_max_pooling():
@@ -226,14 +212,6 @@ def test_the_nodes_of_a_student_are_those_of_its_connector_and_graph(tmp_path, t
         assert view.background == 16
 
 
-def test_a_student_map_of_another_name_has_the_teachers_name_in_the_graph(tmp_path, teacher):
-    cfg = config(losses="edge", edge_level=f"decoder.stride4:{LEVEL}")
-    fitted, seen = inspect.graph_of(finished_run(tmp_path, cfg, teacher), teacher)
-    maps = seen.network.forward_features(torch.zeros(1, 3, 64, 64))[1]
-    assert list(maps) == [LEVEL] and maps[LEVEL].shape == (1, 64, 16, 16)
-    assert len(node_views(cfg, seen, fitted, *some_cases(2))) == 2
-
-
 @pytest.mark.fault
 def test_a_run_without_the_term_to_show_is_refused(tmp_path, teacher):
     with pytest.raises(LesionKDError, match="no edge graph.*feat"):
@@ -268,20 +246,5 @@ def test_an_anchor_is_the_centroid_of_its_cells_edge_pixels(teacher):
             assert np.array_equal(view.members[node], own) and view.live[node] == own.any()
             if own.any():
                 assert view.anchors[node] == pytest.approx(np.argwhere(own).mean(0), abs=1e-4)
-            else:
-                assert np.isnan(view.anchors[node]).all()
-
-
-def test_anchors_of_the_original_are_in_its_overlapping_cells(teacher):
-    images, masks = some_cases(6)
-    for view in node_views(CFG, teacher, fresh_graph(anchors="eagr"), images, masks):
-        for node in range(16):
-            # 16 pixels in k + 2 = 6 cells, from floor(16 i / 6) to ceil(16 (i + 1) / 6); the outer
-            # ones are cropped
-            places = (node // 4 + 1, node % 4 + 1)
-            spans = [slice(16 * i // 6, -(-16 * (i + 1) // 6)) for i in places]
-            pixels = np.argwhere(view.edge[tuple(spans)]) + [span.start for span in spans]
-            if len(pixels):
-                assert view.anchors[node] == pytest.approx(pixels.mean(0), abs=1e-4)
             else:
                 assert np.isnan(view.anchors[node]).all()

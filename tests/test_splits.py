@@ -75,15 +75,15 @@ def test_folds_are_nearly_equal_and_have_equal_lesions():
     assert (splits == "val").to_numpy().sum(0).tolist() == pytest.approx([150] * 5, abs=5)
 
 
-@pytest.mark.parametrize(("val", "test"), [(0.15, 0.2), (0.1, 0.1), (0.4, 0.3)])
+@pytest.mark.parametrize(("val", "test"), [(0.15, 0.2), (0.4, 0.3)])
 def test_single_cases_are_split_in_the_fractions_asked_for(val, test):
     cfg = PrepareConfig(val_fraction=val, test_fraction=test)
     share = split_cases(table_of([1] * 1500), cfg).value_counts(normalize=True)
     assert share[list(SPLITS)].tolist() == pytest.approx([1 - val - test, val, test], abs=0.005)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_split_has_large_small_and_no_lesions_alike(seed):
+def test_every_split_has_large_small_and_no_lesions_alike():
+    seed = 0
     table = table_of([1] * 1500, seed, empty_fraction=0)
     splits = split_cases(table, PrepareConfig(split_seed=seed))
     thirds = pd.qcut(table["lesion_fraction"], 3, labels=False)
@@ -94,7 +94,7 @@ def test_every_split_has_large_small_and_no_lesions_alike(seed):
     assert means == pytest.approx([table["empty"].mean()] * 3, abs=0.01)
 
 
-@pytest.mark.parametrize("units", [6, 7, 9, 12, 20])
+@pytest.mark.parametrize("units", [6, 9, 20])
 def test_a_few_groups_still_fill_every_split(units):
     table = table_of([5] * units, empty_fraction=0)
     share = split_cases(table, PrepareConfig()).value_counts(normalize=True)
@@ -139,10 +139,8 @@ def test_a_random_split_lets_groups_cross_and_counts_them():
 # Few groups ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(
-    "sizes", [(4,) * 5, (6,) * 3, (5,) * 4, (9, 3, 1), (20, 2, 2, 2), (8, 7, 3, 2, 1)]
-)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sizes", [(6,) * 3, (20, 2, 2, 2), (8, 7, 3, 2, 1)])
 def test_three_to_five_groups_fill_every_split(sizes, seed):
     table = table_of(sizes, empty_fraction=0)
     found = split_cases(table, PrepareConfig(split_seed=seed))
@@ -189,16 +187,11 @@ def test_validation_cases_drawn_from_an_official_split_keep_their_groups_whole()
 
 
 CONTRADICTIONS = {  # words of the error: options
-    "at least 2": {"folds": 1},
-    "fold = 1: the last is 0": {"fold": 1},
     "fold = 5: the last is 4": {"folds": 5, "fold": 5},
     "folds split by group": {"folds": 3, "split": "random"},
     "/no/such.csv": {"split_file": "/no/such.csv"},
     "'centre, width'": {"window": "lung"},
-    "of a width above 0": {"window": "40, 0"},
     "folds or split_file already decide": {"folds": 3, "normals": "test"},
-    "already decide who": {"split_file": __file__, "normals": "test"},
-    "'stretch' or 'pad'": {"fit": "crop"},
     "'groups', 'official', 'random' or 'test'": {"split": "offical"},
 }
 
