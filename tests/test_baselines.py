@@ -74,17 +74,6 @@ def test_boundary_kd_is_a_mean_that_counts_edge_pixels_more():
     torch.testing.assert_close(without, kd_loss(student, teacher))
 
 
-def test_hint_by_hand():
-    assert hint_loss(row(1, 3), row(0, 1)).item() == (0.5 * 1 + 0.5 * 4) / 2
-
-
-def test_attention_by_hand():
-    """Q_S = (1, 4) / sqrt 17; Q_T = (1 + 4, 0) / 5, of two channels."""
-    teacher = torch.tensor([[[[1.0, 0.0]], [[2.0, 0.0]]]])
-    expected = ((1 / math.sqrt(17) - 1) ** 2 + (4 / math.sqrt(17)) ** 2) / 2
-    assert attention_loss(row(1, 2), teacher).item() == pytest.approx(expected)
-
-
 def test_cwd_is_a_divergence_over_pixels_and_ignores_a_constant_on_a_channel():
     student, teacher = tensors(2, 3, 4, 5)
     p, q = (softmax(x.numpy().reshape(2, 3, 20) / 4, axis=2) for x in (student, teacher))

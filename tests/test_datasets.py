@@ -2,7 +2,6 @@
 
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from lesionkd_core.data.images import (
     count_pages,
     images_in,
     is_volume,
-    natural,
     pair,
     read_image,
     sources_in,
@@ -303,28 +301,6 @@ def test_letter_case_and_the_encoding_of_accents_do_not_matter(tmp_path):
     assert [len(cases[stem_of(path)].masks) for path in images] == [1, 1, 1, 0]
     assert cases.pop("5").problem == "5.png: no image belongs to this mask"
     assert not any(case.problem for case in cases.values())
-
-
-def test_two_images_never_share_a_mask(tmp_path):
-    paths = [tmp_path / name for name in ("a.png", "A.png", "b.png", "B.png", "C.png")]
-    masks = [tmp_path / name for name in ("a.png", "B.png", "b.png", "c.png")]
-    found = {case.image.name: [m.name for m in case.masks] for case in pair(paths, by_stem(masks))}
-    assert found == {
-        "a.png": ["a.png"],  # the exact name first
-        "A.png": [],
-        "b.png": ["b.png"],
-        "B.png": ["B.png"],
-        "C.png": ["c.png"],  # nobody else asks for it
-    }
-    both = pair([tmp_path / "x.png", tmp_path / "X.png"], by_stem([tmp_path / "masks" / "x.tif"]))
-    assert [len(case.masks) for case in both] == [1, 0]
-    neither = pair([tmp_path / "Xy.png", tmp_path / "XY.png"], by_stem([tmp_path / "xy.png"]))
-    assert [len(case.masks) for case in neither] == [0, 0, 1] and neither[2].problem
-
-
-def test_numbers_in_names_are_compared_as_numbers_and_with_text():
-    names = "2.png 10.png a.png a1b.png a1b3.png scan.png scan2.png scan10.png".split()
-    assert sorted(map(Path, sorted(names)), key=natural) == list(map(Path, names))
 
 
 def test_a_page_of_two_stacks_is_a_case(tmp_path):

@@ -22,7 +22,7 @@ from lesionkd_core.export.coreml import write_coreml
 from lesionkd_core.export.executorch import executorch_engine, write_executorch
 from lesionkd_core.export.formats import FORMATS
 from lesionkd_core.export.native import pack
-from lesionkd_core.export.onnx import Onnx, onnx_engine, write_half, write_int8, write_onnx
+from lesionkd_core.export.onnx import onnx_engine, write_half, write_int8, write_onnx
 from lesionkd_core.export.parity import (
     Deployed,
     Engine,
@@ -309,24 +309,6 @@ def test_the_extra_mobile_is_what_the_formats_need():
     needed = {package for kind in FORMATS.values() for package in kind.packages}
     listed = {name.partition("==")[0] for name in project["optional-dependencies"]["mobile"]}
     assert listed == needed
-
-
-def test_a_new_format_is_one_class(student, monkeypatch):
-    """It is written, compared, listed in model.json, and timed."""
-
-    class Copy(Onnx):
-        name, packages = "copy", ()
-
-        def write(self, job):
-            write_onnx(job.network, job.folder / "copy.onnx")
-            return [(onnx_engine(job.folder / "copy.onnx", "float32"), (64, 96))]
-
-    monkeypatch.setitem(FORMATS, "copy", Copy())
-    monkeypatch.setattr("lesionkd_core.export.config.NAMES", (*FORMATS,))
-    exported = export_student(ExportConfig(formats="copy"), student)
-    assert exported.parity["pixels"].tolist() == [64, 96]
-    assert [*exported.model["files"]] == ["copy.onnx"]
-    assert len(cost.measure_cost((32,), ("copy",), ("student",), repeats=1)) == 2
 
 
 @pytest.mark.fault

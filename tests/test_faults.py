@@ -68,10 +68,6 @@ SPOILT = {  # what is wrong: how it is made from folder and name; words of the r
         lambda d, n: save(image_of(d, n).with_suffix(".jpg"), picture(999)),
         ["two images are called"],
     ),
-    "mask of classes 0, 1, 2": (
-        lambda d, n: save(mask_of(d, n), lesion(9).astype(np.uint8) + lesion(4)),
-        ["values 0, 1, 2: most masks are black and white", "lesion_values"],
-    ),
     "mask of several pages": (
         lambda d, n: instead(mask_of(d, n), pages(lesion(9), lesion(5)), ".tif"),
         ["2 pages"],
@@ -91,10 +87,6 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
     "CMYK": (
         lambda d, n: instead(image_of(d, n), saved(picture(30), mode="CMYK"), ".jpg"),
         ["CMYK converted"],
-    ),
-    "16 bits": (
-        lambda d, n: save(image_of(d, n), noise(255).astype(np.uint16) * 200),
-        ["16-bit values", "stretched to black and white"],
     ),
     "transparency": (
         lambda d, n: save(image_of(d, n), np.dstack([picture(31), noise(255)])),

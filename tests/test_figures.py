@@ -243,11 +243,6 @@ def test_a_notebook_shows_the_colours_of_the_style_at_160_dpi():
     assert {figures.style_of(arm).colour for arm in POINTS["model"]} <= found
 
 
-def test_photos_are_shown_as_jpeg():
-    kind, content, _ = figures.notebook_image(DRAWINGS["cases"]())
-    assert kind == "jpeg" and len(content) < 100_000
-
-
 def test_a_prediction_is_filled_and_the_true_mask_is_a_dashed_line_above_it():
     fig = figures.segmentations(PREPARED, [0], {"teacher": EYE[None]})
     axis = fig.axes[1]
@@ -353,11 +348,6 @@ def test_gains_are_drawn_by_budget_labels_and_teacher_around_the_base():
     assert {row for row, _ in marks(by_labels)} == {"10 %", "100 %"}
     assert {row for row, _ in marks(by_teacher)} == {"U-Net 64", "other"}
     assert "epochs: 20" in by_labels.get_xlabel() and "epochs" not in by_budget.get_xlabel()
-
-
-def test_costs_stand_beside_the_networks_from_the_cheapest_on():
-    rows = [row for row, _ in marks(figures.dice_and_cost(POINTS).axes[0])]
-    assert rows == ["student alone, 10 M", "both (method), 10 M", "U-Net 64, 10,000 M"]
 
 
 # Lines --------------------------------------------------------------------------------------------

@@ -146,17 +146,6 @@ def test_a_changed_copy_shares_the_group_of_its_original(retinas, copy):
     assert splits.copies(thumbnails_of(retinas[:8]), thumbnails_of(others)).tolist() == [6]
 
 
-def test_a_shift_within_reach_is_found():
-    wide = np.asarray(Image.fromarray(picture(3)).resize((80, 68)).convert("L"))
-    base = wide[2:66, 3:67][None]
-    for y, x in ((0, 0), (2, -3), (-2, 1)):
-        moved = wide[2 + y : 66 + y, 3 + x : 67 + x][None]
-        found, shift = splits.detail_correlation(base, moved, np.array([0]), np.array([0]))
-        assert found[0] > 0.9 and shift.tolist() == [[y, x]]
-    far = wide[2:66, 14:78][None]
-    assert splits.detail_correlation(base, far, np.array([0]), np.array([0]))[0][0] < 0.45
-
-
 def test_black_and_flat_thumbnails_match_nothing():
     flat = [np.full((*SIZE, 3), value, np.uint8) for value in (0, 0, 90, 90)]
     assert len(set(groups_of(flat))) == 4

@@ -14,7 +14,6 @@ from lesionkd_core.config import PrepareConfig, UnlabelledConfig
 from lesionkd_core.data.images import UnreadableFile
 from lesionkd_core.data.layouts import (
     CATALOGUE,
-    LAYOUTS,
     DatasetNotFound,
     ManifestError,
     find,
@@ -323,13 +322,6 @@ def test_pancreas_ct_pairs_series_and_labels_by_patient(data, above):
     assert any("matched voxel by voxel" in note for r in readings for note in r.notes)
 
 
-def test_a_patient_with_two_series_is_refused(data):
-    folder = pancreas(data / "pancreas") / "manifest-1599750808610/Pancreas-CT/PANCREAS_0001"
-    dicom(folder / "study" / "other" / "1-001.dcm", HU[0])
-    with pytest.raises(UnreadableFile, match="PANCREAS_0001: holds 2 series"):
-        next(read(cases_of("nih-pancreas")["PANCREAS_0001"]))
-
-
 def test_the_window_of_a_release_is_the_default():
     assert window_of(PrepareConfig(dataset="nih-pancreas")) == "70, 340"
     assert window_of(PrepareConfig(dataset="nih-pancreas", window="40, 400")) == "40, 400"
@@ -449,21 +441,12 @@ def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too
     assert prepare(PrepareConfig(dataset="eyes/list.csv", pixels=32)).summary["warnings"] == []
 
 
-@pytest.mark.parametrize("way", ["folders", "list", "labels"])
-def test_a_class_or_clinic_that_is_missing_from_a_split_is_a_warning(data, runs, way):
-    rows = ["image,mask,label" if way == "labels" else "image,mask"]
+def test_a_class_or_clinic_that_is_missing_from_a_split_is_a_warning(data, runs):
     for number, kind in enumerate("ABC"):
-        place = f"all/{kind}" if way == "labels" else kind
-        pairs(
-            data / "mine", place + "/images/{}.png", place + "/masks/{}.png", range(8), 6 + number
-        )
         for k in range(8):
-            save(data / "mine" / place / "images" / f"{k}.png", picture(8 * number + k))
-            row = [f"{place}/images/{k}.png", f"{place}/masks/{k}.png", kind]
-            rows.append(",".join(row if way == "labels" else row[:2]))
-    (data / "mine" / "list.csv").write_text("\n".join(rows))
-    dataset = "mine" if way == "folders" else "mine/list.csv"
-    found = prepare(PrepareConfig(dataset=dataset, pixels=32))
+            save(data / "mine" / kind / "images" / f"{k}.png", picture(8 * number + k))
+            save(data / "mine" / kind / "masks" / f"{k}.png", lesion(6 + number))
+    found = prepare(PrepareConfig(dataset="mine", pixels=32))
     assert found.summary["groups"] == 24
     there = found.cases.groupby("label")["split"].agg(set)
     absent = {kind: {"train", "val", "test"} - there[kind] for kind in "ABC"}
@@ -482,19 +465,6 @@ def test_images_alone_may_lie_in_sub_folders_and_in_pages(data):
     names = ["a", *(f"stack_page{page:03d}" for page in range(3)), "deep-er-b"]
     assert [case.id for case in cases] == names
     assert (read_case(cases[2]).image == picture(1)).all()
-
-
-@pytest.mark.fault
-def test_a_folder_that_may_not_be_listed_is_named(data, monkeypatch):
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied", str(folder))
-
-    small_busi(data)
-    monkeypatch.setitem(LAYOUTS, "busi", refuse)
-    with pytest.raises(
-        DatasetNotFound, match=r"^busi: .*Dataset_BUSI_with_GT cannot be read \(Permission denied\)"
-    ):
-        cases_of("busi")
 
 
 def test_the_fingerprint_follows_the_masks_and_the_images_of_own_data(data):
@@ -623,21 +593,6 @@ def test_a_missing_file_drops_only_its_own_case_and_says_where_it_was_looked_for
         next(read(cases["3"]))
 
 
-@pytest.mark.fault
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("my-dat", "there is no folder and no CSV manifest .*/my-dat$"),
-        ("my-data", "my-data has images and no masks: put the mask of images/a.jpg into a folder"),
-    ],
-)
-def test_a_folder_that_is_not_there_or_has_no_masks_is_told_so(tmp_path, name, words):
-    (tmp_path / "my-data" / "images").mkdir(parents=True)
-    save(tmp_path / "my-data" / "images" / "a.png", np.zeros((8, 8), np.uint8))
-    with pytest.raises(DatasetNotFound, match=words):
-        listing(PrepareConfig(dataset=str(tmp_path / name)))
-
-
 WRONG = {  # a manifest and words of its error
     "image,mask,grup\nS0,D0,a\n": "column 'grup' is unknown; did you mean 'group'?",
     "image,group\nS0,a\n": "no column 'mask'; columns are image, mask, group, split, label, id",
@@ -663,12 +618,6 @@ def test_a_manifest_of_another_encoding_is_refused(data):
     (data / "list.csv").write_text("image,mask\nLäsion.png,b.png\n", encoding="latin-1")
     with pytest.raises(ManifestError, match=r"^list\.csv: cannot be read as a CSV table in UTF-8"):
         cases_of(data / "list.csv")
-
-
-def test_the_split_counts_in_the_fingerprint(data):
-    texts = (f"image,mask,split\nS0,D0,{split}\n" for split in ("train", "test"))
-    paths = [listed(data, text, name=f"{k}.csv") for k, text in enumerate(texts)]
-    assert len({fingerprint(PrepareConfig(dataset=str(path)))[0] for path in paths}) == 2
 
 
 # The catalogue and its cards ----------------------------------------------------------------------

@@ -427,12 +427,6 @@ DATA_SETS = {  # words of the line; files with the lesion, or words of the refus
         "masks: values 0, 255",
         BINARY | {"t.png": (painted((A, (0, 0, 0, 255)), on=(255, 255, 255, 0)), "transparent wh")},
     ),
-    "inverted": (
-        "masks: values 0, 255; lesion: 0 (invert_masks)",
-        many((grey((~A, 255)), A), (grey((~B, 255)), B)),
-        "",
-        True,
-    ),
 }
 UNDECIDED = {  # words of the error; files; options
     "numbers from 1 without a background": (
@@ -446,11 +440,6 @@ UNDECIDED = {  # words of the error; files; options
     "an ignore ring": (
         "values 0, 1, 255: this may mean 'ignore', and pixels cannot be left out",
         many(*[(grey((binary_dilation(A), 255), (A, 1)), None)] * 3),
-    ),
-    "a name that no mask has": (
-        "masks: values 0, 255; lesion_values names 1, which no mask has",
-        BINARY,
-        "1",
     ),
     "all over a threshold": (
         "masks: values 0, 255; lesion_values 'over 300' selects all or none",

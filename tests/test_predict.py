@@ -232,17 +232,6 @@ def test_the_folder_of_one_dicom_series_is_one_volume_and_files_of_several_are_n
     assert len(list((tmp_path / "out many").glob("*.nii.gz"))) == 3
 
 
-def test_every_page_of_a_stack_gets_a_mask(tmp_path, images):
-    pages = [Image.fromarray(picture(seed, (40 + seed, 50))) for seed in range(3)]
-    pages[0].save(images / "stack.tif", save_all=True, append_images=pages[1:])
-    student = load_student(finished(tmp_path))
-    predict_folder(student, images, tmp_path / "out")
-    for number, page in enumerate(pages):
-        [expected] = predict(student, [page])
-        found = pixels(tmp_path / "out" / f"stack_page{number:03d}.png")
-        assert np.array_equal(found, np.rint(expected * np.float32(255)))
-
-
 def test_the_report_says_what_was_not_read_and_what_shows_little(tmp_path, images):
     save(images / "black.png", np.zeros((40, 50, 3), np.uint8))
     deep = picture(3)[..., 0].astype(np.uint16) * 12

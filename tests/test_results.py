@@ -5,7 +5,6 @@ import pickle
 import re
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -87,13 +86,6 @@ def test_an_unfinished_folder_is_resumed_or_emptied(runs, resume):
     assert len(results.read_json(path / "env.json")["resumed_from"]) == resume
 
 
-def test_another_profile_with_the_same_options_finds_the_result(runs):
-    calls, small = [], PrepareConfig(cases=30)
-    same = PrepareConfig(profile="cpu", pixels=64, cases=30)
-    found = [find_or_make([Wanted(cfg, "u")], made(calls), Result)[0].path for cfg in (small, same)]
-    assert found[0] == found[1] and len(calls) == 1
-
-
 @pytest.mark.parametrize("done", [True, False])
 def test_the_full_digest_is_compared_not_the_eight_letters_of_the_name(runs, done):
     """Another result whose digest begins with the same letters: a longer name is taken."""
@@ -108,26 +100,6 @@ def test_the_full_digest_is_compared_not_the_eight_letters_of_the_name(runs, don
     assert found.path.name == f"phantom-smoke-s0-{cfg.digest('u')[:16]}"
     assert len(calls) == 1 and found.digest == cfg.digest("u")
     assert results.read_json(other / "config.json")["digest"] == digest
-
-
-def test_of_several_processes_on_one_training_the_first_writes(runs):
-    barrier, calls, found = threading.Barrier(2, timeout=20), [], {}
-
-    def process(rank):
-        def make(missing):
-            calls.append(rank)
-            if rank == 0:
-                made([])(missing)
-
-        how = {"leader": rank == 0, "wait": barrier.wait}
-        found[rank] = find_or_make([Wanted(PrepareConfig(), "u")], make, Result, **how)[0].path
-
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sorted(calls) == [0, 1] and found[0] == found[1] and results.is_done(found[0])
 
 
 HOLDER = """

@@ -12,7 +12,7 @@ import yaml
 from lesionkd_core import results
 from lesionkd_core import sweep as module
 from lesionkd_core.config import ConfigError, LesionKDError, MissingExtra
-from lesionkd_core.sweep import MEMORY, executed, find_notebook, named_results, read_sweep, sweep
+from lesionkd_core.sweep import executed, find_notebook, named_results, read_sweep, sweep
 from tests.conftest import ROOT
 from tests.test_cli import PREPARES, command, notebook
 
@@ -131,26 +131,6 @@ def test_named_results_must_be_finished(tmp_path, runs):
 
 
 # Workers ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("runs", "workers", "gpus", "expected"),
-    [
-        (9, 0, 0, (4, "2")),  # memory bounds workers
-        (3, 0, 0, (3, "2")),  # runs bound workers
-        (9, 2, 0, (2, "4")),  # as asked
-        (9, 0, 2, (2, "4")),  # one for each GPU
-    ],
-)
-def test_workers_share_the_cores_of_the_machine(monkeypatch, runs, workers, gpus, expected):
-    monkeypatch.setattr("dask.system.CPU_COUNT", 8)
-    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 4 * MEMORY + 1)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    monkeypatch.setattr(module.os, "environ", environment)
-    how = module._local(runs, workers)
-    assert (how["n_workers"], environment["OMP_NUM_THREADS"]) == expected
-    assert how["threads_per_worker"] == 1 and how["host"] == "127.0.0.1"
 
 
 def test_a_failing_run_is_listed_the_others_are_made_and_a_second_call_finds_them(

@@ -66,11 +66,6 @@ def test_missed_lesions_are_beside_every_mean():
     assert re.fullmatch(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", table.loc[0, "HD95 (px)"])
 
 
-def test_a_score_that_is_undefined_everywhere_has_no_mean():
-    summary = {"dice": {"mean": None, "low": None, "high": None}, "missed": 0, "lesions": 0}
-    assert tables.scores({"student": summary | {"false_alarms": 0}}).loc[0, "Dice"] == "--"
-
-
 def test_the_table_of_arms_has_intervals_seeds_and_only_what_differs():
     means = statistics.means(study().assign(hd95=12.345, profile="cpu"), draws=50)
     table = tables.arms(means)
