@@ -193,20 +193,6 @@ def test_results_are_finite_in_range_and_binary_and_inputs_are_left_alone(seed, 
 # What is drawn ------------------------------------------------------------------------------------
 
 
-def test_probabilities_and_ranges_are_those_of_the_table():
-    drawn = [draw(3, 5, case, "full") for case in range(4000)]
-    neutral = Change()
-    for probability, ranges in FULL:
-        for name, (low, high) in ranges.items():
-            values = [v for c in drawn if (v := getattr(c, name)) != getattr(neutral, name)]
-            assert len(values) / 4000 == pytest.approx(probability, abs=0.03), name
-            twentieth = 0.05 * (high - low)
-            assert low <= min(values) < low + twentieth, name
-            assert high - twentieth < max(values) <= high, name
-    counts = np.unique([c[:3] for c in drawn], axis=0, return_counts=True)[1]
-    assert len(counts) == 8 and counts.min() > 400  # 500 expected of each flip
-
-
 # Batches ------------------------------------------------------------------------------------------
 
 
@@ -268,16 +254,6 @@ def test_an_epoch_has_every_case_once_whatever_the_batch_size():
             assert torch.equal(batch.masks, masks[rows])
 
 
-def test_processes_share_every_batch_and_together_see_all_of_it():
-    data = arrays(14)
-    whole = list(epoch_batches(data, 6, 2, 3, "full"))
-    parts = [list(epoch_batches(data, 6, 2, 3, "full", rank, 2)) for rank in (0, 1)]
-    for batch, *of_rank in zip(whole, *parts, strict=True):
-        assert [len(part.rows) for part in of_rank] == [3, 3]
-        for rank, part in enumerate(of_rank):
-            assert torch.equal(part.images, batch.images[rank::2])
-
-
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
 def test_labelled_cases_are_whole_groups_reach_the_fraction_and_follow_the_seed(fraction):
     data, chosen = arrays(41), set()
@@ -336,15 +312,6 @@ class Watched(np.ndarray):
         if self.reads == self.fails:
             raise OSError("disk gone")
         return np.asarray(self)[rows]
-
-
-def test_one_batch_is_loaded_ahead_and_no_thread_stays():
-    data, before = arrays(), threading.active_count()
-    data.images = data.images.view(Watched)
-    batches = epoch_batches(data, 3, 0, 0, "full")
-    next(batches)
-    batches.close()
-    assert data.images.reads == 2 and threading.active_count() == before
 
 
 @pytest.mark.fault

@@ -116,31 +116,6 @@ def test_the_camera_s_rotation_is_undone_in_image_and_mask(tmp_path, orientation
     assert np.array_equal(read_mask(keep(tmp_path, MASKS["L 255"], exif=exif)), upright(LEFT))
 
 
-DEEP = np.repeat(two_tone(1000, 65535).astype(">u2")[..., None], 3, 2)
-
-
-def png_of(pixels):
-    """A PNG of 16 bits a channel, (H, W, 3) big-endian, which Pillow reads and does not write."""
-    lines = b"".join(b"\0" + row.tobytes() for row in pixels)
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(lines)),
-        (b"IEND", b""),
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
-    )
-
-
-def test_16_bit_colour_is_scaled_as_16_bit_grey_is(tmp_path):
-    (tmp_path / "x.png").write_bytes(png_of(DEEP))
-    reading = read_case(Case("x", tmp_path / "x.png", (save(tmp_path / "m.png", LEFT),)))
-    assert np.array_equal(
-        reading.image, np.repeat(two_tone(0, 255).astype(np.uint8)[..., None], 3, 2)
-    )
-    assert reading.notes == ("16-bit colour values 1000 to 65535 stretched to black and white",)
-
-
 @pytest.mark.parametrize("suffix", ["tif", "gif"])
 def test_the_first_of_several_pages_is_the_image(tmp_path, suffix):
     pages = [Image.fromarray(np.full((4, 6, 3), grey, np.uint8)) for grey in (40, 200, 90)]

@@ -173,16 +173,6 @@ def test_a_release_is_found_however_it_is_packed(tmp_path, root, shape, pack):
     assert (find("kvasir-seg")[1] / "images/a.jpg").read_bytes() == NOISE
 
 
-def test_loose_files_go_to_the_folder_that_their_archive_is_named_after(tmp_path, root):
-    for folder in CATALOGUE["covid19-20cases"].holds:
-        content = zipped({"coronacases_001.nii.gz": folder.encode()})
-        (tmp_path / f"{folder}.zip").write_bytes(content)
-    download("covid19-20cases", archive=tmp_path)
-    for folder in CATALOGUE["covid19-20cases"].holds:
-        file = root / "covid19-20cases" / folder / "coronacases_001.nii.gz"
-        assert file.read_text() == folder
-
-
 # The connection -----------------------------------------------------------------------------------
 
 

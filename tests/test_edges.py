@@ -25,11 +25,6 @@ def test_edge_equals_a_loop_over_neighbours(shape):
         assert (edge_label(mask) == brute_force(mask)).all()
 
 
-@pytest.mark.parametrize("fill", [0, 1])
-def test_the_image_border_is_no_edge(fill):
-    assert not edge_label(np.full((6, 6), fill)).any()
-
-
 def test_width_dilates_by_the_four_neighbours():
     mask = np.zeros((9, 9), bool)
     mask[4, 4] = True

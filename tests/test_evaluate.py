@@ -73,11 +73,6 @@ def test_a_missed_lesion_costs_the_diagonal_and_is_counted():
     assert row["hd95"] == pytest.approx(16 * 2**0.5) and np.isnan(row["precision"])
 
 
-def test_a_false_alarm_is_counted():
-    row = score(square(2, 2, 5, 5), EMPTY)
-    assert row[["dice", "precision", "missed", "false_alarm"]].tolist() == [0, 0, 0, 1]
-
-
 def test_scores_of_a_batch_are_those_of_its_cases():
     rng = np.random.default_rng(1)
     predicted, truth = rng.random((2, 6, 16, 16)) < 0.3

@@ -68,10 +68,6 @@ SPOILT = {  # what is wrong: how it is made from folder and name; words of the r
         lambda d, n: save(image_of(d, n).with_suffix(".jpg"), picture(999)),
         ["two images are called"],
     ),
-    "mask of several pages": (
-        lambda d, n: instead(mask_of(d, n), pages(lesion(9), lesion(5)), ".tif"),
-        ["2 pages"],
-    ),
     "broken volume": (broken_volume, ["cannot be read"]),
 }
 
@@ -87,10 +83,6 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
     "CMYK": (
         lambda d, n: instead(image_of(d, n), saved(picture(30), mode="CMYK"), ".jpg"),
         ["CMYK converted"],
-    ),
-    "transparency": (
-        lambda d, n: save(image_of(d, n), np.dstack([picture(31), noise(255)])),
-        ["transparency dropped"],
     ),
     "several pages": (
         lambda d, n: instead(image_of(d, n), pages(picture(32), picture(33)), ".tif"),

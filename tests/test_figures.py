@@ -327,18 +327,6 @@ def test_the_study_has_the_lengths_of_an_arm_in_one_row_own_test_cases_first():
     assert any(list(x) == pytest.approx(list(alone.values())) for x in joined)
 
 
-def test_tertiles_are_in_order_with_their_ranges():
-    axes = [axis for axis in figures.tertiles(thirds()).axes if axis.get_visible()]
-    parts = [part for _, part in thirds().groupby(["dataset", "teacher"])]
-    parts = [own for part in parts for _, own in part.groupby("column", sort=False)]
-    for axis, part in zip(axes, parts, strict=True):
-        found = marks(axis)
-        drawn = [mark[:3] for mark in found.values()]
-        np.testing.assert_allclose(drawn, part[["difference", "low", "high"]])
-        assert [row.split(":")[0] for row, _ in found] == ["lowest", "middle", "highest"]
-        assert all(f"{n} cases" in row for (row, _), n in zip(found, part["cases"]))
-
-
 def test_gains_are_drawn_by_budget_labels_and_teacher_around_the_base():
     table = gains()
     by_budget, by_labels, by_teacher = figures.when_teacher_helps(table).axes
@@ -382,15 +370,6 @@ def test_the_margin_is_a_border_of_the_histogram():
     assert counts[borders[:-1] < -0.8 - 1e-9].sum() == (values < -0.8).sum()
     constant, _ = figures.margin_histogram(np.full(5, -0.8), -0.8)
     assert constant.sum() == 5
-
-
-def test_a_projection_is_written_as_numbers():
-    fig = figures.projection(
-        TWO, np.eye(2), {"cosine": np.array([[0.9, 0.2, 0.1, 0], [0.1, 0.8, 0.9, 1]])}
-    )
-    written = [float(text.get_text()) for text in fig.axes[1].texts]
-    assert written == [0.9, 0.2, 0.1, 0, 0.1, 0.8, 0.9, 1]
-    assert [float(text.get_text()) for text in fig.axes[0].texts] == [1, 1, 2, 2]
 
 
 def test_a_pixel_has_the_colour_of_its_most_likely_node_and_none_for_the_background():

@@ -151,18 +151,6 @@ def test_black_and_flat_thumbnails_match_nothing():
     assert len(set(groups_of(flat))) == 4
 
 
-def test_near_pairs_equal_a_loop():
-    hashes = np.random.default_rng(1).random((300, 63)) < 0.9
-    hashes[[7, 9]] = False  # flat images match nothing
-    rows = [row for row in range(300) if row not in (7, 9)]
-    apart = {(i, j): int((hashes[i] != hashes[j]).sum()) for i in rows for j in rows if i < j}
-    expected = {(i, j, bits) for (i, j), bits in apart.items() if bits <= 5}
-    for across in (0, 120):
-        blocks = splits.near_pairs(hashes, hashes, 5, across)
-        found = {tuple(pair) for block in blocks for pair in block.tolist()}
-        assert found == {p for p in expected if not across or p[0] < across <= p[1]} and found
-
-
 def test_a_copy_is_found_however_far_away():
     thumbnails = np.random.default_rng(0).integers(0, 256, (600, 64, 64)).astype(np.uint8)
     thumbnails[590] = thumbnails[3]

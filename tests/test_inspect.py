@@ -157,14 +157,6 @@ def test_the_edge_survives_max_pooling():
     assert np.array_equal(pyramid["stride 1"], full) and pyramid["stride 8"].shape == (8, 8, 8)
 
 
-def test_live_nodes_are_the_cells_with_an_edge_pixel():
-    masks = some_cases(8)[1]
-    masks[2] = 0
-    edge = edges_of(masks)[:, 0].numpy().reshape(8, 4, 4, 4, 4)
-    by_hand = edge.any((2, 4)).sum((1, 2))
-    assert inspect.live_nodes(CFG, masks).tolist() == by_hand.tolist() and by_hand[2] == 0
-
-
 def test_the_cost_of_an_element_is_the_partial_l2_by_hand():
     curves = inspect.partial_l2_curves(targets=(1.0, -0.5), reach=2.5, points=11)
     s, t = curves["student"], curves["target"]

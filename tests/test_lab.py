@@ -226,9 +226,3 @@ def test_a_bar_moves_while_the_students_train(first):
     done = [int(step[1]) for step in steps]
     assert {int(step[2]) for step in steps} == {EPOCHS} and done[-1] == EPOCHS
     assert done == sorted(done) and len({step for step in done if 0 < step < EPOCHS}) >= 2, done
-
-
-def test_epochs_are_reported_by_the_bar_alone(first):
-    outputs = [output for cell in first.cells for output in cell.outputs]
-    assert not any("students, epoch" in output.get("text", "") for output in outputs)
-    assert first.shown["bars"] >= 1

@@ -90,16 +90,6 @@ def test_isic_reads_every_part_with_its_split(data, year, parts):
     cases = cases_of(f"isic{year}")
     assert [case.split for case in cases.values()] == [s for s in parts.values() for _ in (0, 1)]
     assert list(sides(cases).values()) == list(range(6, 6 + 2 * len(parts)))
-    for mask in (data / "challenge" / masks.format(list(parts)[-1])).iterdir():
-        mask.unlink()
-    (data / "challenge" / masks.format(list(parts)[-1])).rmdir()  # a part without masks is ignored
-    assert len(cases_of(f"isic{year}")) == 2 * len(parts) - 2
-
-
-def test_archives_unpacked_into_folders_of_their_own_are_read(data):
-    images, masks = (f"{name}/{name}" for name in CATALOGUE["isic2018"].holds)
-    pairs(data / "isic2018", images + "/{}.jpg", masks + "/{}_segmentation.png", ["ISIC_0000007"])
-    assert sides(cases_of("isic2018")) == {"ISIC_0000007": 6}
 
 
 @pytest.mark.parametrize("table", ["HAM10000_metadata", "HAM10000_metadata.tab", ""])

@@ -211,13 +211,6 @@ def test_measured_margins_are_used_where_the_option_says_so(margin, pair):
     assert torch.equal(module.margin0, expected) and module.level_weights == "halving"
 
 
-def test_frozen_terms_use_the_fitted_graph(pair):
-    given = measured()
-    terms = build_terms(ALL, *pair, given)
-    for name in ("edge", "edge_shuffled"):
-        assert terms[name].graph is given.fitted.graph and (terms[name].std == 0.5).all()
-
-
 def test_the_first_map_of_a_pair_is_the_students(pair):
     level, names = "encoder.stride2:decoder.stride2", ("encoder.stride2", "decoder.stride2")
     terms = build_terms(ALL.with_values(levels=level), *pair, measured())

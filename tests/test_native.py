@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -365,16 +364,6 @@ def test_the_android_caller_works_in_a_java_virtual_machine(student, folder, tmp
     assert message == "the buffer has fewer pixels than width, height and stride say"
     mask = np.fromfile(tmp_path / "mask", np.uint8).reshape(200, 300)
     assert gap(mask, mask_of(student, picture)) <= 1
-
-
-def test_the_ios_caller_calls_what_the_header_declares(folder):
-    """Where there is no Swift compiler, at least its functions exist."""
-    code, header = (EXAMPLES / "ios" / "Lesion.swift"), (folder / "segment.h").read_text()
-    called = set(re.findall(r"\b(lesion_\w+)\(", code.read_text()))
-    assert called
-    assert all(f"{name}(" in header for name in called)
-    if swift := shutil.which("swiftc"):
-        said(swift, "-parse", code)
 
 
 # Errors -------------------------------------------------------------------------------------------

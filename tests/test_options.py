@@ -187,14 +187,6 @@ def test_named_levels_are_lists_of_maps():
     assert DistillConfig(edge_level="deep").edge_level == "encoder.stride16"
 
 
-def test_the_table_of_parameters_has_every_option_with_help():
-    table = AblationConfig.parameters()
-    assert set(table["parameter"]) == set(AblationConfig.model_fields)
-    shown = dict(zip(table["parameter"], table["default"]))
-    usual = AblationConfig()
-    assert shown == {name: getattr(usual, name) for name in shown}
-
-
 # Arms ---------------------------------------------------------------------------------------------
 
 

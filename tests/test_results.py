@@ -52,15 +52,6 @@ def made(paths):
     return make
 
 
-def test_a_missing_result_is_made_and_then_found(runs):
-    calls, cfg = [], PrepareConfig()
-    for _ in range(2):
-        [found] = find_or_make([Wanted(cfg, "u")], made(calls), Result)
-    assert calls == [[found.path]] and results.is_done(found.path)
-    assert found.digest == cfg.digest("u") and found.config["upstream"] == "u"
-    assert set(results.read_json(found.path / "DONE")) == {"content", "config.json", "env.json"}
-
-
 def test_only_what_is_missing_is_made_and_equal_configurations_once(runs):
     calls, cfgs = [], [PrepareConfig(cases=n) for n in (20, 30, 40)]
     wanted = [Wanted(cfg, "u") for cfg in cfgs]

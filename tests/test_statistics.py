@@ -185,14 +185,6 @@ def test_with_folds_a_training_is_a_fold():
     assert alone["dice_fold1"] == pytest.approx(own)
 
 
-def test_the_mean_over_cases_and_seeds_leaves_out_undefined_scores():
-    index = pd.MultiIndex.from_tuples([("g", "a"), ("g", "b"), ("h", "c")], names=["group", "id"])
-    scored = pd.DataFrame({0: [1.0, np.nan, 0.0], 1: [0.5, 0.5, np.nan]}, index)
-    mean, low, high = st.case_mean(scored)
-    assert mean == pytest.approx(0.5) and low == 0 and high == pytest.approx(1)
-    assert np.isnan(st.case_mean(scored * np.nan)).all()
-
-
 def test_means_of_arms_by_hand():
     table = study().query("dataset == 'isic2018'").assign(iou=lambda t: t["dice"] / 2)
     found = st.means(table).set_index("arm")
