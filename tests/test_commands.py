@@ -120,21 +120,6 @@ def test_in_a_log_file_the_number_of_lines_is_bounded(capsys, total, lines, expe
     assert len(written) == expected and written[-1:] == last
 
 
-@pytest.mark.parametrize(
-    ("done", "seconds", "words"),
-    [
-        (1, 10, "30 s left"),  # 10 s for a step, three steps left
-        (2, 600, "10 min left"),
-        (4, 60, ""),
-    ],
-)
-def test_the_time_left_is_that_of_the_steps_so_far(monkeypatch, done, seconds, words):
-    progress = Progress("teacher", "epoch", 4)
-    progress.done = done
-    monkeypatch.setattr("time.monotonic", lambda: progress.started + seconds)
-    assert progress.time_left() == words
-
-
 def test_a_training_says_epoch_dice_and_time(student, teacher, data, graph, runs, capsys):
     for result in (teacher, data, graph):
         copy_of(result.path, runs)

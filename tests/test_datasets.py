@@ -22,7 +22,7 @@ from lesionkd_core.data.images import (
 )
 from lesionkd_core.data.masks import read_case
 
-from .tiny import save
+from .tiny import save, save_pages
 
 
 def read_mask(path):
@@ -118,13 +118,9 @@ def test_the_camera_s_rotation_is_undone_in_image_and_mask(tmp_path, orientation
 
 @pytest.mark.parametrize("suffix", ["tif", "gif"])
 def test_the_first_of_several_pages_is_the_image(tmp_path, suffix):
-    pages = [Image.fromarray(np.full((4, 6, 3), grey, np.uint8)) for grey in (40, 200, 90)]
-    pages[0].save(
-        tmp_path / f"x.{suffix}",
-        save_all=True,
-        append_images=pages[1:],
-    )
-    reading = read_case(Case("x", tmp_path / f"x.{suffix}", (save(tmp_path / "m.png", LEFT),)))
+    pages = [np.full((4, 6, 3), grey, np.uint8) for grey in (40, 200, 90)]
+    image = save_pages(tmp_path / f"x.{suffix}", *pages)
+    reading = read_case(Case("x", image, (save(tmp_path / "m.png", LEFT),)))
     assert (reading.image == 40).all() and reading.notes == ("first of 3 pages read",)
 
 
@@ -279,10 +275,8 @@ def test_letter_case_and_the_encoding_of_accents_do_not_matter(tmp_path):
 
 
 def test_a_page_of_two_stacks_is_a_case(tmp_path):
-    pages = [Image.fromarray(np.full((4, 6), 40 * i, np.uint8)) for i in range(3)]
-    labels = [Image.fromarray(np.roll(LEFT, i, 1)) for i in range(3)]
-    for name, stack in (("x", pages), ("m", labels)):
-        stack[0].save(tmp_path / f"{name}.tif", save_all=True, append_images=stack[1:])
+    save_pages(tmp_path / "x.tif", *(np.full((4, 6), 40 * i, np.uint8) for i in range(3)))
+    save_pages(tmp_path / "m.tif", *(np.roll(LEFT, i, 1) for i in range(3)))
     assert count_pages(tmp_path / "x.tif") == 3
     for i in range(3):
         reading = read_case(Case("x", tmp_path / "x.tif", (tmp_path / "m.tif",), page=i))

@@ -18,12 +18,6 @@ EDGE = torch.zeros(1, 1, 4, 4)
 EDGE[0, 0, 0, 0] = EDGE[0, 0, 0, 1] = EDGE[0, 0, 3, 3] = 1  # cells 0 and 3 of a 2 x 2 grid
 
 
-@pytest.fixture(scope="module")
-def pair():
-    torch.manual_seed(0)
-    return UNet(width=2), UNet(width=3).eval().requires_grad_(False)
-
-
 def reasoning(pair, kind=EdgeReasoning, graph=None, std=None):
     """L_edge at stride 4 with a student that is already connected: 12 channels on both sides."""
     torch.manual_seed(3)

@@ -10,7 +10,7 @@ from lesionkd_core.config import LesionKDError
 from lesionkd_core.data.prepare import prepare
 from tests.test_prepare import config
 from tests.test_results import full_disk
-from tests.tiny import image_folder, lesion, picture, save
+from tests.tiny import image_folder, lesion, picture, save, save_pages
 
 pytestmark = pytest.mark.fault
 GOOD = 14
@@ -39,17 +39,12 @@ def noise(top):
     return np.random.default_rng(0).integers(0, top, (48, 64), dtype=np.uint8)
 
 
-def pages(*stack):
-    first, *rest = (Image.fromarray(np.asarray(page)) for page in stack)
-    return lambda path: first.save(path, save_all=True, append_images=rest)
-
-
 def saved(pixels, **options):
     return lambda path: save(path, pixels, **options)
 
 
 def broken_volume(d, name):
-    voxels = np.random.default_rng(0).integers(0, 2, (4, 24, 20), np.uint8)
+    voxels = 255 * np.random.default_rng(0).integers(0, 2, (4, 24, 20), np.uint8)
     for path in (image_of(d, name), mask_of(d, name)):
         path.unlink()
         sitk.WriteImage(sitk.GetImageFromArray(voxels), path.with_suffix(".nii.gz"))
@@ -78,6 +73,10 @@ def turned(path):
     Image.fromarray(picture(3)).save(path, exif=exif)
 
 
+def two_pages(path):
+    save_pages(path, picture(32), picture(33))
+
+
 REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
     "EXIF": (lambda d, n: instead(image_of(d, n), turned, ".jpg"), ["EXIF"]),
     "CMYK": (
@@ -85,7 +84,9 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
         ["CMYK converted"],
     ),
     "several pages": (
-        lambda d, n: instead(image_of(d, n), pages(picture(32), picture(33)), ".tif"),
+        lambda d, n: instead(
+            image_of(d, n), lambda p: save_pages(p, picture(32), picture(33)), ".tif"
+        ),
         ["first of 2 pages"],
     ),
 }

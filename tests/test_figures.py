@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
-from PIL import Image
 from skimage.color import rgb2lab
 
 from lesionkd_core.analysis import figures, inspect, statistics, tables
@@ -233,25 +232,6 @@ def test_a_loss_term_of_a_user_gets_a_style_and_a_label(monkeypatch):
     assert figures.style_of("anything") == figures.style_of("anything")
 
 
-def test_a_notebook_shows_the_colours_of_the_style_at_160_dpi():
-    kind, content, width = figures.notebook_image(DRAWINGS["dice_and_cost"]())
-    image = Image.open(io.BytesIO(content)).convert("RGB")
-    assert kind == "png" and len(content) < 60_000
-    assert image.width / (width / 96) == pytest.approx(160, abs=1)
-    assert width == pytest.approx(174 / 25.4 * 96 * figures.NOTEBOOK_SCALE, rel=0.05)
-    found = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in image.getcolors(1 << 20)}
-    assert {figures.style_of(arm).colour for arm in POINTS["model"]} <= found
-
-
-def test_a_prediction_is_filled_and_the_true_mask_is_a_dashed_line_above_it():
-    fig = figures.segmentations(PREPARED, [0], {"teacher": EYE[None]})
-    axis = fig.axes[1]
-    assert axis.get_title(loc="center") == "Dice 1.00"
-    fill, outline, truth = axis.collections
-    assert to_rgb(fill.get_facecolor()[0][:3]) == to_rgb(figures.STYLES["teacher"].colour)
-    assert truth.get_linestyle()[0][1] is not None and outline.get_linestyle()[0][1] is None
-
-
 # Means and differences ----------------------------------------------------------------------------
 
 
@@ -316,17 +296,6 @@ def test_the_ablation_draws_means_seeds_and_differences():
         check_differences(right, method[own], "other")
 
 
-def test_the_study_has_the_lengths_of_an_arm_in_one_row_own_test_cases_first():
-    own, other = figures.study(lengths()).axes
-    titles = [axis.get_title(loc="left") for axis in (own, other)]
-    assert titles == ["isic2018", "ham10000, trained on isic2018"]
-    alone = {name: mark[0] for (row, name), mark in marks(own).items() if row == "student alone"}
-    part = lengths().query("test_dataset == 'isic2018' and arm.str.startswith('alone')")
-    assert alone == pytest.approx(part.groupby("arm")["dice"].mean().to_dict())
-    joined = [line.get_xdata() for line in own.lines if len(line.get_xdata()) == 3]
-    assert any(list(x) == pytest.approx(list(alone.values())) for x in joined)
-
-
 def test_gains_are_drawn_by_budget_labels_and_teacher_around_the_base():
     table = gains()
     by_budget, by_labels, by_teacher = figures.when_teacher_helps(table).axes
@@ -370,20 +339,6 @@ def test_the_margin_is_a_border_of_the_histogram():
     assert counts[borders[:-1] < -0.8 - 1e-9].sum() == (values < -0.8).sum()
     constant, _ = figures.margin_histogram(np.full(5, -0.8), -0.8)
     assert constant.sum() == 5
-
-
-def test_a_pixel_has_the_colour_of_its_most_likely_node_and_none_for_the_background():
-    view = node_view(live=(0, 3, 4))  # 4 is the background's
-    edge, assigned = figures.nodes(picture(), {"teacher": view}).axes
-    numbers = {t.get_text(): t.get_position() for t in edge.texts}
-    assert numbers == {str(node): tuple(view.anchors[node][::-1]) for node in (0, 3)}
-    drawn = np.asarray(assigned.images[1].get_array())
-    most = view.projection.argmax(0)
-    for place, node in enumerate((0, 3)):
-        here = most == node
-        assert here.any() and (drawn[here][:, :3] == to_rgb(figures.NODE_COLOURS[place])).all()
-        assert drawn[here][:, 3] == pytest.approx(0.35 + 0.6 * view.projection[node][here])
-    assert (drawn[most == 4][:, 3] == 0).all()
 
 
 @pytest.mark.parametrize("part", figures.METHOD_PARTS)

@@ -8,7 +8,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from PIL import Image
 
 from lesionkd_core.config import PrepareConfig, UnlabelledConfig
 from lesionkd_core.data.images import UnreadableFile
@@ -29,7 +28,7 @@ from lesionkd_core.data.prepare import prepare
 from .conftest import ROOT
 from .test_dicom import dicom
 from .test_volumes import HU, LESION, same, windowed
-from .tiny import SIZE, image_folder, lesion, picture, save
+from .tiny import SIZE, image_folder, lesion, picture, save, save_pages
 
 
 @pytest.fixture
@@ -265,11 +264,9 @@ def test_covid_scans_of_one_patient_share_a_group(data):
 
 
 def test_the_sections_of_em_stacks_are_grouped_in_blocks(data):
-    folder = data / "em"
-    folder.mkdir()
-    for name, shift in (("train-volume", 100), ("train-labels", 0)):
-        stack = [Image.fromarray(lesion(3 + i).astype(np.uint8) * 255 - shift) for i in range(30)]
-        stack[0].save(folder / f"{name}.tif", save_all=True, append_images=stack[1:])
+    for name, top in (("train-volume", 155), ("train-labels", 255)):
+        pages = [lesion(3 + i) * np.uint8(top) for i in range(30)]
+        save_pages(data / "em" / f"{name}.tif", *pages)
     cases = cases_of("em-isbi2012")
     assert list(cases)[:2] == ["section-00", "section-01"]
     sizes = {"sections-00-05": 6, "sections-06-11": 6, "sections-12-17": 6, "sections-18-29": 12}
@@ -448,8 +445,7 @@ def test_a_class_or_clinic_that_is_missing_from_a_split_is_a_warning(data, runs)
 def test_images_alone_may_lie_in_sub_folders_and_in_pages(data):
     save(data / "more" / "a.png", picture(0))
     save(data / "more" / "deep" / "er" / "b.png", picture(1))
-    pages = [Image.fromarray(picture(k)) for k in range(3)]
-    pages[0].save(data / "more" / "stack.tif", save_all=True, append_images=pages[1:])
+    save_pages(data / "more" / "stack.tif", *(picture(k) for k in range(3)))
     (data / "more" / "loop").symlink_to(data / "more")
     _, cases = fingerprint(UnlabelledConfig(dataset="more"))
     names = ["a", *(f"stack_page{page:03d}" for page in range(3)), "deep-er-b"]

@@ -39,13 +39,6 @@ from lesionkd_core.pipeline import arm_config
 from lesionkd_core.results import Wanted
 from tests.tiny import drawn, step_of
 
-
-@pytest.fixture(scope="module")
-def pair():
-    torch.manual_seed(0)
-    return UNet(width=2), UNet(width=3).eval().requires_grad_(False)
-
-
 # L_seg --------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from lesionkd_core.data.batches import normalize
 from lesionkd_core.models import UNet
 from lesionkd_core.predict import build, load_student, predict, predict_folder, probabilities
 from tests.test_dicom import dicom
-from tests.tiny import image_folder, lesion, picture, save
+from tests.tiny import image_folder, lesion, picture, save, save_pages
 
 CFG = DistillConfig(losses="", pixels=32, width=2)
 CYAN = (51, 187, 238)
@@ -181,11 +181,10 @@ NAMES = {  # images (stack.tif has two pages), and files that are written for th
 
 @pytest.mark.parametrize("given", NAMES)
 def test_every_file_that_is_written_has_a_name_of_its_own(tmp_path, runs, given):
-    pages = [Image.fromarray(picture(seed)) for seed in range(2)]
     for name in given.split():
         save(tmp_path / "in" / name, picture(5))
         if name == "stack.tif":
-            pages[0].save(tmp_path / "in" / name, save_all=True, append_images=pages[1:])
+            save_pages(tmp_path / "in" / name, picture(0), picture(1))
     student, out = load_student(finished(runs)), tmp_path / "in" / "out"
     for _ in range(2):  # masks inside the folder of the images are no images
         assert predict_folder(student, tmp_path / "in", out, overlays=True) == []
