@@ -84,9 +84,7 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
         ["CMYK converted"],
     ),
     "several pages": (
-        lambda d, n: instead(
-            image_of(d, n), lambda p: save_pages(p, picture(32), picture(33)), ".tif"
-        ),
+        lambda d, n: instead(image_of(d, n), two_pages, ".tif"),
         ["first of 2 pages"],
     ),
 }

@@ -18,8 +18,8 @@ from .test_volumes import HU, LESION, LPS, case, nifti, stored
 pytestmark = pytest.mark.fault
 
 
-def cut(path, to=0.6):
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * to)])
+def cut(path):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.95)])
     return path
 
 
@@ -41,47 +41,33 @@ def alone(d, path):
     return path, d / "m.png"
 
 
-def raw_nifti(d, voxels, affine=LPS, name="b.nii"):
-    nib.save(nib.Nifti1Image(voxels, affine), d / name)
-    return d / name
+def raw_nifti(d, voxels):
+    nib.save(nib.Nifti1Image(voxels, LPS), d / "b.nii")
+    return d / "b.nii"
 
 
-def converted(d, suffix, compressed=False):
-    sitk.WriteImage(sitk.ReadImage(nifti(d / "b.nii", HU)), d / f"b{suffix}", compressed)
-    return d / f"b{suffix}"
+def nrrd(d):
+    sitk.WriteImage(sitk.ReadImage(nifti(d / "b.nii", HU)), d / "b.nrrd")
+    return d / "b.nrrd"
 
 
-def text(path, content="<html>404</html>"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+def text(path):
+    path.write_text("<html>404</html>")
     return path
 
 
-def with_file(folder, name, pixels=HU[0], **attributes):
+def with_file(folder, **attributes):
     usual = {"ImagePositionPatient": [-30, -12, 90], "InstanceNumber": 90}
-    dicom(folder / name, pixels, **usual | attributes)
+    dicom(folder / "z.dcm", HU[0], **usual | attributes)
     return folder
 
 
-def compressed(d, bytes_kept):
-    """One compressed file, of whose pixels some bytes are there."""
+def compressed(d):
+    """One compressed file that is cut off."""
     header = pydicom.dcmread(dicom(d / "b.dcm", HU[0]))
     header.compress(RLELossless)
     header.save_as(d / "b.dcm")
-    return cut(d / "b.dcm", bytes_kept)
-
-
-def with_icon(path):
-    """A small picture of its own before the pixels."""
-    header = pydicom.dcmread(path)
-    icon = pydicom.Dataset()
-    icon.Rows = icon.Columns = 8
-    icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
-    icon.BitsAllocated = icon.BitsStored = 8
-    icon.HighBit, icon.PixelRepresentation, icon.PixelData = 7, 0, bytes(range(64))
-    header.IconImageSequence = [icon]
-    header.save_as(path)
-    return path
+    return cut(d / "b.dcm")
 
 
 def with_gap(folder):
@@ -102,6 +88,7 @@ def flipped(path, at):
 
 
 SCOUT = {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}
+SAME_PLACE = {"ImagePositionPatient": [-30, -12, -40]}
 UNPLACED = {"ImagePositionPatient": None, "InstanceNumber": None}
 NAN = np.full((6, 7, 5), np.nan, np.float32)
 RGB_VOXELS = np.zeros((6, 7, 5), [(c, "u1") for c in "RGB"])
@@ -145,7 +132,7 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
         ["e.png", "(1, 6, 7)", "(1, 7, 6)"],
     ),
     "compressed DICOM cut": (
-        lambda d: alone(d, compressed(d, 0.95)),
+        lambda d: alone(d, compressed(d)),
         ["b.dcm", NOT_DICOM, "cut off"],
     ),
     "several frames in a series": (
@@ -153,14 +140,16 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
         ["s:", "3 frames"],
     ),
     "two series": (
-        lambda d: image_is(
-            d, with_file(series(d / "s"), "z.dcm", SeriesInstanceUID=generate_uid())
-        ),
+        lambda d: image_is(d, with_file(series(d / "s"), SeriesInstanceUID=generate_uid())),
         ["s:", "2 series", "a folder must hold one"],
     ),
     "a scout": (
-        lambda d: image_is(d, with_file(series(d / "s"), "z.dcm", **SCOUT)),
+        lambda d: image_is(d, with_file(series(d / "s"), **SCOUT)),
         ["s:", "orientation", "scout"],
+    ),
+    "two phases": (
+        lambda d: image_is(d, with_file(series(d / "s"), **SAME_PLACE)),
+        ["s:", "same ImagePositionPatient", "phase"],
     ),
     "no position, no number": (
         lambda d: image_is(d, series(d / "s", **UNPLACED)),
@@ -204,8 +193,7 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
         nifti(tmp_path / "a.nii", HU),
         nifti(tmp_path / "a.nii.gz", HU),
         dicom(tmp_path / "a.dcm", HU[0]),
-        with_icon(dicom(tmp_path / "b.dcm", np.tile(HU[0], (8, 8)))),
-        converted(tmp_path, ".nrrd"),
+        nrrd(tmp_path),
     ):
         whole, refused = path.read_bytes(), 0
         for _ in range(30):

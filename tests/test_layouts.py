@@ -63,32 +63,19 @@ def touch(path):
 
 # Releases -----------------------------------------------------------------------------------------
 
-ISIC = {  # folders of images and masks with {} for the part, parts, mark of the masks
-    "isic2016": ("ISBI2016_ISIC_Part1_{}_Data", "ISBI2016_ISIC_Part1_{}_GroundTruth"),
-    "isic2017": ("ISIC-2017_{}_Data", "ISIC-2017_{}_Part1_GroundTruth"),
-}
 
-
-@pytest.mark.parametrize(
-    ("year", "parts"),
-    [
-        ("2016", {"Training": "train", "Test": "test"}),
-        ("2017", {"Training": "train", "Validation": "val", "Test_v2": "test"}),
-    ],
-)
-def test_isic_reads_every_part_with_its_split(data, year, parts):
-    images, masks = ISIC[f"isic{year}"]
-    mark = "_Segmentation" if year == "2016" else "_segmentation"
+def test_isic_reads_every_part_with_its_split(data):
+    parts = {"Training": "train", "Validation": "val", "Test_v2": "test"}
     for number, part in enumerate(parts):
         names = [f"ISIC_{2 * number + k:07d}" for k in (0, 1)]
-        where = images.format(part) + "/{}.jpg", masks.format(part) + "/{}" + mark + ".png"
-        pairs(data / "challenge", *where, names, 6 + 2 * number)
-    first = data / "challenge" / images.format("Training")
+        masks = f"ISIC-2017_{part}_Part1_GroundTruth/{{}}_segmentation.png"
+        pairs(data / "all", f"ISIC-2017_{part}_Data/{{}}.jpg", masks, names, 6 + 2 * number)
+    first = data / "all" / "ISIC-2017_Training_Data"
     save(first / "ISIC_0000000_superpixels.png", picture(3))
     (first / "ATTRIBUTION.txt").write_text("is in the official archive")
-    cases = cases_of(f"isic{year}")
+    cases = cases_of("isic2017")
     assert [case.split for case in cases.values()] == [s for s in parts.values() for _ in (0, 1)]
-    assert list(sides(cases).values()) == list(range(6, 6 + 2 * len(parts)))
+    assert list(sides(cases).values()) == list(range(6, 12))
 
 
 @pytest.mark.parametrize("table", ["HAM10000_metadata", "HAM10000_metadata.tab", ""])

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
@@ -356,9 +355,9 @@ A, B, C = lesion(12), lesion(9, top=20, left=30), lesion(7, top=30, left=10)
 RED, GREEN = np.uint8([255, 0, 0]), np.uint8([0, 255, 0])
 
 
-def grey(*parts, dtype=np.uint8):
+def grey(*parts):
     """(mask, value) one over the other."""
-    pixels = np.zeros(A.shape, dtype)
+    pixels = np.zeros(A.shape, np.uint8)
     for mask, value in parts:
         pixels[mask] = value
     return pixels
@@ -453,13 +452,10 @@ def saved_cases(folder, files):
     cases = []
     for name, (pixels, _) in files.items():
         path = folder / name
-        image = pixels if isinstance(pixels, Image.Image) else None
-        if path.suffix == ".tif":
-            tifffile.imwrite(path, pixels, photometric="rgb" if pixels.ndim > 2 else None)
-        elif image:
-            image.save(path)
+        if isinstance(pixels, Image.Image):
+            pixels.save(path)
         else:
-            save(path, pixels, **({"lossless": True} if path.suffix == ".webp" else {}))
+            save(path, pixels)
         cases.append(Case(name, path, (path,)))
     return cases
 
