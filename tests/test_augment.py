@@ -96,19 +96,6 @@ def test_flips_and_quarter_turns_are_exact_and_all_eight():
     assert seen == set(range(8))
 
 
-def test_shift_zoom_angle_and_shear_by_hand():
-    square, middle, twice = (np.zeros((32, 32), np.uint8) for _ in range(3))
-    square[10:18, 8:16] = 1
-    assert np.array_equal(moved(square, right=0.25), np.roll(square, 8, axis=1))
-    assert np.array_equal(moved(square, down=-0.125), np.roll(square, -4, axis=0))
-    assert np.array_equal(moved(square, angle=90), np.rot90(square))
-    middle[12:20, 12:20] = twice[8:24, 8:24] = 1
-    assert np.array_equal(moved(middle, zoom=2.0), twice)
-    bar = np.zeros((33, 33), np.uint8)
-    bar[:, 16] = 1
-    assert np.array_equal(moved(bar, shear=45), np.fliplr(np.eye(33)))
-
-
 @properties
 @given(seeds, sizes)
 def test_warping_equals_scipys_interpolation_at_the_same_places(seed, size):

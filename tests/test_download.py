@@ -275,10 +275,7 @@ def test_a_hostile_archive_writes_nothing(tmp_path, root, what):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    ("pack", "name"),
-    [(zipped, "../evil"), (tarred, "/evil")],
-)
+@pytest.mark.parametrize(("pack", "name"), [(zipped, "../evil"), (tarred, "/evil")])
 def test_an_archive_with_a_path_to_the_outside_stays_inside(tmp_path, root, pack, name):
     (tmp_path / "hostile.zip").write_bytes(pack(FILES | {name: b"x"}))
     download("kvasir-seg", archive=tmp_path / "hostile.zip")

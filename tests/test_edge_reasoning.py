@@ -56,14 +56,6 @@ def test_cells_equal_a_loop_over_pixels(grid, shape):
         assert cell == y * grid // shape[0] * grid + x * grid // shape[1]
 
 
-def test_anchor_is_the_mean_key_of_the_cells_edge_pixels():
-    graph = EdgeGraph(1, states=1, grid=2)
-    keys = graph.theta(torch.arange(16.0).view(1, 1, 4, 4))
-    anchors = graph.anchors_of(keys, EDGE)[0, 0]
-    torch.testing.assert_close(anchors[0], (keys[0, 0, 0, 0] + keys[0, 0, 0, 1]) / 2)
-    torch.testing.assert_close(anchors[3], keys[0, 0, 3, 3])
-
-
 def test_anchors_weight_pixels_by_how_much_edge_they_hold():
     graph = EdgeGraph(2, states=2, grid=2)
     keys, edge = drawn(1, 2, 4, 4), torch.zeros(1, 1, 4, 4)

@@ -501,13 +501,7 @@ def test_a_manifest_is_read_however_it_was_written(data, way):
     assert [case.group for case in cases.values()] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "image,mask\nS0,D0\nS0,D3\n",
-        'image;mask\nS0;"D0;D3"\n',
-    ],
-)
+@pytest.mark.parametrize("text", ["image,mask\nS0,D0\nS0,D3\n", 'image;mask\nS0;"D0;D3"\n'])
 def test_several_masks_of_one_image_are_united(data, text):
     [case] = cases_of(listed(data, text)).values()
     assert len(case.masks) == 2 and (read_case(case).mask == (lesion(8) | lesion(11))).all()

@@ -138,13 +138,6 @@ def test_three_to_five_groups_fill_every_split(sizes, seed):
     assert (counts["train"], counts["val"], counts["test"]) == (len(sizes) - 2, 1, 1)
 
 
-@pytest.mark.parametrize("fold", range(5))
-def test_five_blocks_in_five_folds_are_three_one_and_one(fold):
-    table = table_of([6] * 5, empty_fraction=0)
-    found = split_cases(table, PrepareConfig(folds=5, fold=fold))
-    assert table["group"].groupby(found).nunique().to_dict() == {"train": 3, "val": 1, "test": 1}
-
-
 @pytest.mark.fault
 def test_two_groups_are_refused_with_the_options_that_matter():
     words = r"(?s)18 cases in 2 groups, the largest with 9, leave no.*val_fraction.*test_.*group_by"
