@@ -77,10 +77,6 @@ def changed(image: np.ndarray, mask: np.ndarray, **change) -> tuple[np.ndarray, 
     return images[0, 0].numpy(), masks[0, 0].numpy()
 
 
-def moved(mask: np.ndarray, **change) -> np.ndarray:
-    return changed(mask.astype(np.uint8) * 255, mask, **change)[1]
-
-
 # Moves --------------------------------------------------------------------------------------------
 
 

@@ -122,6 +122,15 @@ def test_sobel_of_the_mask_is_scipys_gradient_magnitude_of_the_mask():
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_default_temperatures_are_those_of_the_sources():
+    student, teacher = tensors(2, 1, 4, 5)
+    for loss, temperature in ((kd_loss, 4.0), (cwd_loss, 4.0), (dist_loss, 1.0)):
+        assert torch.equal(loss(student, teacher), loss(student, teacher, temperature))
+    edge = (student > 0).double()
+    expected = boundary_kd_loss(student, teacher, edge, temperature=4.0, boundary=5.0)
+    assert torch.equal(boundary_kd_loss(student, teacher, edge), expected)
+
+
 # All of them --------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,15 @@ def test_bce_dice_is_half_of_each_and_dice_is_a_mean_over_images():
     assert bce_dice(logits, masks).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_option_seg_loss_chooses_it_for_teacher_and_student(pair):
+    step = Step(drawn(2, 1, 4, 5), torch.ones(2, 1, 4, 5))
+    for make in (TeacherConfig, DistillConfig):
+        for name, loss in (("bce", bce), ("bce_dice", bce_dice)):
+            cfg = make(seg_loss=name, **{"losses": ""} if make is DistillConfig else {})
+            term = build_terms(cfg, pair[0])["seg"]
+            assert torch.equal(term(step), loss(step.logits, step.masks))
+
+
 # Margins ------------------------------------------------------------------------------------------
 
 
