@@ -14,6 +14,7 @@ from lesionkd_core.config import (
     ConfigError,
     DistillConfig,
     LesionKDError,
+    TeacherConfig,
 )
 from lesionkd_core.losses import (
     TERMS,
@@ -22,6 +23,7 @@ from lesionkd_core.losses import (
     FittedGraph,
     LossTerm,
     Measured,
+    Step,
     bce,
     bce_dice,
     build_terms,
