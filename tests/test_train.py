@@ -275,31 +275,25 @@ def test_a_loss_that_diverges_stops_the_run_and_names_step_term_and_cases(
 
 
 @pytest.mark.parametrize(
-    ("options", "trained"),
+    "options",
     [
-        ({"teacher_bn": "batch"}, True),
-        ({"connector_lr": 0.1}, True),
-        ({"edge_level": "deep", "levels": "patent"}, True),
-        ({"anchors": "eagr"}, True),
-        ({"student": "tests.tiny:small_student"}, True),
-        ({"label_fraction": 0.4}, True),
-        ({"width": 4}, False),  # the default
+        {"teacher_bn": "batch"},
+        {"connector_lr": 0.1},
+        {"edge_level": "deep", "levels": "patent"},
+        {"anchors": "eagr"},
+        {"student": "tests.tiny:small_student"},
+        {"label_fraction": 0.4},
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=str,
 )
-def test_every_option_reaches_the_training(data, teacher, graph, student, runs, options, trained):
-    """The student's weights after the same steps are others, unless the value is the default."""
+def test_every_option_reaches_the_training(data, teacher, graph, student, runs, options):
+    """The head of the student has other weights after the same steps."""
     cfg = CFG.with_values(**options)
     of_graph = set(options) & (set(GraphConfig.model_fields) - set(TeacherConfig.model_fields))
     fitted = fit_edge_graph(teacher, data, cfg) if of_graph else graph
     before, after = weights(student), weights(distill(teacher, fitted, data, cfg))
-    common = [n for n in before if n in after and before[n].shape == after[n].shape]
-    assert all(torch.isfinite(after[name]).all() for name in after)
-    changed = any(not torch.equal(before[n], after[n]) for n in common if "head" in n)
-    assert (
-        changed == trained
-        or before["network.head.weight"].shape != after["network.head.weight"].shape
-    )
+    assert all(torch.isfinite(weight).all() for weight in after.values())
+    assert not torch.equal(before["network.head.weight"], after["network.head.weight"])
 
 
 def test_masks_that_are_not_used_have_no_influence(data, teacher, graph, runs, tmp_path):
