@@ -42,7 +42,7 @@ def tags(cell):
 def test_a_notebook_follows_the_template(path):
     cells, code = cells_of(path), cells_of(path, "code")
     assert cells[0].source.startswith(f"# {path.stem[:2]} · ")
-    assert len(cells[0].source.splitlines()) == 2
+    assert "\n\n**You will learn** " in cells[0].source
     assert all(word in cells[1].source for word in ("**In:**", "**Out:**", "**Time"))
     assert "](../docs/" in cells[1].source
     assert tags(code[0]) == ["parameters"] and len(code[0].source.splitlines()) <= 11
