@@ -55,9 +55,7 @@ def test_a_notebook_runs_from_another_folder_with_changed_parameters(name, tmp_p
         parameters = parameters | {"run": fixed_run().path}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of small_teacher
-    place = runs_well(name, parameters, tmp_path)
-    if name == "02":
-        assert runs_well(name, parameters, tmp_path) == place
+    runs_well(name, parameters, tmp_path)
 
 
 @pytest.mark.soak

@@ -351,11 +351,11 @@ def test_multiplications_are_exact(name):
 def test_cost_is_measured_in_turns_and_relative_to_the_plain_student():
     threads = torch.get_num_threads()
     networks = ("student", "student, width 8")
-    table = cost.measure_cost((32, 64), ("torch", "onnx", "native"), networks, repeats=2)
+    table = cost.measure_cost((32,), ("torch", "onnx"), networks, repeats=1)
     assert list(table) == cost.COLUMNS
     kinds = set(zip(table["engine"], table["precision"]))
-    assert kinds >= {("PyTorch", "float32"), ("ONNX Runtime", "int8"), ("native", "float32")}
-    assert len(table) == 2 * 2 * len(kinds)
+    assert kinds >= {("PyTorch", "float32"), ("ONNX Runtime", "int8")}
+    assert len(table) == 2 * len(kinds)
     plain = table[(table["model"] == "student") & (table["precision"] == "float32")]
     assert (plain["ratio_to_student"] == 1).all()
     assert torch.get_num_threads() == threads

@@ -79,14 +79,6 @@ def test_an_arm_is_split_into_its_base_and_its_length():
     ]  # fmt: skip
 
 
-def test_longer_trainings_follow_their_arm():
-    arms = ["zzz", "kd+at", "kd", "method*4", "alone_long", "alone*4", "alone*2", "method", "alone"]
-    found = st.in_order(pd.DataFrame({"arm": arms}))
-    assert found == [
-        "alone", "alone*2", "alone*4", "alone_long", "method", "method*4", "kd", "kd+at", "zzz"
-    ]  # fmt: skip
-
-
 def test_differences_average_seeds_then_groups_of_equal_weight():
     table = scores({"method": 0.05, "alone": 0})
     table.loc[table["group"] == "g01", "group"] = "g00"  # four cases in one group
@@ -158,15 +150,6 @@ def test_the_interval_resamples_groups_and_seeds():
         for _ in range(20000)
     ]
     assert st.interval(values) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.08)
-
-
-def test_the_interval_over_trainings_is_scipys():
-    table = scores({"method": 0.02, "alone": 0}, noise=0.05)
-    row = st.compare(table).iloc[0]
-    seeds = [row[f"difference_seed{seed}"] for seed in range(3)]
-    limits = ttest_1samp(seeds, 0).confidence_interval(0.95)
-    assert (row["t_low"], row["t_high"]) == pytest.approx(tuple(limits))
-    assert np.isnan(st.t_interval([0.3])).all()
 
 
 def test_with_folds_a_training_is_a_fold():
