@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lesionkd_core import losses, results
 from lesionkd_core.analysis import inspect
@@ -16,6 +15,7 @@ from lesionkd_core.losses import EdgeGraph, FittedGraph, Measured, build_terms
 from lesionkd_core.models import UNet
 from lesionkd_core.predict import TrainedNetwork, build
 from lesionkd_core.train import Objective
+from tests.fixed import lively
 
 LEVEL = "encoder.stride4"
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
@@ -28,22 +28,10 @@ def config(**options) -> DistillConfig:
 CFG = config()
 
 
-def shaken(network: nn.Module) -> nn.Module:
-    """A network with arbitrary statistics and affine parameters in its BatchNorm."""
-    torch.manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.3)
-    return network.eval()
-
-
 @pytest.fixture(scope="module")
 def teacher() -> TrainedNetwork:
     torch.manual_seed(0)
-    return TrainedNetwork(shaken(UNet(width=16)), TeacherConfig(pixels=64), None)
+    return TrainedNetwork(lively(UNet(width=16)), TeacherConfig(pixels=64), None)
 
 
 def some_cases(count: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -71,10 +59,10 @@ def edges_of(masks: np.ndarray) -> torch.Tensor:
 
 def finished_run(folder, cfg: DistillConfig, teacher: TrainedNetwork) -> results.Result:
     """A student run whose weights are arbitrary, with the files of a finished one."""
-    network, norms = shaken(build(cfg)), teacher.network.feature_norms()
+    network, norms = lively(build(cfg)), teacher.network.feature_norms()
     margins = {name: torch.rand(norm.num_features) - 1 for name, norm in norms.items()}
     fitted = FittedGraph(EdgeGraph.build(64, cfg), torch.linspace(0.1, 0.4, 16))
-    terms = shaken(build_terms(cfg, network, teacher.network, Measured(fitted, margins)))
+    terms = lively(build_terms(cfg, network, teacher.network, Measured(fitted, margins)))
     path = folder / "distill" / f"run-{'-'.join(cfg.losses)}"
     results.write_json(path / "config.json", {"stage": "distill"} | cfg.model_dump(mode="json"))
     state = {"objective": Objective(network, terms).state_dict()}
