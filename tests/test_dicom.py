@@ -128,7 +128,6 @@ MONOCHROME1 = {  # stored numbers and attributes of values -200 to 300
 @pytest.mark.parametrize("kind", MONOCHROME1)
 def test_monochrome1_is_shown_inverted_and_keeps_its_values(tmp_path, kind):
     stored, more = MONOCHROME1[kind]
-    more = {"RescaleSlope": 1, **more} if "RescaleIntercept" in more else more
     folder = series(tmp_path / "scan", stored, PhotometricInterpretation="MONOCHROME1", **more)
     volume = read_volume(folder)
     assert np.array_equal(volume.voxels, HU)
