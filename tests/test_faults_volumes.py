@@ -123,6 +123,10 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
         lambda d: mask_is(d, nifti(d / "b.nii", LESION.astype(np.uint8), affine=SHIFTED)),
         ["b.nii", "3.0 mm away"],
     ),
+    "PNG mask of a NIfTI volume": (
+        lambda d: mask_is(d, as_pngs(d / "p") / "k.png"),
+        ["k.png", "must be a volume file"],
+    ),
     "a slice without a mask": (
         lambda d: (series(d / "s"), with_gap(as_pngs(d / "p"))),
         ["p:", "'e' has no partner"],
