@@ -113,6 +113,17 @@ def student(data, teacher, graph):
     return distill(teacher, graph, data, CFG)
 
 
+@pytest.fixture(scope="module")
+def pair():
+    """An untrained student of width 2 and a frozen teacher of width 3."""
+    import torch
+
+    from lesionkd_core.models import UNet
+
+    torch.manual_seed(0)
+    return UNet(width=2), UNet(width=3).eval().requires_grad_(False)
+
+
 @pytest.fixture
 def messages(caplog, monkeypatch):
     """What the package said so far: a function that returns the lines."""

@@ -1,8 +1,5 @@
 """Augmentation and batches: exact flips, one resampling, a function of seed, epoch and case."""
 
-import hashlib
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 
@@ -14,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from lesionkd_core.data.augment import FULL, Change, augment, columns_of, draw, matrices
+from lesionkd_core.data.augment import FULL, Change, augment, draw
 from lesionkd_core.data.batches import (
     MEAN,
     STD,
@@ -24,8 +21,6 @@ from lesionkd_core.data.batches import (
     normalize,
 )
 from lesionkd_core.data.prepare import Unlabelled
-from lesionkd_core.edges import edge_label_batch
-from tests.conftest import ROOT
 
 KINDS = ("none", "flips", "full")
 FLIPS = [Change(bool(k & 1), bool(k & 2), bool(k & 4)) for k in range(8)]
@@ -82,10 +77,6 @@ def changed(image: np.ndarray, mask: np.ndarray, **change) -> tuple[np.ndarray, 
     return images[0, 0].numpy(), masks[0, 0].numpy()
 
 
-def moved(mask: np.ndarray, **change) -> np.ndarray:
-    return changed(mask.astype(np.uint8) * 255, mask, **change)[1]
-
-
 # Moves --------------------------------------------------------------------------------------------
 
 
@@ -99,32 +90,6 @@ def test_flips_and_quarter_turns_are_exact_and_all_eight():
         seen |= {k for k, x in enumerate(expected) if np.array_equal(x, np.round(grey * 255))}
         assert np.array_equal(got, changed(mask * 255, mask, **change._asdict())[0])
     assert seen == set(range(8))
-
-
-@properties
-@given(seeds, sizes)
-def test_flips_can_be_undone_and_edges_move_along(seed, size):
-    images, masks = tensors(arrays(4, size, seed % 1000))
-    drawn = [draw(seed, 0, case, "flips") for case in range(4)]
-    once = augment(images, masks, drawn)
-    back = [Change(c.upend, c.mirror, True) if c.transpose else c for c in drawn]
-    twice = augment((once[0] * 255).round().byte(), once[1].byte(), back)
-    assert torch.equal(twice[0], images.float() / 255) and torch.equal(twice[1], masks.float())
-    edges = augment(images, edge_label_batch(masks.float()).byte(), drawn)[1]
-    assert torch.equal(edge_label_batch(once[1]), edges)
-
-
-def test_shift_zoom_angle_and_shear_by_hand():
-    square, middle, twice = (np.zeros((32, 32), np.uint8) for _ in range(3))
-    square[10:18, 8:16] = 1
-    assert np.array_equal(moved(square, right=0.25), np.roll(square, 8, axis=1))
-    assert np.array_equal(moved(square, down=-0.125), np.roll(square, -4, axis=0))
-    assert np.array_equal(moved(square, angle=90), np.rot90(square))
-    middle[12:20, 12:20] = twice[8:24, 8:24] = 1
-    assert np.array_equal(moved(middle, zoom=2.0), twice)
-    bar = np.zeros((33, 33), np.uint8)
-    bar[:, 16] = 1
-    assert np.array_equal(moved(bar, shear=45), np.fliplr(np.eye(33)))
 
 
 @properties
@@ -169,32 +134,14 @@ def test_image_and_mask_stay_aligned(seed, size, count):
         assert not image[~ndimage.binary_dilation(mask, near)].any()  # off by 1 px at most
 
 
-def test_lesions_keep_their_area_on_average():
-    masks = torch.from_numpy(ellipses(400, 64)).unsqueeze(1)
-    drawn = [draw(0, 0, case, "full") for case in range(400)]
-    _, augmented = augment(masks.expand(-1, 3, -1, -1) * 255, masks, drawn)
-    kept = (augmented.sum((1, 2, 3)) / masks.sum((1, 2, 3))).numpy()
-    assert kept.mean() == pytest.approx(1, abs=0.03) and kept.min() > 0.5 and kept.max() < 1.6
-
-
-def test_an_image_is_never_mostly_border():
-    drawn = [c for case in range(2000) if (c := draw(0, 0, case, "full")).zoom != 1]
-    y, x = (np.mgrid[:32, :32] + 0.5) / 16 - 1
-    grid = np.stack([x.ravel(), y.ravel(), np.ones(1024)])
-    outside = (np.abs(matrices(columns_of(drawn)) @ grid) > 1).any(1).mean(1)
-    assert outside.max() < 0.4 and outside.mean() < 0.15
-
-
 # Intensities --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, [0.0, 0.2, 0.6, 1.0]),
         ({"brightness": 0.1}, [0.1, 0.3, 0.7, 1.0]),  # clipped at white
         ({"contrast": 1.5}, [0.0, 0.05, 0.65, 1.0]),  # 1.5 (0.2 - 0.5) + 0.5
-        ({"contrast": 0.5}, [0.25, 0.35, 0.55, 0.75]),
         ({"gamma": 2.0}, [0.0, 0.04, 0.36, 1.0]),
         ({"brightness": 0.2, "contrast": 1.5, "gamma": 0.5}, [0.0, 0.5, 0.85**0.5, 1.0]),
     ],
@@ -207,23 +154,12 @@ def test_brightness_contrast_and_gamma_by_hand(change, expected):
     assert np.array_equal(mask, image > 100)
 
 
-@pytest.mark.parametrize("sigma", [0.5, 0.7, 1.0])
-def test_blur_equals_scipys_gaussian(sigma):
+def test_blur_equals_scipys_gaussian():
     image = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
-    grey, mask = changed(image, image > 127, blur=sigma)
-    expected = ndimage.gaussian_filter(image / 255, sigma, radius=3, mode="mirror")
+    grey, mask = changed(image, image > 127, blur=0.7)
+    expected = ndimage.gaussian_filter(image / 255, 0.7, radius=3, mode="mirror")
     assert np.abs(grey - expected).max() < 1e-5
     assert np.array_equal(mask, image > 127)
-
-
-def test_noise_has_the_deviation_asked_for_and_differs_between_cases():
-    images = torch.full((3, 3, 96, 96), 128, dtype=torch.uint8)
-    changes = [Change(noise=s, grain=g) for s, g in ((0.05, 1), (0.02, 2), (0.05, 3))]
-    noisy, _ = augment(images, torch.zeros(3, 1, 96, 96, dtype=torch.uint8), changes)
-    noise = (noisy - 128 / 255)[:, 0].flatten(1)
-    assert noise.std(1).tolist() == pytest.approx([0.05, 0.02, 0.05], rel=0.03)
-    assert noise.mean(1).abs().max() < 0.002
-    assert torch.corrcoef(noise).triu(1).abs().max() < 0.05
 
 
 @properties
@@ -238,42 +174,6 @@ def test_results_are_finite_in_range_and_binary_and_inputs_are_left_alone(seed, 
 
 
 # What is drawn ------------------------------------------------------------------------------------
-
-
-def test_probabilities_and_ranges_are_those_of_the_table():
-    drawn = [draw(3, 5, case, "full") for case in range(4000)]
-    neutral = Change()
-    for probability, ranges in FULL:
-        for name, (low, high) in ranges.items():
-            values = [v for c in drawn if (v := getattr(c, name)) != getattr(neutral, name)]
-            assert len(values) / 4000 == pytest.approx(probability, abs=0.03), name
-            twentieth = 0.05 * (high - low)
-            assert low <= min(values) < low + twentieth, name
-            assert high - twentieth < max(values) <= high, name
-    counts = np.unique([c[:3] for c in drawn], axis=0, return_counts=True)[1]
-    assert len(counts) == 8 and counts.min() > 400  # 500 expected of each flip
-
-
-@properties
-@given(seeds, st.integers(0, 1000), st.integers(0, 10**6))
-def test_a_change_is_a_function_of_seed_epoch_and_case(seed, epoch, case):
-    assert draw(seed, epoch, case, "full") == draw(seed, epoch, case, "full")
-    assert draw(seed, epoch, case, "none") == Change()
-    assert draw(seed, epoch, case, "flips")[:3] == draw(seed, epoch, case, "full")[:3]
-
-
-def test_another_seed_epoch_or_case_is_another_change():
-    every = np.ndindex(3, 3, 40)
-    drawn = {draw(seed, epoch, case, "full") for seed, epoch, case in every}
-    moved = [c for c in drawn if c.zoom != 1]
-    assert len({c.zoom for c in moved}) == len(moved) > 100
-
-
-def test_no_case_shares_the_random_numbers_of_the_batch_order():
-    """numpy's streams of [seed, epoch] and [seed, epoch, 0] are the same."""
-    flips = [draw(0, epoch, 0, "flips")[:3] for epoch in range(50)]
-    order = [tuple(np.random.default_rng([0, epoch]).random(3) < 0.5) for epoch in range(50)]
-    assert sum(a == b for a, b in zip(flips, order)) < 25  # 1 in 8 by chance
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -325,12 +225,11 @@ def test_an_epochs_order_has_every_case_once_and_no_batch_of_one():
     assert not np.array_equal(epoch_order(14, 4, 0, 3)[0], epoch_order(14, 4, 0, 4)[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_has_every_case_once_whatever_the_batch_size(kind):
+def test_an_epoch_has_every_case_once_whatever_the_batch_size():
     data = arrays(14)
-    images, masks = loaded(data, np.arange(14), 2, 3, kind)
+    images, masks = loaded(data, np.arange(14), 2, 3)
     for size in (3, 5, 13):
-        order, batches = epoch_order(13, size, 2, 3), epoch_batches(data, size, 2, 3, kind)
+        order, batches = epoch_order(13, size, 2, 3), epoch_batches(data, size, 2, 3, "full")
         for positions, batch in zip(order, batches, strict=True):
             rows = data.index("train")[positions]
             assert np.array_equal(batch.rows, rows)
@@ -338,17 +237,7 @@ def test_an_epoch_has_every_case_once_whatever_the_batch_size(kind):
             assert torch.equal(batch.masks, masks[rows])
 
 
-def test_processes_share_every_batch_and_together_see_all_of_it():
-    data = arrays(14)
-    whole = list(epoch_batches(data, 6, 2, 3, "full"))
-    parts = [list(epoch_batches(data, 6, 2, 3, "full", rank, 2)) for rank in (0, 1)]
-    for batch, *of_rank in zip(whole, *parts, strict=True):
-        assert [len(part.rows) for part in of_rank] == [3, 3]
-        for rank, part in enumerate(of_rank):
-            assert torch.equal(part.images, batch.images[rank::2])
-
-
-@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
 def test_labelled_cases_are_whole_groups_reach_the_fraction_and_follow_the_seed(fraction):
     data, chosen = arrays(41), set()
     train, groups = data.index("train"), data.cases["group"].to_numpy()
@@ -396,20 +285,6 @@ def test_images_without_masks_come_last_in_every_epoch_and_are_never_among_the_l
     )
 
 
-def digest(epoch: int) -> str:
-    batches = epoch_batches(arrays(), 5, 7, epoch, "full")
-    parts = [x.contiguous().numpy().tobytes() for batch in batches for x in batch[1:]]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def test_another_process_sees_the_same_batches():
-    here = [digest(epoch) for epoch in range(4)]
-    code = "from tests.test_augment import digest; print(digest(3))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.strip() == here[3] and len(set(here)) == 4
-
-
 class Watched(np.ndarray):
     """Counts the batches that are read, and fails at number `fails`."""
 
@@ -420,15 +295,6 @@ class Watched(np.ndarray):
         if self.reads == self.fails:
             raise OSError("disk gone")
         return np.asarray(self)[rows]
-
-
-def test_one_batch_is_loaded_ahead_and_no_thread_stays():
-    data, before = arrays(), threading.active_count()
-    data.images = data.images.view(Watched)
-    batches = epoch_batches(data, 3, 0, 0, "full")
-    next(batches)
-    batches.close()
-    assert data.images.reads == 2 and threading.active_count() == before
 
 
 @pytest.mark.fault

@@ -6,9 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import sobel
-from scipy.special import expit, logit, rel_entr, softmax
+from scipy.special import expit, rel_entr, softmax
 from scipy.stats import pearsonr
 
 from lesionkd_core.config import DistillConfig, LesionKDError
@@ -64,22 +63,6 @@ def test_kd_by_hand():
     assert 4 * (first + second) / 2 == pytest.approx(0.5493, abs=1e-4)
 
 
-def test_kd_is_the_softmax_of_two_logits():
-    student, teacher = tensors(2, 1, 5, 7)
-    p, q = (softmax([x.numpy() / 3, np.zeros(x.shape)], axis=0) for x in (student, teacher))
-    expected = 9 * rel_entr(q, p).sum(0).mean()
-    assert kd_loss(student, teacher, 3.0).item() == pytest.approx(expected)
-
-
-def test_kd_matches_logits_at_a_high_temperature():
-    """Hinton et al. 2015, 2.1: the gradient approaches the difference of the logits / 4."""
-    student, teacher = tensors(1, 1, 3, 3)
-    student.requires_grad_()
-    kd_loss(student, teacher, 1000.0).backward()
-    expected = (student.detach() - teacher) / 4
-    torch.testing.assert_close(student.grad * 9, expected, rtol=1e-3, atol=1e-3)
-
-
 def test_boundary_kd_is_a_mean_that_counts_edge_pixels_more():
     student, teacher = tensors(1, 1, 1, 3)
     edge = row(0, 1, 0.5)
@@ -89,32 +72,6 @@ def test_boundary_kd_is_a_mean_that_counts_edge_pixels_more():
     assert found.item() == pytest.approx(expected)
     without = boundary_kd_loss(student, teacher, torch.zeros_like(edge))
     torch.testing.assert_close(without, kd_loss(student, teacher))
-
-
-def test_hint_by_hand():
-    assert hint_loss(row(1, 3), row(0, 1)).item() == (0.5 * 1 + 0.5 * 4) / 2
-
-
-def test_attention_by_hand():
-    """Q_S = (1, 4) / sqrt 17; Q_T = (1 + 4, 0) / 5, of two channels."""
-    teacher = torch.tensor([[[[1.0, 0.0]], [[2.0, 0.0]]]])
-    expected = ((1 / math.sqrt(17) - 1) ** 2 + (4 / math.sqrt(17)) ** 2) / 2
-    assert attention_loss(row(1, 2), teacher).item() == pytest.approx(expected)
-
-
-def test_attention_ignores_scale_and_channels():
-    student, teacher = tensors(2, 3, 4, 4)[0], tensors(2, 5, 4, 4)[1]
-    scales, expected = torch.tensor([7.0, 0.1]).view(2, 1, 1, 1), attention_loss(student, teacher)
-    torch.testing.assert_close(attention_loss(student * scales, teacher / scales), expected)
-    torch.testing.assert_close(attention_loss(student[:, [2, 0, 1]], teacher.flip(1)), expected)
-
-
-def test_cwd_by_hand():
-    """T = 2: one channel 1/2, 1/2 and the teacher's 3/4, 1/4; the other is the same in both."""
-    student = torch.tensor([[[[0.0, 0.0]], [[1.0, 2.0]]]])
-    teacher = torch.tensor([[[[2 * math.log(3), 0.0]], [[1.0, 2.0]]]])
-    expected = 4 / 2 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-    assert cwd_loss(student, teacher, 2.0).item() == pytest.approx(expected)
 
 
 def test_cwd_is_a_divergence_over_pixels_and_ignores_a_constant_on_a_channel():
@@ -132,27 +89,6 @@ def test_dist_is_one_minus_pearson_over_the_pixels_of_a_batch(temperature):
     p, q = (expit(x.numpy().ravel() / temperature) for x in (student, teacher))
     expected = temperature**2 * (1 - pearsonr(p, q).statistic)
     assert dist_loss(student, teacher, temperature).item() == pytest.approx(expected)
-
-
-def test_the_inter_class_relation_that_dist_leaves_out_is_a_step_function():
-    """Of two classes it is twice the fraction of pixels that the networks decide differently."""
-    student, teacher = tensors(2, 1, 4, 5)
-    p, q = ([expit(s * x.numpy().ravel()) for s in (1, -1)] for x in (student, teacher))
-    intra = 1 - np.mean([pearsonr(a, b).statistic for a, b in zip(p, q)])
-    inter = 1 - np.mean(
-        [pearsonr(a, b).statistic for a, b in zip(np.transpose(p), np.transpose(q))]
-    )
-    differently = ((student > 0) != (teacher > 0)).double().mean().item()
-    assert 0 < differently < 1
-    assert dist_loss(student, teacher).item() == pytest.approx(intra + inter - 2 * differently)
-
-
-def test_dist_ignores_the_scale_of_the_teachers_probabilities():
-    student, teacher = tensors(2, 1, 4, 5)
-    flatter = torch.from_numpy(logit(0.1 + 0.3 * expit(teacher.numpy())))
-    torch.testing.assert_close(dist_loss(student, flatter), dist_loss(student, teacher))
-    assert dist_loss(flatter, teacher).item() == pytest.approx(0, abs=1e-9)
-    assert dist_loss(-teacher, teacher).item() == pytest.approx(2)
 
 
 def test_a_constant_teacher_has_no_gradient_in_dist():
@@ -214,28 +150,11 @@ def test_gradient_is_that_of_finite_differences_and_the_teacher_gets_none(loss):
 
 
 @every_loss
-def test_a_batch_given_twice_has_the_same_loss(loss):
-    student, teacher = tensors(3, 1, 4, 5)
-    twice = loss(torch.cat([student] * 2), torch.cat([teacher] * 2))
-    torch.testing.assert_close(twice, loss(student, teacher))
-
-
-@every_loss
 def test_half_precision_is_summed_in_single(loss):
     student, teacher = tensors(2, 1, 32, 32, dtype=torch.bfloat16)
     got = loss(student, teacher)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, loss(student.float(), teacher.float()))
-
-
-@every_loss
-def test_sums_over_many_pixels_keep_their_digits(loss):
-    """A batch of 16 at 256 px with a small lesion, and a student close to its teacher."""
-    noise, teacher = tensors(16, 1, 256, 256, dtype=torch.float32)
-    teacher[:, :, 20:60, 20:60] += 8
-    student = teacher + 0.05 * noise
-    expected = loss(student.double(), teacher.double()).item()
-    assert loss(student, teacher).item() == pytest.approx(expected, rel=3e-4)
 
 
 @every_loss
@@ -351,12 +270,6 @@ def test_the_hint_is_rectified_before_and_after_its_regressor(pair):
     assert module(step).item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_no_channel_of_the_regressed_hint_is_dead_at_the_start(pair):
-    module, step = term("fitnets", pair).train(), step_of(*pair)
-    regressed = module.regressor(F.relu(step.maps["encoder.stride16"]))
-    assert (regressed.flatten(2).amax((0, 2)) > 0).all()
-
-
 def test_attention_transfer_is_a_sum_over_levels_of_rectified_maps(pair):
     module, step, expected = term("at", pair), step_of(*pair), 0.0
     assert not list(module.parameters())
@@ -366,15 +279,3 @@ def test_attention_transfer_is_a_sum_over_levels_of_rectified_maps(pair):
         unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in q]
         expected += ((unit[0] - unit[1]) ** 2).mean()
     assert module(step).item() == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["fitnets", "at"])
-def test_terms_of_maps_run_in_single_precision(name, pair):
-    module, step = term(name, pair).eval(), step_of(*pair)
-    half = [{n: x.bfloat16() for n, x in m.items()} for m in (step.maps, step.teacher_maps)]
-    single = [{n: x.float() for n, x in maps.items()} for maps in half]
-    got, expected = (
-        module(Step(step.logits, step.masks, a, None, None, b)) for a, b in (half, single)
-    )
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=1e-2, atol=0)

@@ -46,22 +46,15 @@ def as_words(options):
     ("kind", "words", "expected"),
     [
         (DistillConfig, ["-p", "seed", "3", "-p", "lr", "1e-3"], {"seed": 3, "lr": 0.001}),
-        (DistillConfig, ["-p", "grid", "2", "-p", "margin", "bn"], {"grid": 2, "margin": "bn"}),
         (DistillConfig, ["-p", "invert_masks", "True"], {"invert_masks": True}),
         (AblationConfig, ["-p", "seeds", "2"], {"seeds": (0, 1)}),
         (AblationConfig, ["-r", "seeds", "2"], {"seeds": (2,)}),
         (AblationConfig, ["-p", "arms", "alone, kd"], {"arms": ("alone", "kd")}),
         (DistillConfig, ["-p", "dataset", "2024"], {"dataset": "2024"}),
-        (DistillConfig, ["-p", "test_dataset", "2024"], {"test_dataset": ("2024",)}),
         (DistillConfig, ["-p", "losses", "feat=2, kd"], {"losses": {"feat": 2, "kd": None}}),
         (DistillConfig, ["-y", "{seed: 3, losses: kd}"], {"seed": 3, "losses": {"kd": None}}),
-        (DistillConfig, ["-y", "seed: 3", "-p", "seed", "4"], {"seed": 4}),
         (DistillConfig, ["-f", "FILE", "-p", "pixels", "None"], {"epochs": 7, "pixels": 64}),
-        (
-            ExportConfig,
-            ["-p", "sizes", "64", "-p", "threshold", "0.4"],
-            {"sizes": (64,), "threshold": 0.4},
-        ),
+        (ExportConfig, ["-p", "sizes", "64"], {"sizes": (64,)}),
     ],
     ids=str,
 )
@@ -86,31 +79,17 @@ def test_parameters_become_values_of_the_options_types(tmp_path, kind, words, ex
     [
         ("distill -p sede 1", "ConfigError: unknown parameter 'sede': did you mean 'seed'"),
         ("distill -p seed one", "seed = 'one'.*valid integer"),
-        ("distill -p losses egde", "names the term 'egde': did you mean 'edge'"),
         ("prepare -p pixels 100", "pixels = 100.*multiple of 32"),
-        ("prepare -p seed 1", "unknown parameter 'seed'"),
         ("prepare -y {a", "cannot be read as YAML"),
-        ("prepare -y text", "cannot be read as YAML"),
         ("prepare -f /no/such.yaml", "cannot be read as YAML: .*No such file"),
         ("prepare -p dataset bussi", "DatasetNotFound: .*did you mean 'busi'"),
-        ("train-teacher -p epochs 3", "did you mean 'teacher_epochs'"),
-        ("train-teacher -p teacher unet46", "no network 'unet46': did you mean 'unet64'"),
-        ("distill -p levels decoder.stride1", "decoder.stride1"),
-        ("ablate -p arms alone,methd", "arms names 'methd': did you mean 'method'"),
         ("ablate -p arms alone*x", r"arms names 'alone\*x'; after \* give"),
-        ("export -p formats onx", "did you mean 'onnx'"),
         ("export -p run nowhere", "nowhere is not the folder or the name of a run"),
         ("run 04_destil", "did you mean '04_distill'"),
-        ("run 9", "no notebook '9': known are: 01_data_prep"),
         ("run 4 -p sede 1", "did you mean 'seed'"),
-        ("run 04 -p losses egde", "did you mean 'edge'"),
-        ("run 05_ablations -p arms methd", "did you mean 'method'"),
         ("score nowhere busi", "is not the folder or the name of a run"),
         ("predict nowhere . --out out", "is not the folder or the name of a run.*Published"),
         ("download bussi", "did you mean 'busi'"),
-        ("list distil", "did you mean 'distill'"),
-        ("show nowhere", "is not the folder or the name of a run"),
-        ("clean nowhere", "is not the folder or the name of a run"),
         ("clean .", "is not a result in"),
     ],
 )
@@ -257,11 +236,9 @@ def test_predict_writes_masks_and_lists_what_could_not_be_read(tmp_path, runs):
     ("words", "message"),
     [
         (["images", "--out", "images"], "choose another folder"),
-        (["images", "--out", "images/../images"], "choose another folder"),
         (["absent", "--out", "out"], "absent"),
         (["images", "--out", "a_file"], "a_file"),
         (["images", "--out", "out", "--threshold", "128"], "128"),
-        (["images", "--out", "out", "--threshold", "nan"], "nan"),
         (["images", "--out", "out", "--device", "tpu"], "device = 'tpu' cannot be used here"),
     ],
 )
@@ -280,12 +257,6 @@ def test_export_prints_the_folder_of_the_files():
     code, out, _ = command("export", *as_words(options))
     place = results.Path(out.splitlines()[-1].removeprefix("results: "))
     assert code == 0 and (place / "student.onnx").is_file() and results.is_done(place)
-
-
-def test_download_lists_the_catalogue(tmp_path, monkeypatch):
-    monkeypatch.setenv("LESIONKD_DATA", str(tmp_path))
-    code, out, _ = command("download", "--list")
-    assert code == 0 and re.search(r"kvasir-seg .* no$", out, re.M) and "licence" in out
 
 
 # Results ------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ import pytest
 
 import lesionkd_core as lkd
 from lesionkd_core import results
-from lesionkd_core.config import KINDS
-from lesionkd_core.results import Progress, Result, Wanted, find_or_make
+from lesionkd_core.results import Progress
 from lesionkd_core.sweep import find_notebook
 from tests.conftest import ROOT, copy_of
 from tests.fixed import fixed_run
@@ -56,9 +55,7 @@ def test_a_notebook_runs_from_another_folder_with_changed_parameters(name, tmp_p
         parameters = parameters | {"run": fixed_run().path}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of small_teacher
-    place = runs_well(name, parameters, tmp_path)
-    if name == "02":
-        assert runs_well(name, parameters, tmp_path) == place
+    runs_well(name, parameters, tmp_path)
 
 
 @pytest.mark.soak
@@ -79,7 +76,6 @@ COMMAND = "from lesionkd_core.cli import main; main({}, standalone_mode=False)"
     "statement",
     [
         "import lesionkd_core as lkd; lkd.DistillConfig(losses='feat')",
-        "import lesionkd_core as lkd; lkd.AblationConfig()",
         COMMAND.format(["--help"]),
         COMMAND.format(["list"]),
         COMMAND.format(["show", "STUDENT"]),
@@ -90,17 +86,6 @@ def test_nothing_heavy_is_imported_until_it_is_needed(statement, student):
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
     assert HEAVY.isdisjoint(done.stdout.splitlines()[-1].split())
-
-
-def test_the_shell_completes_commands():
-    """By click: `eval "$(_LESIONKD_COMPLETE=bash_source lesionkd)"`."""
-    asked = {"_LESIONKD_COMPLETE": "bash_complete", "COMP_WORDS": "lesionkd tr", "COMP_CWORD": "1"}
-    code = "from lesionkd_core.cli import main; main(prog_name='lesionkd')"
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(
-        words, capture_output=True, text=True, env=os.environ | asked, cwd=ROOT, check=False
-    )
-    assert done.stdout == "plain,train-teacher\n"
 
 
 # Terminal -----------------------------------------------------------------------------------------
@@ -133,22 +118,6 @@ def test_in_a_log_file_the_number_of_lines_is_bounded(capsys, total, lines, expe
     assert len(written) == expected and written[-1:] == last
 
 
-@pytest.mark.parametrize(
-    ("done", "seconds", "words"),
-    [
-        (1, 10, "30 s left"),  # 10 s for a step, three steps left
-        (2, 90, "90 s left"),
-        (2, 600, "10 min left"),
-        (4, 60, ""),
-    ],
-)
-def test_the_time_left_is_that_of_the_steps_so_far(monkeypatch, done, seconds, words):
-    progress = Progress("teacher", "epoch", 4)
-    progress.done = done
-    monkeypatch.setattr("time.monotonic", lambda: progress.started + seconds)
-    assert progress.time_left() == words
-
-
 def test_a_training_says_epoch_dice_and_time(student, teacher, data, graph, runs, capsys):
     for result in (teacher, data, graph):
         copy_of(result.path, runs)
@@ -160,20 +129,6 @@ def test_a_training_says_epoch_dice_and_time(student, teacher, data, graph, runs
 
 
 # Results ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage", [*results.STAGES, "of_another_package"])
-def test_every_stage_has_a_report(stage, runs):
-    usual = lkd.ExportConfig  # before its stage is looked for
-    cfg = KINDS.get(stage, usual)(profile="cpu")
-    [found] = find_or_make([Wanted(cfg, "u")], lambda missing: None, Result)
-    if stage not in KINDS:
-        made = found.config | {"stage": stage}
-        (found.path / "config.json").write_text(json.dumps(made))
-        (found.path / "DONE").write_text("{}")
-    text = results.report(found.path)
-    assert "2 files, " in text and "all intact" in text
-    assert ("threshold = 0.5" in text) == (stage not in KINDS)
 
 
 @pytest.fixture

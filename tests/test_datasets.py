@@ -2,7 +2,6 @@
 
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from lesionkd_core.data.images import (
     count_pages,
     images_in,
     is_volume,
-    natural,
     pair,
     read_image,
     sources_in,
@@ -24,7 +22,7 @@ from lesionkd_core.data.images import (
 )
 from lesionkd_core.data.masks import read_case
 
-from .tiny import save
+from .tiny import save, save_pages
 
 
 def read_mask(path):
@@ -53,14 +51,11 @@ def u8(*pixel):
 
 
 IMAGES = {  # what is saved; left and right colour that must come out
-    "L": (two_tone(u8(50)[0], u8(210)[0]), (50, 50, 50), (210, 210, 210)),
     "LA, all transparent": (two_tone(u8(50, 0), u8(210, 0)), (50, 50, 50), (210, 210, 210)),
-    "RGB": (two_tone(DARK, BRIGHT), DARK, BRIGHT),
     "RGBA, half transparent": (two_tone(u8(10, 60, 30, 128), u8(200, 90, 250, 0)), DARK, BRIGHT),
     "P": (palette(DARK, BRIGHT), DARK, BRIGHT),
     "1": (Image.fromarray(LEFT), (255, 255, 255), (0, 0, 0)),
     "I;16": (two_tone(1000, 3000).astype(np.uint16), (0, 0, 0), (255, 255, 255)),
-    "I;16, flat": (two_tone(700, 700).astype(np.uint16), (0, 0, 0), (0, 0, 0)),
     "F": (two_tone(-0.5, 1.5).astype(np.float32), (0, 0, 0), (255, 255, 255)),
     "CMYK": (
         Image.fromarray(two_tone(u8(0, 0, 0, 255), u8(0, 0, 0, 0)), mode="CMYK"),
@@ -87,23 +82,12 @@ def test_every_mode_becomes_rgb(tmp_path, name):
 
 MASKS = {  # what is saved with a lesion left and none right
     "L 255": two_tone(255, 0).astype(np.uint8),
-    "L 1": two_tone(1, 0).astype(np.uint8),
-    "L greyish": two_tone(180, 90).astype(np.uint8),
     "1": Image.fromarray(LEFT),
     "RGB white": two_tone(u8(255, 255, 255), u8(0, 0, 0)),
-    "RGB 1": two_tone(u8(1, 1, 1), u8(0, 0, 0)),
     "LA, all transparent": two_tone(u8(255, 0), u8(0, 0)),
-    "RGBA, opaque": two_tone(u8(255, 255, 255, 255), u8(0, 0, 0, 255)),
     "RGBA, all transparent": two_tone(u8(255, 255, 255, 0), u8(0, 0, 0, 0)),
     "P, dark red on black": palette((64, 0, 0), (0, 0, 0)),
-    "P, almost black": palette((4, 4, 4), (0, 0, 0)),
-    "I;16 of 1": two_tone(1, 0).astype(np.uint16),
-    "I;16 of 300": two_tone(300, 0).astype(np.uint16),
     "I;16 of 65535": two_tone(65535, 0).astype(np.uint16),
-    "F of 1": two_tone(1, 0).astype(np.float32),
-    "L 2, of classes 0 1 2": np.where(LEFT, [1, 2, 2, 2, 2, 2], 0).astype(np.uint8),
-    "L 7, of two values": two_tone(70, 0).astype(np.uint8),
-    "I;16 of classes 0 1 2": np.where(LEFT, [1, 2, 2, 2, 2, 2], 0).astype(np.uint16),
     "RGB, classes in colours": np.where(
         LEFT[..., None], np.array([[64, 0, 0], [0, 128, 0], *[[0, 0, 0]] * 4]), 0
     ).astype(np.uint8),
@@ -132,53 +116,19 @@ def test_the_camera_s_rotation_is_undone_in_image_and_mask(tmp_path, orientation
     assert np.array_equal(read_mask(keep(tmp_path, MASKS["L 255"], exif=exif)), upright(LEFT))
 
 
-DEEP = np.repeat(two_tone(1000, 65535).astype(">u2")[..., None], 3, 2)
-
-
-def png_of(pixels):
-    """A PNG of 16 bits a channel, (H, W, 3) big-endian, which Pillow reads and does not write."""
-    lines = b"".join(b"\0" + row.tobytes() for row in pixels)
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(lines)),
-        (b"IEND", b""),
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
-    )
-
-
-def test_16_bit_colour_is_scaled_as_16_bit_grey_is(tmp_path):
-    (tmp_path / "x.png").write_bytes(png_of(DEEP))
-    reading = read_case(Case("x", tmp_path / "x.png", (save(tmp_path / "m.png", LEFT),)))
-    assert np.array_equal(
-        reading.image, np.repeat(two_tone(0, 255).astype(np.uint8)[..., None], 3, 2)
-    )
-    assert reading.notes == ("16-bit colour values 1000 to 65535 stretched to black and white",)
-
-
-@pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["tif", "gif"])
 def test_the_first_of_several_pages_is_the_image(tmp_path, suffix):
-    pages = [Image.fromarray(np.full((4, 6, 3), grey, np.uint8)) for grey in (40, 200, 90)]
-    pages[0].save(
-        tmp_path / f"x.{suffix}",
-        save_all=True,
-        append_images=pages[1:],
-        **({"lossless": True} if suffix == "webp" else {}),
-    )
-    reading = read_case(Case("x", tmp_path / f"x.{suffix}", (save(tmp_path / "m.png", LEFT),)))
+    pages = [np.full((4, 6, 3), grey, np.uint8) for grey in (40, 200, 90)]
+    image = save_pages(tmp_path / f"x.{suffix}", *pages)
+    reading = read_case(Case("x", image, (save(tmp_path / "m.png", LEFT),)))
     assert (reading.image == 40).all() and reading.notes == ("first of 3 pages read",)
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-@pytest.mark.parametrize("colours", [False, True], ids=["grey", "colour"])
-def test_turned_tiff_of_16_bits_is_upright_and_keeps_them(tmp_path, orientation, colours):
+def test_turned_tiff_of_16_bits_is_upright_and_keeps_them(tmp_path, orientation):
     deep = np.random.default_rng(0).integers(0, 2000, (12, 10, 3)).astype(np.uint16)
-    deep = deep if colours else deep[..., 0]
     tags = [(274, "H", 1, orientation, True)]
-    tifffile.imwrite(
-        tmp_path / "x.tif", deep, photometric="rgb" if colours else None, extratags=tags
-    )
+    tifffile.imwrite(tmp_path / "x.tif", deep, photometric="rgb", extratags=tags)
     exif = Image.Exif()
     exif[0x0112] = orientation
     save(tmp_path / "8.png", (deep // 8).astype(np.uint8), exif=exif)
@@ -187,9 +137,8 @@ def test_turned_tiff_of_16_bits_is_upright_and_keeps_them(tmp_path, orientation,
     assert np.abs(found - upright * 8 * 255 / 2000).max() <= 2
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_mask_drawn_on_stored_pixels_is_turned_like_its_image(tmp_path, orientation, suffix):
+def test_a_mask_drawn_on_stored_pixels_is_turned_like_its_image(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = (
@@ -197,8 +146,8 @@ def test_a_mask_drawn_on_stored_pixels_is_turned_like_its_image(tmp_path, orient
         .repeat(8, 0)
         .repeat(8, 1)
     )  # 32 x 48, bright at the left
-    image = tmp_path / f"x.{suffix}"
-    Image.fromarray(stored).save(image, exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
+    image = tmp_path / "x.jpg"
+    Image.fromarray(stored).save(image, exif=exif, quality=100)
     bright = read_image(image)[..., 0] > 127
     on_stored = Case("x", image, (save(tmp_path / "m.png", stored[..., 0]),))
     upright = Case("x", image, (save(tmp_path / "u.png", bright),))
@@ -242,13 +191,7 @@ REFUSED = {  # the file, how it is made, words of the message
     ),
     "cut PNG": ("x.png", cut, "cannot be read as an image"),
     "cut JPEG": ("x.jpg", cut, "cannot be read as an image"),
-    "cut BMP": ("x.bmp", cut, "cannot be read as an image"),
-    "cut TIFF": ("x.tif", cut, "cannot be read as an image"),
-    "cut WebP": ("x.webp", cut, "cannot be read as an image"),
-    "header alone": ("x.jpg", lambda p: cut(p, 0.02), "cannot be read as an image"),
-    "folder": ("x.png", lambda p: p.mkdir(), r"cannot be read as an image \(Is a directory\)"),
     "link to nowhere": ("x.png", lambda p: p.symlink_to("gone.png"), "file is missing"),
-    "link to itself": ("x.png", lambda p: p.symlink_to("x.png"), "cannot be read as an image"),
     "bomb": ("x.png", bomb, "cannot be read as an image .*exceeds limit"),
     "NaN": (
         "x.tif",
@@ -273,15 +216,7 @@ def test_a_file_that_cannot_be_read_is_named_without_its_folder(tmp_path, what, 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("suffix", "mode"),
-    [
-        ("png", "RGB"),
-        ("png", "P"),
-        ("jpg", "RGB"),
-        ("tif", "L"),
-        ("bmp", "RGB"),
-        ("gif", "P"),
-        ("webp", "RGBA"),
-    ],
+    [("png", "RGB"), ("jpg", "RGB"), ("tif", "L"), ("webp", "RGBA")],
 )
 def test_damaged_bytes_never_give_another_error(tmp_path, suffix, mode):
     rng, path = np.random.default_rng(0), tmp_path / f"x.{suffix}"
@@ -339,33 +274,9 @@ def test_letter_case_and_the_encoding_of_accents_do_not_matter(tmp_path):
     assert not any(case.problem for case in cases.values())
 
 
-def test_two_images_never_share_a_mask(tmp_path):
-    paths = [tmp_path / name for name in ("a.png", "A.png", "b.png", "B.png", "C.png")]
-    masks = [tmp_path / name for name in ("a.png", "B.png", "b.png", "c.png")]
-    found = {case.image.name: [m.name for m in case.masks] for case in pair(paths, by_stem(masks))}
-    assert found == {
-        "a.png": ["a.png"],  # the exact name first
-        "A.png": [],
-        "b.png": ["b.png"],
-        "B.png": ["B.png"],
-        "C.png": ["c.png"],  # nobody else asks for it
-    }
-    both = pair([tmp_path / "x.png", tmp_path / "X.png"], by_stem([tmp_path / "masks" / "x.tif"]))
-    assert [len(case.masks) for case in both] == [1, 0]
-    neither = pair([tmp_path / "Xy.png", tmp_path / "XY.png"], by_stem([tmp_path / "xy.png"]))
-    assert [len(case.masks) for case in neither] == [0, 0, 1] and neither[2].problem
-
-
-def test_numbers_in_names_are_compared_as_numbers_and_with_text():
-    names = "2.png 10.png a.png a1b.png a1b3.png scan.png scan2.png scan10.png".split()
-    assert sorted(map(Path, sorted(names)), key=natural) == list(map(Path, names))
-
-
 def test_a_page_of_two_stacks_is_a_case(tmp_path):
-    pages = [Image.fromarray(np.full((4, 6), 40 * i, np.uint8)) for i in range(3)]
-    labels = [Image.fromarray(np.roll(LEFT, i, 1)) for i in range(3)]
-    for name, stack in (("x", pages), ("m", labels)):
-        stack[0].save(tmp_path / f"{name}.tif", save_all=True, append_images=stack[1:])
+    save_pages(tmp_path / "x.tif", *(np.full((4, 6), 40 * i, np.uint8) for i in range(3)))
+    save_pages(tmp_path / "m.tif", *(np.roll(LEFT, i, 1) for i in range(3)))
     assert count_pages(tmp_path / "x.tif") == 3
     for i in range(3):
         reading = read_case(Case("x", tmp_path / "x.tif", (tmp_path / "m.tif",), page=i))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tomllib
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from PIL import Image
 
 import lesionkd_core as lkd
@@ -97,29 +94,6 @@ def test_links_and_anchors_resolve(page):
         place = (page.parent / name).resolve() if name else page
         assert place.exists(), target
         assert not anchor or anchor in anchors(place), target
-
-
-@by_page
-def test_functions_and_modules_that_a_page_names_exist(page):
-    text = page.read_text(encoding="utf-8")
-    for path in set(re.findall(r"\blkd((?:\.\w+)+)", text)):
-        found = lkd
-        for part in path.split(".")[1:]:
-            assert hasattr(found, part), f"lkd{path}"
-            found = getattr(found, part)
-            if isinstance(found, type):
-                break
-    core = {p.name for p in (ROOT / "lesionkd_core").rglob("*")} | {p.name for p in ROOT.iterdir()}
-    core |= {p.name for folder in ("tests", "tools") for p in (ROOT / folder).rglob("*.py")}
-    for name in set(re.findall(r"`(?:\w+/)*(\w+\.(?:py|toml|mplstyle))`", prose(page))):
-        assert name in core, name
-
-
-@by_page
-def test_no_number_is_left_to_be_filled_in(page):
-    text = page.read_text(encoding="utf-8")
-    assert not re.findall(r"\{[A-Z_]+\}|\b(?:TODO|TBD|XXX)\b", prose(page))
-    assert "<!-- numbers:" not in text
 
 
 # Python and the way of the README -----------------------------------------------------------------
@@ -227,24 +201,3 @@ def test_the_readme_is_short_and_gives_notice():
     notices = ("patent application", "not a medical device", "For research", "No licence has been")
     searched = ("tiny U-Net", "nowledge distillation", "resumes", "k-fold", "ONNX", "mobile app")
     assert [words for words in (*notices, *searched) if words not in readme] == []
-
-
-def test_the_citation_file_is_complete():
-    """Fields that version 1.2.0 of the format requires, and the version of the package."""
-    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {"cff-version", "message", "title", "authors"} <= set(cff)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert cff["version"] == project["version"] == lkd.__version__
-    kinds = [reference["type"] for reference in cff["references"]]
-    assert kinds == ["patent", "article", "conference-paper", "conference-paper"]
-    for work in (cff, *cff["references"]):
-        assert work["title"]
-        assert all({"name", "family-names"} & set(author) for author in work["authors"])
-
-
-def test_programs_in_plain_blocks_are_commands():
-    """No command hides in a block that is taken for text."""
-    texts = [b.text for page in PAGES for b in blocks(page) if b.kind == "text"]
-    words = [line.split()[0] for text in texts for line in text.splitlines() if line.split()]
-    found = {word for word in words if shutil.which(word) and not word.endswith((".py", "/"))}
-    assert found == set()

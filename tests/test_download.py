@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -174,16 +173,6 @@ def test_a_release_is_found_however_it_is_packed(tmp_path, root, shape, pack):
     assert (find("kvasir-seg")[1] / "images/a.jpg").read_bytes() == NOISE
 
 
-def test_loose_files_go_to_the_folder_that_their_archive_is_named_after(tmp_path, root):
-    for folder in CATALOGUE["covid19-20cases"].holds:
-        content = zipped({"coronacases_001.nii.gz": folder.encode()})
-        (tmp_path / f"{folder}.zip").write_bytes(content)
-    download("covid19-20cases", archive=tmp_path)
-    for folder in CATALOGUE["covid19-20cases"].holds:
-        file = root / "covid19-20cases" / folder / "coronacases_001.nii.gz"
-        assert file.read_text() == folder
-
-
 # The connection -----------------------------------------------------------------------------------
 
 
@@ -193,19 +182,15 @@ def test_loose_files_go_to_the_folder_that_their_archive_is_named_after(tmp_path
     [
         ({"cut": 700_000}, "IncompleteRead"),
         ({"status": 403}, "403"),
-        ({"status": 503}, "503"),
         ({"mirror": "http://127.0.0.1:9"}, "ConnectionError"),
-        ({"mirror": "https://127.0.0.1:PORT"}, "SSLError"),
-        ({"mirror": "no-address"}, "no-address"),
     ],
     ids=str,
 )
 def test_a_failed_transfer_leaves_nothing_and_the_next_start_succeeds(server, kvasir, fault, word):
     vars(server).update(fault)
-    mirror = fault.get("mirror", "").replace("PORT", server.address.rpartition(":")[2])
     page = CATALOGUE["kvasir-seg"].page
     words = "kvasir-seg.zip", page, "Start again", "--mirror", "--archive", "REQUESTS_CA_BUNDLE"
-    refused(word, *words, mirror=mirror)
+    refused(word, *words, mirror=fault.get("mirror", ""))
     assert not names_in(kvasir.parent)
     vars(server).update(cut=None, status=200)
     download("kvasir-seg")
@@ -273,11 +258,10 @@ def test_what_is_in_the_way_is_named_and_stays(server, kvasir, root):
 
 LINK = "Kvasir-SEG/images/link"
 HOSTILE = {
-    **{f"tar with {n}": tarred(FILES | {n: b"x"}) for n in ("../evil", "a/../../evil")},
+    "tar with a path out": tarred(FILES | {"a/../../evil": b"x"}),
     "tar through a link": tarred({LINK: (tarfile.SYMTYPE, "/tmp"), f"{LINK}/evil": b"x"} | FILES),
     "tar with a link out": tarred(FILES | {LINK: (tarfile.SYMTYPE, "../../../evil")}),
     "tar with a hard link out": tarred(FILES | {LINK: (tarfile.LNKTYPE, "/etc/passwd")}),
-    "tar with a device": tarred(FILES | {LINK: (tarfile.CHRTYPE, "")}),
 }
 
 
@@ -291,10 +275,7 @@ def test_a_hostile_archive_writes_nothing(tmp_path, root, what):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    ("pack", "name"),
-    [(zipped, "../evil"), (zipped, "a/../../evil"), (zipped, "/evil"), (tarred, "/evil")],
-)
+@pytest.mark.parametrize(("pack", "name"), [(zipped, "../evil"), (tarred, "/evil")])
 def test_an_archive_with_a_path_to_the_outside_stays_inside(tmp_path, root, pack, name):
     (tmp_path / "hostile.zip").write_bytes(pack(FILES | {name: b"x"}))
     download("kvasir-seg", archive=tmp_path / "hostile.zip")
@@ -302,18 +283,10 @@ def test_an_archive_with_a_path_to_the_outside_stays_inside(tmp_path, root, pack
     assert names_in(root) == ["Kvasir-SEG", "checksums.json", "downloads"]
 
 
-def flipped(content):
-    return content[:5000] + bytes(byte ^ 255 for byte in content[5000:5100]) + content[5100:]
-
-
 DAMAGED = {
     "zip cut": zipped(FILES)[:-3000],
-    "zip with flipped bytes": flipped(zipped(FILES)),
-    "tar cut": tarred(FILES, "w")[:900_000],
     "tar.gz cut": tarred(FILES)[:900_000],
-    "tar.gz with flipped bytes": flipped(tarred(FILES)),
     "empty": b"",
-    "noise": NOISE,
     "rar": b"Rar!\x1a\x07\x01\x00" + NOISE,
     "a web page": b"\n<!doctype html><title>Log in</title>",
 }
@@ -414,10 +387,3 @@ def test_without_a_terminal_the_command_needs_yes_and_draws_no_bar(server, kvasi
     code, _, errors = command("download", "kvasir-seg")
     assert code == 1 and "--yes" in errors and not server.asked
     assert command("download", "kvasir-seg", "--yes")[::2] == (0, "")
-
-
-def test_every_address_of_the_catalogue_gives_a_plain_file_name():
-    for release in CATALOGUE.values():
-        names = [fetching._file_name(address, release) for address in release.archives]
-        assert len(set(names)) == len(names)
-        assert all(os.path.basename(name) == name and name[0].isalnum() for name in names)

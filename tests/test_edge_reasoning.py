@@ -7,22 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from lesionkd_core.config import LesionKDError
 from lesionkd_core.edges import edge_at_stride
 from lesionkd_core.losses import EdgeGraph, EdgeHead, EdgeReasoning, Step
 from lesionkd_core.losses.edge_reasoning import ShuffledEdgeReasoning, derange, grid_cells
-from lesionkd_core.models import ResNet34UNet, UNet
+from lesionkd_core.models import UNet
 from tests.tiny import drawn, step_of
 
 LEVEL = "encoder.stride4"
 EDGE = torch.zeros(1, 1, 4, 4)
 EDGE[0, 0, 0, 0] = EDGE[0, 0, 0, 1] = EDGE[0, 0, 3, 3] = 1  # cells 0 and 3 of a 2 x 2 grid
-
-
-@pytest.fixture(scope="module")
-def pair():
-    torch.manual_seed(0)
-    return UNet(width=2), UNet(width=3).eval().requires_grad_(False)
 
 
 def reasoning(pair, kind=EdgeReasoning, graph=None, std=None):
@@ -54,21 +47,13 @@ def edges(n=2, cells=((4, 4), (20, 24))):
 # Cells and anchors --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", [2, 3, 4])
-@pytest.mark.parametrize("shape", [(7, 9), (1, 4), (8, 8)])
+@pytest.mark.parametrize("grid", [2, 3])
+@pytest.mark.parametrize("shape", [(7, 9), (1, 4)])
 def test_cells_equal_a_loop_over_pixels(grid, shape):
     found = grid_cells(*shape, grid)
     assert (found.sum(0) == 1).all()
     for (y, x), cell in np.ndenumerate(found.argmax(0).view(shape).numpy()):
         assert cell == y * grid // shape[0] * grid + x * grid // shape[1]
-
-
-def test_anchor_is_the_mean_key_of_the_cells_edge_pixels():
-    graph = EdgeGraph(1, states=1, grid=2)
-    keys = graph.theta(torch.arange(16.0).view(1, 1, 4, 4))
-    anchors = graph.anchors_of(keys, EDGE)[0, 0]
-    torch.testing.assert_close(anchors[0], (keys[0, 0, 0, 0] + keys[0, 0, 0, 1]) / 2)
-    torch.testing.assert_close(anchors[3], keys[0, 0, 3, 3])
 
 
 def test_anchors_weight_pixels_by_how_much_edge_they_hold():
@@ -146,13 +131,6 @@ def test_nodes_divided_by_mass_are_weighted_means_of_states():
         assert found == pytest.approx([*nodes, 0, 0])
 
 
-def test_nodes_of_little_mass_are_means_too():
-    states = torch.tensor([[[2.0, 4.0]]])
-    projection = torch.tensor([[[0.1, 0.1], [0.9, 0.9], [0, 0], [0, 0]]])
-    nodes = EdgeGraph(1, states=1, grid=2).build_graph(states, projection)
-    assert nodes.flatten().tolist() == pytest.approx([3, 3, 0, 0])
-
-
 def test_an_image_without_an_edge_gives_finite_zeros():
     graph = EdgeGraph(3, grid=2)
     states, projection = graph.project(drawn(2, 3, 4, 4), torch.zeros(2, 1, 4, 4))
@@ -177,25 +155,7 @@ def test_the_head_is_the_cross_entropy_of_reprojected_nodes_over_images_with_an_
         label = edge[i].flatten().double().numpy()
         total += (np.log1p(np.exp(logits)) - label * logits).mean() / 2
     assert head(graph, x, edge).item() == pytest.approx(total, rel=1e-5)
-
-
-def test_the_head_learns_an_edge_that_the_features_show():
-    torch.manual_seed(0)
-    edge = torch.zeros(4, 1, 16, 16)
-    edge[:, :, 4:12, 6] = 1
-    x = torch.cat([edge * 2 - 1, torch.randn(4, 2, 16, 16)], 1)
-    graph, head = EdgeGraph(3, grid=2), EdgeHead(16)
-    optimizer = torch.optim.Adam([*graph.parameters(), *head.parameters()], 0.02)
-    first = head(graph, x, edge).item()
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = head(graph, x, edge)
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.5 * first
-    without = head(graph, x, torch.zeros_like(edge))
-    without.backward()
-    assert without.item() == 0
+    assert head(graph, x, torch.zeros_like(edge)).item() == 0
 
 
 # L_edge -------------------------------------------------------------------------------------------
@@ -246,13 +206,6 @@ def test_the_graph_stays_frozen_and_passes_gradients_to_student_and_connector():
     assert student.encoder[0][0].weight.grad.abs().sum() > 0
 
 
-def test_the_teachers_map_gets_no_gradient(pair):
-    loss = reasoning(pair)
-    student, teacher = maps().requires_grad_(), maps(seed=1)
-    loss(step(student, teacher, edges())).backward()
-    assert student.grad.abs().sum() > 0 and not teacher.requires_grad
-
-
 # The control --------------------------------------------------------------------------------------
 
 
@@ -273,11 +226,8 @@ def test_derangement_gives_every_lesion_the_edge_of_another():
     assert as_sets[0] == as_sets[1]
 
 
-def test_two_lesions_exchange_their_edges():
+def test_two_lesions_exchange_their_edges_and_one_alone_gets_none():
     assert torch.equal(derange(lesions(3, [0, 2])), lesions(3, [0, 2])[[2, 1, 0]])
-
-
-def test_the_only_lesion_of_a_batch_gets_no_edge():
     assert not derange(lesions(3, [1])).any()
 
 
@@ -301,12 +251,3 @@ def test_maps_in_half_precision_are_compared_in_single(pair):
     got = loss.eval()(step(*half, edge.double()))
     assert got.dtype == torch.float32 and torch.isfinite(got) and got > 0
     assert torch.equal(got, loss(step(*(x.float() for x in half), edge)))
-
-
-@pytest.mark.fault
-def test_odd_image_sizes_are_refused_in_distillation():
-    student, teacher = UNet(width=2), ResNet34UNet().eval()
-    made = step_of(student, teacher, torch.ones(2, 1, 70, 70), height=70, width=70)
-    loss = EdgeReasoning(student, teacher, EdgeGraph(64), torch.ones(16), LEVEL)
-    with pytest.raises(LesionKDError, match=r"17, 17.*18, 18.*multiples of 32"):
-        loss(made)

@@ -25,16 +25,6 @@ def test_edge_equals_a_loop_over_neighbours(shape):
         assert (edge_label(mask) == brute_force(mask)).all()
 
 
-def test_leading_axes_are_cases():
-    masks = np.random.default_rng(0).random((2, 3, 8, 8)) < 0.5
-    assert (edge_label(masks)[1, 2] == brute_force(masks[1, 2])).all()
-
-
-@pytest.mark.parametrize("fill", [0, 1])
-def test_the_image_border_is_no_edge(fill):
-    assert not edge_label(np.full((6, 6), fill)).any()
-
-
 def test_width_dilates_by_the_four_neighbours():
     mask = np.zeros((9, 9), bool)
     mask[4, 4] = True

@@ -10,7 +10,7 @@ from lesionkd_core.config import LesionKDError
 from lesionkd_core.data.prepare import prepare
 from tests.test_prepare import config
 from tests.test_results import full_disk
-from tests.tiny import image_folder, lesion, picture, save
+from tests.tiny import image_folder, lesion, picture, save, save_pages
 
 pytestmark = pytest.mark.fault
 GOOD = 14
@@ -39,39 +39,18 @@ def noise(top):
     return np.random.default_rng(0).integers(0, top, (48, 64), dtype=np.uint8)
 
 
-def pages(*stack):
-    first, *rest = (Image.fromarray(np.asarray(page)) for page in stack)
-    return lambda path: first.save(path, save_all=True, append_images=rest)
-
-
 def saved(pixels, **options):
     return lambda path: save(path, pixels, **options)
 
 
-def volume(d, name, image=(4, 24, 20), mask=(4, 24, 20), shift=0.0):
-    """A NIfTI pair; shapes are slices, rows, columns."""
-    for path, voxels, x in (
-        (image_of(d, name), np.random.default_rng(0).integers(-500, 500, image, np.int16), 0.0),
-        (mask_of(d, name), np.indices(mask)[0].astype(np.uint8) % 2 * 255, shift),
-    ):
-        path.unlink()
-        stored = sitk.GetImageFromArray(voxels, isVector=False)
-        stored.SetOrigin([x, *[0.0] * (voxels.ndim - 1)])
-        sitk.WriteImage(stored, str(path.with_suffix(".nii.gz")))
-
-
 def broken_volume(d, name):
-    volume(d, name)
+    voxels = 255 * np.random.default_rng(0).integers(0, 2, (4, 24, 20), np.uint8)
+    for path in (image_of(d, name), mask_of(d, name)):
+        path.unlink()
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), path.with_suffix(".nii.gz"))
     cut(d / "images" / f"{name}.nii.gz")
 
 
-def picture_for_a_volume(d, name):
-    volume(d, name)
-    (d / "masks" / f"{name}.nii.gz").unlink()
-    save(mask_of(d, name), lesion(9))
-
-
-RED = np.uint8([200, 30, 30])
 SPOILT = {  # what is wrong: how it is made from folder and name; words of the reason
     "no mask": (lambda d, n: mask_of(d, n).unlink(), ["no mask"]),
     "no image": (lambda d, n: image_of(d, n).unlink(), ["no image belongs to this mask"]),
@@ -84,38 +63,7 @@ SPOILT = {  # what is wrong: how it is made from folder and name; words of the r
         lambda d, n: save(image_of(d, n).with_suffix(".jpg"), picture(999)),
         ["two images are called"],
     ),
-    "two masks of one name": (
-        lambda d, n: save(mask_of(d, n).with_suffix(".bmp"), lesion(5)),
-        [".bmp", "have the same name"],
-    ),
-    "grey mask": (
-        lambda d, n: save(mask_of(d, n), 40 + noise(60)),
-        ["neither two values, nor classes"],
-    ),
-    "mask of classes 0, 1, 2": (
-        lambda d, n: save(mask_of(d, n), lesion(9).astype(np.uint8) + lesion(4)),
-        ["values 0, 1, 2: most masks are black and white", "lesion_values"],
-    ),
-    "red on white": (
-        lambda d, n: save(mask_of(d, n), np.where(lesion(9)[..., None], RED, np.uint8(255))),
-        ["values 255, #c81e1e", "lesion_values"],
-    ),
-    "mask of several pages": (
-        lambda d, n: instead(mask_of(d, n), pages(lesion(9), lesion(5)), ".tif"),
-        ["2 pages"],
-    ),
     "broken volume": (broken_volume, ["cannot be read"]),
-    "volume mask of another shape": (
-        lambda d, n: volume(d, n, mask=(5, 24, 20)),
-        ["(5, 24, 20)", "(4, 24, 20)"],
-    ),
-    "volume mask elsewhere": (lambda d, n: volume(d, n, shift=30.0), ["30.0 mm away"]),
-    "several volumes": (lambda d, n: volume(d, n, image=(3, 4, 24, 20)), ["20 x 24 x 4 x 3"]),
-    "picture for a volume": (picture_for_a_volume, ["must be a volume file"]),
-    "text called .dcm": (
-        lambda d, n: instead(image_of(d, n), lambda p: p.write_text("no"), ".dcm"),
-        ["DICOM"],
-    ),
 }
 
 
@@ -125,9 +73,8 @@ def turned(path):
     Image.fromarray(picture(3)).save(path, exif=exif)
 
 
-def soft():
-    small = Image.fromarray(lesion(20).astype(np.uint8) * 255).reduce(2)
-    return np.asarray(small.resize((64, 48), Image.Resampling.BILINEAR))
+def two_pages(path):
+    save_pages(path, picture(32), picture(33))
 
 
 REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
@@ -136,21 +83,9 @@ REPAIRED = {  # what is odd: how it is made; words of the note; the case is kept
         lambda d, n: instead(image_of(d, n), saved(picture(30), mode="CMYK"), ".jpg"),
         ["CMYK converted"],
     ),
-    "16 bits": (
-        lambda d, n: save(image_of(d, n), noise(255).astype(np.uint16) * 200),
-        ["16-bit values", "stretched to black and white"],
-    ),
-    "transparency": (
-        lambda d, n: save(image_of(d, n), np.dstack([picture(31), noise(255)])),
-        ["transparency dropped"],
-    ),
     "several pages": (
-        lambda d, n: instead(image_of(d, n), pages(picture(32), picture(33)), ".tif"),
+        lambda d, n: instead(image_of(d, n), two_pages, ".tif"),
         ["first of 2 pages"],
-    ),
-    "soft mask": (
-        lambda d, n: save(mask_of(d, n), soft()),
-        ["cut at 127.5", "of the pixels are between 0 and 255"],
     ),
 }
 NAMES = {what: f"case_{GOOD + i:03d}" for i, what in enumerate([*SPOILT, *REPAIRED])}
@@ -192,12 +127,12 @@ def test_all_other_cases_are_kept_without_a_remark(prepared):
     assert prepared.summary["dropped"] == len(SPOILT)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_two_images_of_one_name_are_left_out_even_if_one_of_them_is_drawn(tmp_path, runs, seed):
+def test_two_images_of_one_name_are_left_out_even_if_one_of_them_is_drawn(tmp_path, runs):
     root = image_folder(tmp_path / "mine", 14)
     save(root / "images/case_003.jpg", picture(99))  # whose mask is case_003.png?
-    found = prepare(config(root, cases=13, split_seed=seed))
-    assert "case_003" not in set(found.cases["id"])
+    for seed in range(4):
+        found = prepare(config(root, cases=13, split_seed=seed))
+        assert "case_003" not in set(found.cases["id"])
 
 
 def test_a_preparation_succeeds_once_there_is_space(tmp_path, monkeypatch, runs):

@@ -1,27 +1,25 @@
 """Volumes that cannot be used are refused before their first slice; the error names the file."""
 
-import gzip
-
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
 from PIL import Image
-from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
+from pydicom.uid import RLELossless, generate_uid
 
 from lesionkd_core.data.images import UnreadableFile
 from lesionkd_core.data.layouts import read
-from lesionkd_core.data.volumes import read_volume, write_mask
+from lesionkd_core.data.volumes import read_volume
 
-from .test_dicom import REPORT, as_pngs, dicom, series
+from .test_dicom import as_pngs, dicom, series
 from .test_volumes import HU, LESION, LPS, case, nifti, stored
 
 pytestmark = pytest.mark.fault
 
 
-def cut(path, to=0.6):
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * to)])
+def cut(path):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.95)])
     return path
 
 
@@ -43,67 +41,33 @@ def alone(d, path):
     return path, d / "m.png"
 
 
-def raw_nifti(d, voxels, affine=LPS, name="b.nii"):
-    nib.save(nib.Nifti1Image(voxels, affine), d / name)
-    return d / name
+def raw_nifti(d, voxels):
+    nib.save(nib.Nifti1Image(voxels, LPS), d / "b.nii")
+    return d / "b.nii"
 
 
-def converted(d, suffix, compressed=False):
-    sitk.WriteImage(sitk.ReadImage(nifti(d / "b.nii", HU)), d / f"b{suffix}", compressed)
-    return d / f"b{suffix}"
+def nrrd(d):
+    sitk.WriteImage(sitk.ReadImage(nifti(d / "b.nii", HU)), d / "b.nrrd")
+    return d / "b.nrrd"
 
 
-def text(path, content="<html>404</html>"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+def text(path):
+    path.write_text("<html>404</html>")
     return path
 
 
-def zero_affine(d):
-    path = raw_nifti(d, stored(HU)[0])
-    content = bytearray(path.read_bytes())
-    content[280:328] = bytes(48)  # srow_x, srow_y, srow_z
-    path.write_bytes(content)
-    return path
-
-
-def with_file(folder, name, pixels=HU[0], **attributes):
+def with_file(folder, **attributes):
     usual = {"ImagePositionPatient": [-30, -12, 90], "InstanceNumber": 90}
-    dicom(folder / name, pixels, **usual | attributes)
+    dicom(folder / "z.dcm", HU[0], **usual | attributes)
     return folder
 
 
-def compressed(d, bytes_kept=None):
-    """One compressed file, of whose pixels some bytes are there."""
+def compressed(d):
+    """One compressed file that is cut off."""
     header = pydicom.dcmread(dicom(d / "b.dcm", HU[0]))
-    if bytes_kept is None:
-        header.file_meta.TransferSyntaxUID = JPEGLSLossless
-        header.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xf7"])
-    else:
-        header.compress(RLELossless)
+    header.compress(RLELossless)
     header.save_as(d / "b.dcm")
-    return cut(d / "b.dcm", bytes_kept or 1)
-
-
-def with_icon(path):
-    """A small picture of its own before the pixels."""
-    header = pydicom.dcmread(path)
-    icon = pydicom.Dataset()
-    icon.Rows = icon.Columns = 8
-    icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
-    icon.BitsAllocated = icon.BitsStored = 8
-    icon.HighBit, icon.PixelRepresentation, icon.PixelData = 7, 0, bytes(range(64))
-    header.IconImageSequence = [icon]
-    header.save_as(path)
-    return path
-
-
-def report(d):
-    header = pydicom.dcmread(dicom(d / "b.dcm", HU[0]))
-    del header.PixelData, header.Rows, header.Columns
-    header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID = REPORT
-    header.save_as(d / "b.dcm")
-    return d / "b.dcm"
+    return cut(d / "b.dcm")
 
 
 def with_gap(folder):
@@ -114,17 +78,6 @@ def with_gap(folder):
 def other_shape(folder):
     Image.fromarray(LESION[0].T).save(folder / "e.png")
     return folder
-
-
-def emptied(folder):
-    for path in folder.iterdir():
-        path.unlink()
-    return folder
-
-
-def zeros(path):
-    path.write_bytes(gzip.compress(b"\0" * 900))
-    return path
 
 
 def flipped(path, at):
@@ -138,17 +91,13 @@ SCOUT = {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}
 SAME_PLACE = {"ImagePositionPatient": [-30, -12, -40]}
 UNPLACED = {"ImagePositionPatient": None, "InstanceNumber": None}
 NAN = np.full((6, 7, 5), np.nan, np.float32)
-ONE_NAN = np.where(np.arange(210).reshape(6, 7, 5) == 209, np.nan, 1)
 RGB_VOXELS = np.zeros((6, 7, 5), [(c, "u1") for c in "RGB"])
 NOT_NIFTI, NOT_DICOM = "cannot be read as NIfTI", "cannot be read as DICOM"
-SHIFTED, LOST = LPS + np.eye(4, k=3) * 3, np.diag([-1.0, -1, 1, 1])
+SHIFTED = LPS + np.eye(4, k=3) * 3
 
 FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
-    "no mask": (lambda d: good(d)[:1], ["a.nii.gz", "no mask"]),
-    "image missing": (lambda d: image_is(d, d / "gone.nii.gz"), ["gone.nii.gz", "missing"]),
     "mask missing": (lambda d: mask_is(d, d / "gone.nii"), ["gone.nii", "missing"]),
     "NIfTI that is text": (lambda d: image_is(d, text(d / "b.nii")), ["b.nii", NOT_NIFTI]),
-    "gzip of zeros": (lambda d: image_is(d, zeros(d / "b.nii.gz")), ["b.nii.gz", NOT_NIFTI]),
     "NIfTI-2": (
         lambda d: image_is(d, save_nifti_2(d / "b.nii")),
         ["b.nii", NOT_NIFTI, "NIfTI-2"],
@@ -157,34 +106,15 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
         lambda d: image_is(d, flipped(nifti(d / "b.nii.gz", HU), -100)),
         ["b.nii.gz", NOT_NIFTI],
     ),
-    "MetaImage cut": (
-        lambda d: image_is(d, cut(converted(d, ".mha", True), 0.9)),
-        ["b.mha", "cannot be read as MetaImage"],
-    ),
-    "mask cut": (
-        lambda d: mask_is(d, cut(nifti(d / "b.nii.gz", LESION.astype(np.uint8)))),
-        ["b.nii.gz", NOT_NIFTI],
-    ),
     "a fourth axis": (
         lambda d: image_is(d, raw_nifti(d, np.zeros((6, 7, 5, 3), np.int16))),
         ["b.nii", "6 x 7 x 5 x 3", "axis 4 has 3 entries", "one volume in each file"],
-    ),
-    "a line": (lambda d: image_is(d, raw_nifti(d, np.zeros(6, np.int16))), ["b.nii", "three axes"]),
-    "complex voxels": (
-        lambda d: image_is(d, raw_nifti(d, np.zeros((6, 7, 5), np.complex64))),
-        ["b.nii", "complex"],
     ),
     "colour voxels": (
         lambda d: image_is(d, raw_nifti(d, RGB_VOXELS)),
         ["b.nii", "one real number in each voxel"],
     ),
     "NaN": (lambda d: image_is(d, raw_nifti(d, NAN)), ["b.nii", "NaN"]),
-    "NaN in one voxel, packed": (
-        lambda d: image_is(d, raw_nifti(d, ONE_NAN, name="b.nii.gz")),
-        ["b.nii.gz", "NaN"],
-    ),
-    "NaN in a mask": (lambda d: mask_is(d, raw_nifti(d, NAN)), ["b.nii", "NaN"]),
-    "affine of zeros": (lambda d: image_is(d, zero_affine(d)), ["b.nii", NOT_NIFTI]),
     "mask of another shape": (
         lambda d: mask_is(d, nifti(d / "b.nii", LESION[:4].astype(np.uint8))),
         ["b.nii", "(4, 7, 6)", "(5, 7, 6)"],
@@ -193,86 +123,36 @@ FAULTS = {  # what is wrong: (image, mask) that is read, words of the message
         lambda d: mask_is(d, nifti(d / "b.nii", LESION.astype(np.uint8), affine=SHIFTED)),
         ["b.nii", "3.0 mm away"],
     ),
-    "mask that lost its affine": (
-        lambda d: mask_is(d, raw_nifti(d, np.zeros((6, 7, 5), np.uint8), LOST)),
-        ["b.nii", "mm away", "affine"],
-    ),
-    "negative mask values": (
-        lambda d: mask_is(d, nifti(d / "b.nii", LESION - 1.0)),
-        ["b.nii", "values -1, 0: negative values"],
-    ),
     "PNG mask of a NIfTI volume": (
         lambda d: mask_is(d, as_pngs(d / "p") / "k.png"),
         ["k.png", "must be a volume file"],
-    ),
-    "folder of masks of a NIfTI volume": (
-        lambda d: mask_is(d, as_pngs(d / "p")),
-        ["p:", "must be a volume file"],
-    ),
-    "one PNG for a series": (
-        lambda d: (series(d / "s"), as_pngs(d / "p") / "k.png"),
-        ["k.png", "one mask for each slice"],
     ),
     "a slice without a mask": (
         lambda d: (series(d / "s"), with_gap(as_pngs(d / "p"))),
         ["p:", "'e' has no partner"],
     ),
-    "a mask without a slice": (
-        lambda d: (series(d / "s", HU[:4]), as_pngs(d / "p")),
-        ["p:", "'b' has no partner"],
-    ),
     "a slice's mask of another shape": (
         lambda d: (series(d / "s"), other_shape(as_pngs(d / "p"))),
         ["e.png", "(1, 6, 7)", "(1, 7, 6)"],
     ),
-    "folder without DICOM": (
-        lambda d: image_is(d, text(d / "s" / "a.txt").parent),
-        ["s:", "no image in it"],
-    ),
-    "empty folder": (
-        lambda d: image_is(d, emptied(series(d / "s"))),
-        ["s:", "no image in it"],
-    ),
-    "a report": (lambda d: alone(d, report(d)), ["b.dcm", "no image in it"]),
-    "DICOM that is text": (lambda d: image_is(d, text(d / "b.dcm")), ["b.dcm", NOT_DICOM]),
-    "DICOM that is text in a series": (
-        lambda d: image_is(d, text(series(d / "s") / "b.dcm").parent),
-        ["b.dcm", NOT_DICOM],
-    ),
-    "DICOM cut": (
-        lambda d: alone(d, cut(dicom(d / "b.dcm", HU[0]), 0.9)),
-        ["b.dcm", NOT_DICOM, "cut off"],
-    ),
     "compressed DICOM cut": (
-        lambda d: alone(d, compressed(d, 0.95)),
+        lambda d: alone(d, compressed(d)),
         ["b.dcm", NOT_DICOM, "cut off"],
     ),
-    "compressed DICOM that is not": (lambda d: alone(d, compressed(d)), ["b.dcm", NOT_DICOM]),
-    "slice cut": (
-        lambda d: image_is(d, cut(series(d / "s") / "e.dcm", 0.9).parent),
-        ["e.dcm", NOT_DICOM],
-    ),
-    "DICOM without pixels": (lambda d: alone(d, dicom(d / "b.dcm", HU[0][:0])), ["b.dcm"]),
     "several frames in a series": (
         lambda d: image_is(d, frames_in(series(d / "s"))),
         ["s:", "3 frames"],
     ),
     "two series": (
-        lambda d: image_is(
-            d, with_file(series(d / "s"), "z.dcm", SeriesInstanceUID=generate_uid())
-        ),
+        lambda d: image_is(d, with_file(series(d / "s"), SeriesInstanceUID=generate_uid())),
         ["s:", "2 series", "a folder must hold one"],
     ),
-    "slices of two sizes": (
-        lambda d: image_is(d, with_file(series(d / "s"), "z.dcm", HU[0][:-1])),
-        ["s:", "differ in size"],
-    ),
     "a scout": (
-        lambda d: image_is(d, with_file(series(d / "s"), "z.dcm", **SCOUT)),
+        lambda d: image_is(d, with_file(series(d / "s"), **SCOUT)),
         ["s:", "orientation", "scout"],
     ),
     "two phases": (
-        lambda d: image_is(d, with_file(series(d / "s"), "z.dcm", **SAME_PLACE)),
+        lambda d: image_is(d, with_file(series(d / "s"), **SAME_PLACE)),
         ["s:", "same ImagePositionPatient", "phase"],
     ),
     "no position, no number": (
@@ -311,20 +191,13 @@ def test_two_masks_of_one_name_are_refused_where_one_was_meant(tmp_path):
         next(read(case(image, mask, mask, one_mask=True)))
 
 
-def test_a_mask_of_another_shape_than_its_scan_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"\(4, 7, 6\).*\(5, 7, 6\)"):
-        write_mask(tmp_path / "out.nii.gz", LESION[:4], like=good(tmp_path)[0])
-    assert not (tmp_path / "out.nii.gz").exists()
-
-
 def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     for path in (
         nifti(tmp_path / "a.nii", HU),
         nifti(tmp_path / "a.nii.gz", HU),
         dicom(tmp_path / "a.dcm", HU[0]),
-        with_icon(dicom(tmp_path / "b.dcm", np.tile(HU[0], (8, 8)))),
-        converted(tmp_path, ".nrrd"),
+        nrrd(tmp_path),
     ):
         whole, refused = path.read_bytes(), 0
         for _ in range(30):

@@ -5,26 +5,27 @@ import io
 import itertools
 import re
 import warnings
+from base64 import b64decode
 from functools import cache
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import nbconvert
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
-from skimage.color import deltaE_ciede2000, rgb2lab
+from skimage.color import rgb2lab
 
 from lesionkd_core.analysis import figures, inspect, statistics, tables
-from lesionkd_core.analysis.figures import Chart, Mark
 from lesionkd_core.analysis.inspect import NodeView, RefinementView
 from lesionkd_core.config import LesionKDError
 from lesionkd_core.losses import TERMS, Term
 from lesionkd_core.pipeline import ARMS
-from lesionkd_core.predict import OUTLINE, overlay
 from tests.conftest import ROOT
 from tests.test_statistics import study
 
@@ -166,16 +167,21 @@ def test_every_function_that_draws_is_tested_here():
     assert drawing == set(DRAWINGS)
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
-def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_in_small_print(name, tmp_path, caplog):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for folder in ("a", "b"):
-            fig = DRAWINGS[name]()
-            figures.save(fig, name, tmp_path / folder, data=pd.DataFrame({"x": [1 / 3]}))
+@pytest.mark.parametrize("name", ["forest", "nodes"])
+def test_a_figure_has_the_same_bytes_twice(name, tmp_path):
+    for folder in "ab":
+        figures.save(DRAWINGS[name](), name, tmp_path / folder, data=pd.DataFrame({"x": [1 / 3]}))
     for suffix in ("pdf", "svg", "png", "csv"):
         first, second = (tmp_path / folder / f"{name}.{suffix}" for folder in "ab")
         assert first.read_bytes() == second.read_bytes(), suffix
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_figure_has_a_paper_width_small_print_and_a_text(name, tmp_path, caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fig = DRAWINGS[name]()
+        figures.save(fig, name, tmp_path)
     assert not caplog.records, "no message of a font"
     assert any(fig.get_figwidth() * 25.4 == pytest.approx(width) for width in (85, 174))
     assert fig.get_figheight() * 25.4 < 240, "fits on a page"
@@ -194,10 +200,7 @@ def test_a_figure_has_the_same_bytes_twice_at_a_paper_width_in_small_print(name,
     ("name", "words"),
     [
         ("forest", ["busi, U-Net 64", "student alone; both, edges shuffled; logit KD", "right: m"]),
-        ("latency", ["U-Net 64", "128 px, 256 px", "ExecuTorch", "int8"]),
-        ("nodes", ["2 nodes", "teacher; both (method)"]),
         ("pairs", ["case_a and case_c, 5 bits"]),
-        ("segmentations", ["2 images", "teacher; Otsu"]),
     ],
 )
 def test_the_alternative_text_is_made_from_what_is_drawn(name, words):
@@ -212,24 +215,6 @@ def lab(*colours) -> np.ndarray:
     return rgb2lab(np.array([to_rgb(colour) for colour in colours])[None])[0]
 
 
-TISSUE = {  # mean, and mean +- standard deviation, of pixels at the border of 60 lesions each
-    "skin": ("#BF9B8F", "#DCBDB5", "#A27969"),
-    "mucosa": ("#A65D42", "#E08867", "#6C321D"),
-    "ultrasound": ("#5B5B5B", "#919191", "#252525"),
-}
-
-
-@pytest.mark.parametrize("tissue", TISSUE)
-@pytest.mark.parametrize("name", ["teacher", "student", "alone"])
-def test_an_outline_differs_from_the_tissue_below_it(name, tissue):
-    def distance(colour: str) -> float:
-        [[*found]] = [deltaE_ciede2000(lab(colour), lab(*TISSUE[tissue]))]
-        return min(found)
-
-    assert distance(figures.style_of(name).colour) > 20
-    assert tissue != "mucosa" or distance("#EE7733") < 20, "orange, as it was, does not"
-
-
 def test_every_arm_is_distinguished_by_marker_and_by_dash_alone():
     assert set(ALL_ARMS) | {"teacher", "student", "otsu"} <= set(figures.STYLES)
     looks = [figures.STYLES[arm] for arm in (*ALL_ARMS, "sobel_mask", "pseudo")]
@@ -238,16 +223,6 @@ def test_every_arm_is_distinguished_by_marker_and_by_dash_alone():
     apart = [lab(figures.style_of(name).colour)[0] for name in ("teacher", "student", "alone")]
     greys = sorted(lightness for lightness, *_ in apart)
     assert min(np.diff(greys)) > 10, "legible in grey"
-
-
-def test_a_longer_training_has_the_hue_and_marker_of_its_arm_darker():
-    pen, twice, four = (figures.style_of(f"alone{n}") for n in ("", "*2", "*4"))
-    assert pen.marker == twice.marker == four.marker
-    lightness = [lab(look.colour)[0, 0] for look in (pen, twice, four)]
-    assert lightness == sorted(lightness, reverse=True) and min(-np.diff(lightness)) > 8
-    hues = [mpl.colors.rgb_to_hsv(to_rgb(look.colour))[0] for look in (pen, twice, four)]
-    assert hues == pytest.approx([hues[0]] * 3, abs=0.01)
-    assert figures.style_of("alone_long") == four
 
 
 def test_a_loss_term_of_a_user_gets_a_style_and_a_label(monkeypatch):
@@ -259,59 +234,6 @@ def test_a_loss_term_of_a_user_gets_a_style_and_a_label(monkeypatch):
     fig = figures.learning_curves(statistics.learning_curves(history(("alone", "mine"))))
     assert "mine, my term" in fig.get_label()
     assert figures.style_of("anything") == figures.style_of("anything")
-
-
-EIGHT = ("alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist")
-
-
-@pytest.mark.parametrize(
-    ("draw", "arms"),
-    [
-        (DRAWINGS["dice_and_cost"], ("alone", "method", "unet64")),
-        (lambda: figures.learning_curves(statistics.learning_curves(history(EIGHT))), EIGHT),
-    ],
-    ids=["intervals", "lines"],
-)
-def test_a_notebook_shows_the_colours_of_the_style_at_160_dpi(draw, arms):
-    kind, content, width = figures.notebook_image(draw())
-    image = Image.open(io.BytesIO(content)).convert("RGB")
-    assert kind == "png" and len(content) < 60_000
-    assert image.width / (width / 96) == pytest.approx(160, abs=1)
-    assert width == pytest.approx(174 / 25.4 * 96 * figures.NOTEBOOK_SCALE, rel=0.05)
-    found = {f"#{r:02X}{g:02X}{b:02X}" for _, (r, g, b) in image.getcolors(1 << 20)}
-    assert {figures.style_of(arm).colour for arm in arms} | {"#FFFFFF", "#000000"} <= found
-
-
-@pytest.mark.parametrize("name", ["segmentations", "cases"])
-def test_photos_are_shown_as_jpeg(name):
-    kind, content, _ = figures.notebook_image(DRAWINGS[name]())
-    assert kind == "jpeg" and len(content) < 100_000
-
-
-def test_a_prediction_is_filled_and_the_true_mask_is_a_dashed_line_above_it():
-    fig = figures.segmentations(PREPARED, [0], {"teacher": EYE[None]})
-    axis = fig.axes[1]
-    assert axis.get_title(loc="center") == "Dice 1.00"
-    fill, outline, truth = axis.collections
-    assert fill.get_alpha() == 0.25
-    assert to_rgb(fill.get_facecolor()[0][:3]) == to_rgb(figures.STYLES["teacher"].colour)
-    assert to_rgb(truth.get_edgecolor()[0][:3]) == (1, 1, 1)
-    assert truth.get_linestyle()[0][1] is not None and outline.get_linestyle()[0][1] is None
-    for line in (outline, truth):
-        [rim] = line.get_path_effects()
-        assert rim._gc["foreground"] == "black" and rim._gc["linewidth"] > line.get_linewidth()[0]
-    alone = figures.cases(PREPARED, [0]).axes[0]
-    assert len(alone.collections) == 2, "a mask alone is filled, so that an inverted one is seen"
-
-
-def test_the_command_draws_masks_in_the_colour_of_the_student():
-    assert figures.style_of("student").colour == "#{:02X}{:02X}{:02X}".format(*OUTLINE)
-    image, mask = np.full((40, 40, 3), 100, np.uint8), np.zeros((40, 40), bool)
-    mask[10:30, 10:30] = True
-    drawn = overlay(image, mask)
-    assert tuple(drawn[10, 20]) == OUTLINE and tuple(drawn[8, 20]) == (0, 0, 0)
-    assert drawn[20, 20] == pytest.approx(0.75 * 100 + 0.25 * np.array(OUTLINE), abs=0.5)
-    assert (drawn[:7] == 100).all() and (image == 100).all()
 
 
 # Means and differences ----------------------------------------------------------------------------
@@ -342,16 +264,6 @@ def check_differences(axis, rows: pd.DataFrame, who: str) -> None:
     found = {name: mark for (_, name), mark in marks(axis).items() if not np.isnan(mark[0])}
     assert set(found) == set(rows[who])
     np.testing.assert_allclose([found[name] for name in rows[who]], expected)
-
-
-def test_marks_are_drawn_at_their_values_in_their_rows():
-    shown = [Mark("above", "kd", 0.5, 0.4, 0.7, (0.45, 0.55)), Mark("above", "cwd", 0.6)]
-    shown += [Mark("below", "kd", 0.1, 0.0, 0.2, (0.1,), filled=False)]
-    axis = figures.interval_charts([Chart("", "x", shown, zero=True)]).axes[0]
-    found = marks(axis)
-    assert found["above", "kd"] == [0.5, 0.4, 0.7, True] and found["above", "cwd"][0] == 0.6
-    assert found["below", "kd"] == [0.1, 0.0, 0.2, False]
-    assert trainings(axis) == [[0.45, 0.55]], "one training is the mean itself"
 
 
 def test_the_forest_plot_draws_every_difference_interval_and_training():
@@ -388,29 +300,6 @@ def test_the_ablation_draws_means_seeds_and_differences():
         check_differences(right, method[own], "other")
 
 
-def test_the_study_has_the_lengths_of_an_arm_in_one_row_own_test_cases_first():
-    own, other = figures.study(lengths()).axes
-    titles = [axis.get_title(loc="left") for axis in (own, other)]
-    assert titles == ["isic2018", "ham10000, trained on isic2018"]
-    alone = {name: mark[0] for (row, name), mark in marks(own).items() if row == "student alone"}
-    part = lengths().query("test_dataset == 'isic2018' and arm.str.startswith('alone')")
-    assert alone == pytest.approx(part.groupby("arm")["dice"].mean().to_dict())
-    joined = [line.get_xdata() for line in own.lines if len(line.get_xdata()) == 3]
-    assert any(list(x) == pytest.approx(list(alone.values())) for x in joined)
-
-
-def test_tertiles_are_in_order_with_their_ranges():
-    axes = [axis for axis in figures.tertiles(thirds()).axes if axis.get_visible()]
-    parts = [part for _, part in thirds().groupby(["dataset", "teacher"])]
-    parts = [own for part in parts for _, own in part.groupby("column", sort=False)]
-    for axis, part in zip(axes, parts, strict=True):
-        found = marks(axis)
-        drawn = [mark[:3] for mark in found.values()]
-        np.testing.assert_allclose(drawn, part[["difference", "low", "high"]])
-        assert [row.split(":")[0] for row, _ in found] == ["lowest", "middle", "highest"]
-        assert all(f"{n} cases" in row for (row, _), n in zip(found, part["cases"]))
-
-
 def test_gains_are_drawn_by_budget_labels_and_teacher_around_the_base():
     table = gains()
     by_budget, by_labels, by_teacher = figures.when_teacher_helps(table).axes
@@ -420,15 +309,6 @@ def test_gains_are_drawn_by_budget_labels_and_teacher_around_the_base():
     assert {row for row, _ in marks(by_labels)} == {"10 %", "100 %"}
     assert {row for row, _ in marks(by_teacher)} == {"U-Net 64", "other"}
     assert "epochs: 20" in by_labels.get_xlabel() and "epochs" not in by_budget.get_xlabel()
-
-
-def test_costs_stand_beside_the_networks_from_the_cheapest_on():
-    rows = [row for row, _ in marks(figures.dice_and_cost(POINTS).axes[0])]
-    assert rows == ["student alone, 10 M", "both (method), 10 M", "U-Net 64, 10,000 M"]
-    hours = gains().query("budget == 20 and labels == 1 and teacher == 'unet64'")
-    hours = hours.assign(hours=[2.0, 0.5], what=["slow", "fast"])
-    rows = [row for row, _ in marks(figures.gain_and_hours(hours).axes[0])]
-    assert rows == ["fast, +0.5 h", "slow, +2.0 h"]
 
 
 # Lines --------------------------------------------------------------------------------------------
@@ -453,17 +333,6 @@ def test_learning_curves_are_the_means_with_the_range_of_the_seeds():
             assert set(zip(of_arm["epoch"], of_arm[side].round(9))) <= corners
 
 
-def test_many_arms_are_drawn_in_two_charts_with_a_legend_few_are_named_beside_their_lines():
-    many = figures.learning_curves(statistics.learning_curves(history(ALL_ARMS)))
-    own, baselines = many.axes
-    assert set(lines(own)) == {"alone", "feat", "edge", "method", "shuffled"}
-    assert {"alone", "method", "kd", "cwd", "dist", "sobel"} <= set(lines(baselines))
-    assert len(many.legends[0].get_texts()) == len(ALL_ARMS)
-    few = figures.learning_curves(statistics.learning_curves(history()))
-    assert not few.legends
-    assert {text.get_text() for text in few.axes[0].texts} == {"student alone", "both (method)"}
-
-
 # The method ---------------------------------------------------------------------------------------
 
 
@@ -474,32 +343,6 @@ def test_the_margin_is_a_border_of_the_histogram():
     assert counts[borders[:-1] < -0.8 - 1e-9].sum() == (values < -0.8).sum()
     constant, _ = figures.margin_histogram(np.full(5, -0.8), -0.8)
     assert constant.sum() == 5
-
-
-def test_a_projection_is_written_as_numbers():
-    fig = figures.projection(
-        TWO, np.eye(2), {"cosine": np.array([[0.9, 0.2, 0.1, 0], [0.1, 0.8, 0.9, 1]])}
-    )
-    written = [float(text.get_text()) for text in fig.axes[1].texts]
-    assert written == [0.9, 0.2, 0.1, 0, 0.1, 0.8, 0.9, 1]
-    assert [float(text.get_text()) for text in fig.axes[0].texts] == [1, 1, 2, 2]
-
-
-def test_a_pixel_has_the_colour_of_its_most_likely_node_and_none_for_the_background():
-    view = node_view(live=(0, 3, 4))  # 4 is the background's
-    edge, assigned = figures.nodes(picture(), {"teacher": view}).axes
-    numbers = {t.get_text(): t.get_position() for t in edge.texts}
-    assert numbers == {str(node): tuple(view.anchors[node][::-1]) for node in (0, 3)}
-    drawn = np.asarray(assigned.images[1].get_array())
-    most = view.projection.argmax(0)
-    for place, node in enumerate((0, 3)):
-        here = most == node
-        assert here.any() and (drawn[here][:, :3] == to_rgb(figures.NODE_COLOURS[place])).all()
-        assert drawn[here][:, 3] == pytest.approx(0.35 + 0.6 * view.projection[node][here])
-    assert (drawn[most == 4][:, 3] == 0).all()
-    colours = lab(*figures.NODE_COLOURS[:9])
-    apart = [deltaE_ciede2000(a, b) for a, b in itertools.combinations(colours, 2)]
-    assert min(apart) > 15, "nine nodes are told apart"
 
 
 @pytest.mark.parametrize("part", figures.METHOD_PARTS)
@@ -528,15 +371,11 @@ def degenerate():
     empty = study().iloc[:0]
     yield "nothing compared", lambda: figures.forest(statistics.compare(empty))
     yield "no case", lambda: figures.ablation(empty, statistics.compare(empty))
-    yield "no factor varies", lambda: figures.when_teacher_helps(gains().query("budget == 5"))
     one = study().query("seed == 0 and group == 'g0'")
     yield "one group, no interval", lambda: figures.ablation(one, statistics.compare_arms(one))
     undefined = {"method": study().assign(precision=np.nan)}
     yield "undefined scores", lambda: figures.per_case_scores(undefined, "precision")
-    equal = {"student": pd.DataFrame({"dice": [0.1 + 0.2] * 12, "group": list("abcdefghijkl")})}
-    yield "equal scores", lambda: figures.per_case_scores(equal)
     yield "no live node", lambda: figures.nodes(picture(), {"": node_view(())})
-    yield "a flat channel", lambda: figures.margin(np.zeros((4, 4)), -0.1)
     yield "one case in a split", lambda: figures.lesion_sizes(release(5).assign(split="test"))
 
 
@@ -549,3 +388,69 @@ def test_degenerate_tables_are_drawn_without_a_warning(name, draw):
         fig = draw()
         fig.savefig(io.BytesIO(), dpi=40)
     assert fig.get_label().endswith(".")
+
+
+# Alternative texts, which go with a figure to the notebook and into its files ---------------------
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+
+
+def shown_by(show, monkeypatch) -> tuple[dict, dict]:
+    sent = []
+    monkeypatch.setattr(
+        "IPython.display.display", lambda data, metadata, raw: sent.append((data, metadata, raw))
+    )
+    show()
+    [(data, metadata, raw)] = sent
+    assert raw and not plt.get_fignums()
+    return data, metadata
+
+
+@pytest.mark.parametrize(("name", "kind"), [("forest", "image/png"), ("cases", "image/jpeg")])
+def test_a_published_figure_has_its_text_in_the_notebook_and_in_html(
+    name, kind, monkeypatch, tmp_path
+):
+    text = (fig := DRAWINGS[name]()).get_label()
+    data, metadata = shown_by(lambda: figures.publish(fig, name, tmp_path), monkeypatch)
+    assert data["text/plain"] == text and metadata[kind]["alt"] == text
+    assert set(data) == {kind, "text/plain"} and b64decode(data[kind])
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.{s}" for s in ("pdf", "svg", "png")}
+    output = nbformat.v4.new_output("display_data", data, metadata=metadata)
+    cell = nbformat.v4.new_code_cell("", execution_count=1, outputs=[output])
+    # only the classic template of nbconvert writes `alt`
+    exporter = nbconvert.HTMLExporter(template_name="classic")
+    html, _ = exporter.from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert re.search(r'<img[^>]*alt="([^"]*)"', html)[1] == text
+    assert f'width="{metadata[kind]["width"]}"' in html
+
+
+def test_the_method_is_shown_with_its_text(monkeypatch):
+    data, metadata = shown_by(lambda: figures.method("feat"), monkeypatch)
+    assert data["image/svg+xml"].startswith("<svg") and "'feat' highlighted" in data["text/plain"]
+    assert metadata["image/svg+xml"]["alt"] == data["text/plain"]
+
+
+@pytest.mark.fault
+def test_a_figure_without_a_text_is_not_shown():
+    with pytest.raises(LesionKDError, match="no alternative text"):
+        figures.display(plt.figure())
+
+
+def test_the_files_hold_the_text(tmp_path):
+    text = (fig := DRAWINGS["dice_and_cost"]()).get_label()
+    figures.save(fig, "costs", tmp_path)
+    assert f"<title>{text}</title>" in (tmp_path / "costs.svg").read_text(encoding="utf-8")
+    assert Image.open(tmp_path / "costs.png").text["Description"] == text
+    assert b"/Subject (" in (tmp_path / "costs.pdf").read_bytes()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_picture_of_a_committed_notebook_has_its_text(path):
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    pictures = [(kind, o) for o in outputs for kind in o.data if kind.startswith("image/")]
+    assert pictures, "a notebook has at least one figure"
+    for kind, output in pictures:
+        text = output.metadata.get(kind, {}).get("alt", "")
+        assert len(text) >= 40 and output.data["text/plain"] == text
+    assert path.stat().st_size < 300_000

@@ -1,5 +1,5 @@
-"""Notebook 04 in JupyterLab, driven in headless Chromium: it trains with a progress bar, shows a
-viewer that reacts, and finds its results after a restart."""
+"""Notebook 04 in JupyterLab, driven in headless Chromium: it trains with a progress bar and shows
+a viewer that reacts."""
 
 from __future__ import annotations
 
@@ -56,11 +56,6 @@ PIXELS = """(image) => {  // what is drawn; its address may be gone when the nex
   canvas.getContext('2d').drawImage(image, 0, 0);
   return canvas.toDataURL();
 }"""
-
-
-def results(runs):
-    """When each finished result was finished."""
-    return {str(p.parent.relative_to(runs)): p.stat().st_mtime_ns for p in runs.rglob("DONE")}
 
 
 @contextmanager
@@ -194,54 +189,35 @@ def opened(tmp_path_factory):
         page.goto(address)
         page.locator(".jp-KernelName", has_text="Python 3").wait_for()
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-        yield SimpleNamespace(page=page, file=notebooks / NAME, runs=runs)
+        yield SimpleNamespace(page=page, file=notebooks / NAME)
         browser.close()
-
-
-def looked_at(opened):
-    """What is seen while all cells run and after it."""
-    page = opened.page
-    seen = {"bars": watch(page), "shown": shown(page), "viewer": use_viewer(page)}
-    return SimpleNamespace(**seen, cells=saved(page, opened.file), results=results(opened.runs))
 
 
 @pytest.fixture(scope="module")
 def first(opened):
-    choose(opened.page, "Run", "runmenu:run-all")
-    return looked_at(opened)
+    """What is seen while all cells run and after it."""
+    page = opened.page
+    choose(page, "Run", "runmenu:run-all")
+    seen = {"bars": watch(page), "shown": shown(page), "viewer": use_viewer(page)}
+    return SimpleNamespace(**seen, cells=saved(page, opened.file))
 
 
-@pytest.fixture(scope="module")
-def second(opened, first):
-    """In a restarted kernel."""
-    choose(opened.page, "Run", "runmenu:restart-and-run-all")
-    opened.page.locator(".jp-Dialog .jp-mod-accept").click()
-    return looked_at(opened)
-
-
-by_run = pytest.mark.parametrize("run", ["first", pytest.param("second", marks=pytest.mark.soak)])
-
-
-@by_run
-def test_run_all_ends_with_done(run, request):
+def test_run_all_ends_with_done(first):
     """In order, without an error and without a line on standard error."""
-    found = request.getfixturevalue(run)
-    assert [cell.execution_count for cell in found.cells] == list(range(1, len(found.cells) + 1))
-    assert found.cells[-1].outputs[0].text.endswith("DONE\n")
-    outputs = [output for cell in found.cells for output in cell.outputs]
+    assert [cell.execution_count for cell in first.cells] == list(range(1, len(first.cells) + 1))
+    assert first.cells[-1].outputs[0].text.endswith("DONE\n")
+    outputs = [output for cell in first.cells for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert found.shown["error"] == found.shown["stderr"] == 0
+    assert first.shown["error"] == first.shown["stderr"] == 0
 
 
-@by_run
-def test_figures_are_drawn_on_the_page(run, request):
-    found = request.getfixturevalue(run).shown
+def test_figures_are_drawn_on_the_page(first):
+    found = first.shown
     assert found["pictures"] == found["drawn"] >= 6
 
 
-@by_run
-def test_the_viewer_draws_again_after_each_change_of_a_control(run, request):
-    assert request.getfixturevalue(run).viewer == ["start", "case", "threshold", "truth"]
+def test_the_viewer_draws_again_after_each_change_of_a_control(first):
+    assert first.viewer == ["start", "case", "threshold", "truth"]
 
 
 def test_a_bar_moves_while_the_students_train(first):
@@ -250,18 +226,3 @@ def test_a_bar_moves_while_the_students_train(first):
     done = [int(step[1]) for step in steps]
     assert {int(step[2]) for step in steps} == {EPOCHS} and done[-1] == EPOCHS
     assert done == sorted(done) and len({step for step in done if 0 < step < EPOCHS}) >= 2, done
-
-
-def test_epochs_are_reported_by_the_bar_alone(first):
-    outputs = [output for cell in first.cells for output in cell.outputs]
-    assert not any("students, epoch" in output.get("text", "") for output in outputs)
-    assert first.shown["bars"] >= 1
-
-
-@pytest.mark.soak
-def test_after_a_restart_the_results_are_found_and_nothing_is_trained(first, second):
-    assert second.shown["bars"] == 0
-    left = set(first.bars[-1])  # bars of the first run vanish, none is added
-    assert all(set(state) <= left for state in second.bars)
-    assert second.results == first.results
-    assert any(name.startswith("distill/") for name in first.results)

@@ -1,21 +1,17 @@
 """Release layouts in miniature, folders and lists of your own, and the real releases if here."""
 
-import csv
 import re
-import unicodedata
 from collections import Counter
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from PIL import Image
 
 from lesionkd_core.config import PrepareConfig, UnlabelledConfig
 from lesionkd_core.data.images import UnreadableFile
 from lesionkd_core.data.layouts import (
     CATALOGUE,
-    LAYOUTS,
     DatasetNotFound,
     ManifestError,
     find,
@@ -31,7 +27,7 @@ from lesionkd_core.data.prepare import prepare
 from .conftest import ROOT
 from .test_dicom import dicom
 from .test_volumes import HU, LESION, same, windowed
-from .tiny import SIZE, image_folder, lesion, picture, save
+from .tiny import SIZE, image_folder, lesion, picture, save, save_pages
 
 
 @pytest.fixture
@@ -66,44 +62,19 @@ def touch(path):
 
 # Releases -----------------------------------------------------------------------------------------
 
-ISIC = {  # folders of images and masks with {} for the part, parts, mark of the masks
-    "isic2016": ("ISBI2016_ISIC_Part1_{}_Data", "ISBI2016_ISIC_Part1_{}_GroundTruth"),
-    "isic2017": ("ISIC-2017_{}_Data", "ISIC-2017_{}_Part1_GroundTruth"),
-    "isic2018": ("ISIC2018_Task1-2_{}_Input", "ISIC2018_Task1_{}_GroundTruth"),
-}
 
-
-@pytest.mark.parametrize(
-    ("year", "parts"),
-    [
-        ("2016", {"Training": "train", "Test": "test"}),
-        ("2017", {"Training": "train", "Validation": "val", "Test_v2": "test"}),
-        ("2018", {"Training": "train", "Validation": "val", "Test": "test"}),
-    ],
-)
-def test_isic_reads_every_part_with_its_split(data, year, parts):
-    images, masks = ISIC[f"isic{year}"]
-    mark = "_Segmentation" if year == "2016" else "_segmentation"
+def test_isic_reads_every_part_with_its_split(data):
+    parts = {"Training": "train", "Validation": "val", "Test_v2": "test"}
     for number, part in enumerate(parts):
         names = [f"ISIC_{2 * number + k:07d}" for k in (0, 1)]
-        where = images.format(part) + "/{}.jpg", masks.format(part) + "/{}" + mark + ".png"
-        pairs(data / "challenge", *where, names, 6 + 2 * number)
-    first = data / "challenge" / images.format("Training")
+        masks = f"ISIC-2017_{part}_Part1_GroundTruth/{{}}_segmentation.png"
+        pairs(data / "all", f"ISIC-2017_{part}_Data/{{}}.jpg", masks, names, 6 + 2 * number)
+    first = data / "all" / "ISIC-2017_Training_Data"
     save(first / "ISIC_0000000_superpixels.png", picture(3))
     (first / "ATTRIBUTION.txt").write_text("is in the official archive")
-    cases = cases_of(f"isic{year}")
+    cases = cases_of("isic2017")
     assert [case.split for case in cases.values()] == [s for s in parts.values() for _ in (0, 1)]
-    assert list(sides(cases).values()) == list(range(6, 6 + 2 * len(parts)))
-    for mask in (data / "challenge" / masks.format(list(parts)[-1])).iterdir():
-        mask.unlink()
-    (data / "challenge" / masks.format(list(parts)[-1])).rmdir()  # a part without masks is ignored
-    assert len(cases_of(f"isic{year}")) == 2 * len(parts) - 2
-
-
-def test_archives_unpacked_into_folders_of_their_own_are_read(data):
-    images, masks = (f"{name}/{name}" for name in CATALOGUE["isic2018"].holds)
-    pairs(data / "isic2018", images + "/{}.jpg", masks + "/{}_segmentation.png", ["ISIC_0000007"])
-    assert sides(cases_of("isic2018")) == {"ISIC_0000007": 6}
+    assert list(sides(cases).values()) == list(range(6, 12))
 
 
 @pytest.mark.parametrize("table", ["HAM10000_metadata", "HAM10000_metadata.tab", ""])
@@ -166,18 +137,13 @@ def small_busi(root):
     return folder
 
 
-@pytest.mark.parametrize("way", ["name", "path", "renamed"])
-def test_busi_is_the_same_by_its_name_and_by_its_path(data, way):
-    """A folder with another name is one's own data; its sub-folders are labels all the same."""
+def test_busi_has_labels_and_unites_the_masks_of_an_image(data):
     folder = small_busi(data)
-    if way == "renamed":
-        folder = folder.rename(data / "ultrasound")
-    cases = cases_of("busi" if way == "name" else folder)
+    cases = cases_of("busi")
+    assert list(cases_of(folder)) == list(cases), "by its path"
     ids = ["benign (1)", "benign (2)", "benign (10)", "malignant (1)", "normal (1)"]  # 2 before 10
     labels = ["benign"] * 3 + ["malignant", "normal"]
-    assert list(cases) == (
-        [f"{label}-{name}" for label, name in zip(labels, ids)] if way == "renamed" else ids
-    )
+    assert list(cases) == ids
     assert [case.label for case in cases.values()] == labels
     assert {case.group for case in cases.values()} == {""}
     union = lesion(8) | lesion(5, top=30, left=40) | lesion(3, top=20, left=50)
@@ -226,14 +192,6 @@ def test_cvc_clinicdb_groups_frames_by_video(data, place, suffix):
     assert set(sides(cases).values()) == {9}
 
 
-def test_every_frame_of_cvc_clinicdb_has_a_video():
-    with open(ROOT / "data" / "cvc-clinicdb-videos.csv", newline="") as file:
-        spans = [(int(row["first_frame"]), int(row["last_frame"])) for row in csv.DictReader(file)]
-    assert len(spans) == 29 and [
-        frame for first, last in spans for frame in range(first, last + 1)
-    ] == list(range(1, 613))
-
-
 def test_cvc_colondb_in_one_folder(data):
     pairs(data / "CVC-ColonDB", "{}.bmp", "p{}.bmp", (1, 2, 10))
     for other in ("s1", "c1", "s10"):
@@ -248,13 +206,6 @@ def test_cvc_colondb_of_the_benchmarks_names_the_mask_without_an_image(data):
     assert [name for name, case in cases.items() if case.problem] == ["380"] and len(cases) == 3
     with pytest.raises(UnreadableFile, match=r"^380\.png: no image belongs to this mask$"):
         next(read(cases["380"]))
-
-
-@pytest.mark.parametrize("images", ["ETIS-LaribPolypDB/{}.tif", "images/{}.png"])
-def test_etis_larib_in_either_layout(data, images):
-    masks = "Ground Truth/p{}.tif" if images.startswith("ETIS") else "masks/{}.png"
-    pairs(data / "ETIS-LaribPolypDB", images, masks, (1, 2, 196))
-    assert sides(cases_of("etis-larib")) == {"1": 6, "2": 7, "196": 8}
 
 
 def test_fuseg_takes_its_parts_from_the_repository(data):
@@ -298,23 +249,15 @@ def test_covid_scans_of_one_patient_share_a_group(data):
     assert [(c.id, c.group) for c in cases_of("covid19-medseg").values()] == [("9", "9")]
 
 
-@pytest.mark.parametrize("pages", [30, 7])
-def test_the_sections_of_em_stacks_are_grouped_in_blocks(data, pages):
-    folder = data / "em"
-    folder.mkdir()
-    for name, shift in (("train-volume", 100), ("train-labels", 0)):
-        stack = [
-            Image.fromarray(lesion(3 + i).astype(np.uint8) * 255 - shift) for i in range(pages)
-        ]
-        stack[0].save(folder / f"{name}.tif", save_all=True, append_images=stack[1:])
+def test_the_sections_of_em_stacks_are_grouped_in_blocks(data):
+    for name, top in (("train-volume", 155), ("train-labels", 255)):
+        pages = [lesion(3 + i) * np.uint8(top) for i in range(30)]
+        save_pages(data / "em" / f"{name}.tif", *pages)
     cases = cases_of("em-isbi2012")
-    assert list(cases)[:2] == ["section-00", "section-01"] and len(cases) == pages
-    blocks = [range(6), range(6, 12), range(12, 18), range(18, 30)]
-    expected = [(b[0], min(b[-1], pages - 1)) for b in blocks for page in b if page < pages]
-    assert [case.group for case in cases.values()] == [
-        f"sections-{a:02d}-{b:02d}" for a, b in expected
-    ]
-    assert list(sides(cases).values()) == list(range(3, 3 + pages))  # 255, the interior
+    assert list(cases)[:2] == ["section-00", "section-01"]
+    sizes = {"sections-00-05": 6, "sections-06-11": 6, "sections-12-17": 6, "sections-18-29": 12}
+    assert Counter(case.group for case in cases.values()) == sizes
+    assert list(sides(cases).values()) == list(range(3, 33))  # 255, the interior
 
 
 def pancreas(root, above="manifest-1599750808610/Pancreas-CT", patients=(1, 2, 25)):
@@ -352,13 +295,6 @@ def test_pancreas_ct_pairs_series_and_labels_by_patient(data, above):
     assert any("matched voxel by voxel" in note for r in readings for note in r.notes)
 
 
-def test_a_patient_with_two_series_is_refused(data):
-    folder = pancreas(data / "pancreas") / "manifest-1599750808610/Pancreas-CT/PANCREAS_0001"
-    dicom(folder / "study" / "other" / "1-001.dcm", HU[0])
-    with pytest.raises(UnreadableFile, match="PANCREAS_0001: holds 2 series"):
-        next(read(cases_of("nih-pancreas")["PANCREAS_0001"]))
-
-
 def test_the_window_of_a_release_is_the_default():
     assert window_of(PrepareConfig(dataset="nih-pancreas")) == "70, 340"
     assert window_of(PrepareConfig(dataset="nih-pancreas", window="40, 400")) == "40, 400"
@@ -380,14 +316,7 @@ def test_a_release_is_found_where_people_unpack_it(tmp_path, monkeypatch, place)
     assert find("busi")[1].resolve() == folder
 
 
-def test_the_folder_of_the_official_name_is_preferred_to_a_copy(data):
-    images, masks = CATALOGUE["isic2018"].holds
-    for place in ("a copy", "isic2018"):
-        pairs(data / place, images + "/{}.jpg", masks + "/{}_segmentation.png", ["ISIC_0000007"])
-    assert find("isic2018")[1] == data / "isic2018"
-
-
-@pytest.mark.parametrize("name", ["kvasir-seg", "cvc-colondb", "etis-larib", "fuseg", "medetec"])
+@pytest.mark.parametrize("name", ["kvasir-seg", "fuseg"])
 def test_a_folder_of_ones_own_is_not_taken_for_a_release(data, name):
     image_folder(data / "mine", 1)
     pairs(data / "parts", "train/images/{}.png", "train/labels/{}.png", "a")
@@ -415,14 +344,13 @@ def test_own_data_pairs_equal_stems_of_any_suffix(data):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("suffix", [".heic", ".jp2", ".ppm", ".tga"])
-def test_images_in_formats_that_are_not_read_are_named(data, suffix):
+def test_images_in_formats_that_are_not_read_are_named(data):
     pairs(data / "mine", "images/{}.png", "masks/{}.png", "ab")
-    touch(data / "mine" / "images" / f"c{suffix}")
+    touch(data / "mine" / "images" / "c.heic")
     touch(data / "mine" / "images" / "notes.txt")
     problems = {case.id: case.problem for case in cases_of("mine").values() if case.problem}
-    why = f"c{suffix}: {suffix} files are not read; convert it to PNG or TIFF"
-    assert problems == {f"c{suffix}": why}
+    why = "c.heic: .heic files are not read; convert it to PNG or TIFF"
+    assert problems == {"c.heic": why}
 
 
 def test_sub_folders_are_labels_and_no_patients(data):
@@ -464,11 +392,10 @@ def test_a_folder_for_each_case_holds_a_volume_and_its_mask(data):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("start", ["BraTS20_{}_", ""])
-def test_several_kinds_of_volume_for_a_mask_are_refused_with_the_way_out(data, start):
+def test_several_kinds_of_volume_for_a_mask_are_refused_with_the_way_out(data):
     for case in ("001", "002"):
         for kind in ("flair", "t1", "t2", "seg"):
-            volume(data / "mine" / case / f"{start.format(case)}{kind}.nii.gz")
+            volume(data / "mine" / case / f"BraTS20_{case}_{kind}.nii.gz")
     words = r"holds 3 images .*t1\.nii\.gz.* one mask .*seg\.nii\.gz.* list one kind .* CSV table"
     with pytest.raises(DatasetNotFound, match=words):
         cases_of("mine")
@@ -487,21 +414,12 @@ def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too
     assert prepare(PrepareConfig(dataset="eyes/list.csv", pixels=32)).summary["warnings"] == []
 
 
-@pytest.mark.parametrize("way", ["folders", "list", "labels"])
-def test_a_class_or_clinic_that_is_missing_from_a_split_is_a_warning(data, runs, way):
-    rows = ["image,mask,label" if way == "labels" else "image,mask"]
+def test_a_class_or_clinic_that_is_missing_from_a_split_is_a_warning(data, runs):
     for number, kind in enumerate("ABC"):
-        place = f"all/{kind}" if way == "labels" else kind
-        pairs(
-            data / "mine", place + "/images/{}.png", place + "/masks/{}.png", range(8), 6 + number
-        )
         for k in range(8):
-            save(data / "mine" / place / "images" / f"{k}.png", picture(8 * number + k))
-            row = [f"{place}/images/{k}.png", f"{place}/masks/{k}.png", kind]
-            rows.append(",".join(row if way == "labels" else row[:2]))
-    (data / "mine" / "list.csv").write_text("\n".join(rows))
-    dataset = "mine" if way == "folders" else "mine/list.csv"
-    found = prepare(PrepareConfig(dataset=dataset, pixels=32))
+            save(data / "mine" / kind / "images" / f"{k}.png", picture(8 * number + k))
+            save(data / "mine" / kind / "masks" / f"{k}.png", lesion(6 + number))
+    found = prepare(PrepareConfig(dataset="mine", pixels=32))
     assert found.summary["groups"] == 24
     there = found.cases.groupby("label")["split"].agg(set)
     absent = {kind: {"train", "val", "test"} - there[kind] for kind in "ABC"}
@@ -513,26 +431,12 @@ def test_a_class_or_clinic_that_is_missing_from_a_split_is_a_warning(data, runs,
 def test_images_alone_may_lie_in_sub_folders_and_in_pages(data):
     save(data / "more" / "a.png", picture(0))
     save(data / "more" / "deep" / "er" / "b.png", picture(1))
-    pages = [Image.fromarray(picture(k)) for k in range(3)]
-    pages[0].save(data / "more" / "stack.tif", save_all=True, append_images=pages[1:])
+    save_pages(data / "more" / "stack.tif", *(picture(k) for k in range(3)))
     (data / "more" / "loop").symlink_to(data / "more")
     _, cases = fingerprint(UnlabelledConfig(dataset="more"))
     names = ["a", *(f"stack_page{page:03d}" for page in range(3)), "deep-er-b"]
     assert [case.id for case in cases] == names
     assert (read_case(cases[2]).image == picture(1)).all()
-
-
-@pytest.mark.fault
-def test_a_folder_that_may_not_be_listed_is_named(data, monkeypatch):
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied", str(folder))
-
-    small_busi(data)
-    monkeypatch.setitem(LAYOUTS, "busi", refuse)
-    with pytest.raises(
-        DatasetNotFound, match=r"^busi: .*Dataset_BUSI_with_GT cannot be read \(Permission denied\)"
-    ):
-        cases_of("busi")
 
 
 def test_the_fingerprint_follows_the_masks_and_the_images_of_own_data(data):
@@ -558,7 +462,7 @@ def test_the_fingerprint_follows_the_data_file_of_a_metaimage_header(data):
 # Manifests ----------------------------------------------------------------------------------------
 
 
-def listed(folder, text, count=4, name="list.csv"):
+def listed(folder, text, count=4):
     """A CSV manifest beside generated images scans/0.png, ... and masks drawn/0_m.png, ...
 
     In the text S0 and D0 stand for their paths.
@@ -567,8 +471,8 @@ def listed(folder, text, count=4, name="list.csv"):
         save(folder / "scans" / f"{i}.png", picture(i))
         save(folder / "drawn" / f"{i}_m.png", lesion(8 + i))
     text = re.sub(r"\bD(\d)", r"drawn/\1_m.png", re.sub(r"\bS(\d)", r"scans/\1.png", text))
-    (folder / name).write_text(text, encoding="utf-8")
-    return folder / name
+    (folder / "list.csv").write_text(text, encoding="utf-8")
+    return folder / "list.csv"
 
 
 def test_a_manifest_gives_groups_splits_labels_and_ids(data):
@@ -581,15 +485,11 @@ def test_a_manifest_gives_groups_splits_labels_and_ids(data):
 
 SAME = {  # the same two cases, written differently
     "semicolons, as Excel writes them": "image;mask;group\nS0;D0;a\nS1;D1;b\n",
-    "tabs": "image\tmask\tgroup\nS0\tD0\ta\nS1\tD1\tb\n",
     "byte order mark and CR LF": "\ufeffimage,mask,group\r\nS0,D0,a\r\nS1,D1,b\r\n",
     "spaces, large letters, empty rows": "Image, Mask, Group\n S0 , D0, a\n\nS1,D1,b\n,,\n",
     "Windows' slashes": "image,mask,group\nscans\\0.png,D0,a\n.\\scans\\1.png,drawn\\1_m.png,b\n",
-    "other order": "group,mask,image\na,D0,S0\nb,D1,S1\n",
-    "quotes": 'image,mask,group\n"S0","D0","a"\nS1,D1,b\n',
     "absolute paths": "image,mask,group\n{}/S0,D0,a\nS1,{}/D1,b\n",
     "the index of pandas": ",image,mask,group\n0,S0,D0,a\n1,S1,D1,b\n",
-    "the index of pandas, saved twice": "Unnamed: 0,image,mask,group\n0,S0,D0,a\n1,S1,D1,b\n",
 }
 
 
@@ -600,15 +500,7 @@ def test_a_manifest_is_read_however_it_was_written(data, way):
     assert [case.group for case in cases.values()] == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "image,mask\nS0,D0\nS0,D3\n",
-        "image,mask\nS0,D0;D3\n",
-        'image;mask\nS0;"D0;D3"\n',
-        "image,mask\nS0,D0\nscans/../S0,D3; D0;\n",
-    ],
-)
+@pytest.mark.parametrize("text", ["image,mask\nS0,D0\nS0,D3\n", 'image;mask\nS0;"D0;D3"\n'])
 def test_several_masks_of_one_image_are_united(data, text):
     [case] = cases_of(listed(data, text)).values()
     assert len(case.masks) == 2 and (read_case(case).mask == (lesion(8) | lesion(11))).all()
@@ -627,15 +519,6 @@ def test_ids_have_as_many_folders_as_make_them_different(data, images, ids):
     path = listed(data, "image,mask\n" + "".join(f"{image},D0\n" for image in images.split()))
     found = fingerprint(PrepareConfig(dataset=str(path)))[1]
     assert [case.id for case in found] == ids.split()
-
-
-@pytest.mark.parametrize(("listed_as", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_accents_of_a_manifest_may_be_encoded_in_another_way(data, listed_as, on_disk):
-    image, mask = "Größe/Läsion.png", "Größe/Läsion_m.png"
-    save(data / unicodedata.normalize(on_disk, image), picture(1))
-    save(data / unicodedata.normalize(on_disk, mask), lesion(9))
-    text = unicodedata.normalize(listed_as, f"image,mask\n{image},{mask}\n")
-    assert list(sides(cases_of(listed(data, text))).values()) == [9]
 
 
 def doubts_of(path):
@@ -668,34 +551,15 @@ def test_a_missing_file_drops_only_its_own_case_and_says_where_it_was_looked_for
         next(read(cases["3"]))
 
 
-@pytest.mark.fault
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("my-dat", "there is no folder and no CSV manifest .*/my-dat$"),
-        ("my-data", "my-data has images and no masks: put the mask of images/a.jpg into a folder"),
-    ],
-)
-def test_a_folder_that_is_not_there_or_has_no_masks_is_told_so(tmp_path, name, words):
-    (tmp_path / "my-data" / "images").mkdir(parents=True)
-    save(tmp_path / "my-data" / "images" / "a.png", np.zeros((8, 8), np.uint8))
-    with pytest.raises(DatasetNotFound, match=words):
-        listing(PrepareConfig(dataset=str(tmp_path / name)))
-
-
 WRONG = {  # a manifest and words of its error
     "image,mask,grup\nS0,D0,a\n": "column 'grup' is unknown; did you mean 'group'?",
-    "image,mask,mask\nS0,D0,D1\n": "column 'mask.1' is unknown; did you mean 'mask'?",
     "image,group\nS0,a\n": "no column 'mask'; columns are image, mask, group, split, label, id",
-    "S0,D0\n": "no column '",
     "image,mask\n": "no rows below the header",
     "": "cannot be read as a CSV table in UTF-8 (No columns to parse from file)",
     "image,mask,split\nS0,D0,train\nS1,D1,tset\n": "line 3: split = 'tset'; it must be train, ",
     "image,mask\nS0,D0\n,D1\n": "line 3: no image",
     "image,mask\na, b.png,D0\n": "rows have more cells than columns; put a path with a comma in",
     "image,mask,group\nS0,D0,a\nS0,D1,b\n": "line 3: scans/0.png is in an earlier line with",
-    "image,mask\nS1,D1\na, b.png,D0\n": "Expected 2 fields in line 3, saw 3",
-    'image,mask\n"S0,D0\n': "cannot be read as a CSV table",
 }
 
 
@@ -708,17 +572,10 @@ def test_a_wrong_manifest_is_refused_with_the_line(data, text):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_manifest_of_another_encoding_is_refused(data, encoding):
-    (data / "list.csv").write_text("image,mask\nLäsion.png,b.png\n", encoding=encoding)
+def test_a_manifest_of_another_encoding_is_refused(data):
+    (data / "list.csv").write_text("image,mask\nLäsion.png,b.png\n", encoding="latin-1")
     with pytest.raises(ManifestError, match=r"^list\.csv: cannot be read as a CSV table in UTF-8"):
         cases_of(data / "list.csv")
-
-
-def test_the_split_counts_in_the_fingerprint(data):
-    texts = (f"image,mask,split\nS0,D0,{split}\n" for split in ("train", "test"))
-    paths = [listed(data, text, name=f"{k}.csv") for k, text in enumerate(texts)]
-    assert len({fingerprint(PrepareConfig(dataset=str(path)))[0] for path in paths}) == 2
 
 
 # The catalogue and its cards ----------------------------------------------------------------------
@@ -735,16 +592,6 @@ def test_every_release_has_a_card_that_agrees_with_the_catalogue(release):
     others = (name for layout in release.others for name in layout)
     assert all(name in text for name in (*names, *others, f"{release.count:,}", "checksums.json"))
     assert (release.licence or "none is stated") in text
-    for row in ("Page", "Paper", "Licence", "Cases", "Checksum"):
-        assert re.search(rf"^\| {row} \| \S", text, re.M), row
-    assert release.page.startswith("http") and release.citation and release.modality
-    assert all(address.startswith("https://") for address in release.archives)
-    assert release.archives or release.access != "free, no registration"
-
-
-def test_every_card_belongs_to_a_release():
-    cards = {path.stem for path in (ROOT / "data").glob("*.md")}
-    assert cards - {"own", "phantom", "README"} == set(CATALOGUE)
 
 
 REAL = {  # cases of the release, or of a known part of it; groups; mask files

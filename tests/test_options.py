@@ -117,12 +117,7 @@ def test_the_digest_follows_upstream_stage_and_version(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("stage", "option"),
-    [
-        (PrepareConfig, "split_file"),
-        (TeacherConfig, "encoder_weights"),
-        (TeacherConfig, "teacher_checkpoint"),
-    ],
+    ("stage", "option"), [(PrepareConfig, "split_file"), (TeacherConfig, "encoder_weights")]
 )
 def test_files_count_by_content_not_by_path(tmp_path, stage, option):
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
@@ -166,9 +161,7 @@ def test_upstream_keeps_exactly_what_concerns_the_stage(stage):
     assert kept.upstream(stage) == kept
 
 
-@pytest.mark.parametrize(
-    ("given", "seeds"), [(3, (0, 1, 2)), (1, (0,)), ("0, 7", (0, 7)), ("5", (5,)), ([2, 4], (2, 4))]
-)
+@pytest.mark.parametrize(("given", "seeds"), [(3, (0, 1, 2)), ("0, 7", (0, 7)), ("5", (5,))])
 def test_seeds_are_counted_or_listed(given, seeds):
     assert AblationConfig(seeds=given).seeds == seeds
 
@@ -192,16 +185,6 @@ def test_named_levels_are_lists_of_maps():
     pair = "encoder.stride2:decoder.stride2"
     assert DistillConfig(levels=f"decoder.stride8, {pair}").levels == ("decoder.stride8", pair)
     assert DistillConfig(edge_level="deep").edge_level == "encoder.stride16"
-
-
-def test_the_table_of_parameters_has_every_option_with_help():
-    table = AblationConfig.parameters()
-    assert set(table["parameter"]) == set(AblationConfig.model_fields)
-    assert table["help"].str.len().min() > 5
-    shown = dict(zip(table["parameter"], table["default"]))
-    usual = AblationConfig()
-    assert shown == {name: getattr(usual, name) for name in shown}
-    assert shown["label_fraction"] == 0.1  # with the smoke profile, on the phantom
 
 
 # Arms ---------------------------------------------------------------------------------------------
@@ -249,29 +232,15 @@ def test_an_arm_that_does_not_exist_is_refused(arm, words):
 
 WRONG = [  # options, words of the message
     ({"sede": 1}, ["unknown parameter 'sede'", "did you mean 'seed'?"]),
-    ({"xyzzy": 1}, ["'xyzzy'", "known are:", "split_seed"]),
     ({"pixels": "64"}, ["pixels = '64'", "integer", "px"]),
-    ({"pixels": 64.0}, ["pixels = 64.0", "integer"]),
     ({"pixels": 100}, ["pixels = 100", "multiple of 32"]),
-    ({"pixels": 0}, ["pixels = 0", "32"]),
-    ({"seed": True}, ["seed = True", "integer"]),
-    ({"seed": -1}, ["seed = -1", "0"]),
     ({"val_fraction": 0.5}, ["val_fraction = 0.5", "less than 0.5"]),
     ({"lr": float("nan")}, ["lr = nan"]),
-    ({"profile": "fast"}, ["profile = 'fast'", "'smoke', 'cpu' or 'paper'"]),
-    ({"dataset": ""}, ["dataset = ''", "at least 1 character"]),
     ({"losses": "feat, feat"}, ["losses", "twice"]),
-    ({"losses": "feat=much"}, ["'much'", "give a number"]),
     ({"losses": "feat=-1"}, ["'feat' is -1.0", "0 or more"]),
-    ({"losses": "feat=inf"}, ["'feat' is inf"]),
     ({"levels": "decoder.stride3"}, ["levels", "decoder.stride3"]),
-    ({"edge_level": "stride4"}, ["edge_level = 'stride4'"]),
-    ({"margin": "mean"}, ["margin = 'mean'", "'bn' or 'empirical'"]),
     ({"arms": "method, method"}, ["arms", "twice"]),
-    ({"arms": ""}, ["arms", "at least 1"]),
     ({"seeds": 4000}, ["seeds", "give the string '4000'"]),
-    ({"seeds": "0, one"}, ["seeds = '0, one'"]),
-    ({"seeds": "0, -1"}, ["seeds", "-1"]),
     ({"seeds": 1, "seed": 7}, ["option seeds instead"]),
     ({"sede": 1, "pixels": 7, "epochs": 0}, ["'sede'", "pixels = 7", "epochs = 0"]),
 ]
@@ -291,11 +260,9 @@ def test_a_wrong_option_is_refused_with_its_name_and_what_fits(values, words):
     ("values", "words"),
     [
         ({"encoder_weights": "x", "teacher": "unet64"}, "need teacher = 'resnet34_unet'"),
-        ({"encoder_weights": "x", "teacher": "efficientnet_lite2_unet"}, "got 'efficientnet"),
         ({"encoder_weights": "x", "teacher_checkpoint": "y"}, "give one of the two"),
         ({"split": "test"}, "leaves no training cases"),
         ({"dataset": "busi", "test_dataset": "busi"}, "names 'busi', the training data"),
-        ({"test_dataset": "a/theirs, b/theirs"}, "two data sets are called 'theirs'"),
         ({"encoder_weights": "/nowhere/resnet34.pth"}, "cannot read '/nowhere/resnet34.pth'"),
     ],
 )

@@ -5,7 +5,6 @@ import pickle
 import re
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,7 +16,6 @@ from lesionkd_core import results
 from lesionkd_core.config import (
     ConfigError,
     DistillConfig,
-    GraphConfig,
     LesionKDError,
     PrepareConfig,
     TeacherConfig,
@@ -31,22 +29,12 @@ from tests.conftest import ROOT, copy_of
 # Folders ------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_named_by_data_profile_seed_and_digest():
-    path = results.folder(Wanted(PrepareConfig(split_seed=7), "upstream"))
-    assert path.parent == results.runs_root() / "prepare"
-    assert re.fullmatch(r"phantom-smoke-s7-[0-9a-f]{8}", path.name)
-    assert path.name.endswith(PrepareConfig(split_seed=7).digest("upstream")[:8])
-
-
 @pytest.mark.parametrize(
     ("cfg", "start"),
     [
         (TeacherConfig(teacher_seed=3, profile="cpu", dataset="busi"), "teacher/busi-cpu-s3-"),
-        (GraphConfig(teacher_seed=4, split_seed=9), "graph/phantom-smoke-s4-"),
         (DistillConfig(seed=5, teacher_seed=9), "distill/phantom-smoke-s5-"),
         (PrepareConfig(dataset="/data/my scans (v2)/"), "prepare/my_scans_v2_-smoke-s0-"),
-        (PrepareConfig(dataset="../läsionen"), "prepare/l_sionen-smoke-s0-"),
-        (PrepareConfig(dataset="lists/clinic-a.csv"), "prepare/lists-clinic-a-smoke-s0-"),
     ],
 )
 def test_each_stage_shows_its_own_seed_and_a_plain_name(cfg, start):
@@ -62,15 +50,6 @@ def made(paths):
             results.write_text(path / "content", path.name)
 
     return make
-
-
-def test_a_missing_result_is_made_and_then_found(runs):
-    calls, cfg = [], PrepareConfig()
-    for _ in range(2):
-        [found] = find_or_make([Wanted(cfg, "u")], made(calls), Result)
-    assert calls == [[found.path]] and results.is_done(found.path)
-    assert found.digest == cfg.digest("u") and found.config["upstream"] == "u"
-    assert set(results.read_json(found.path / "DONE")) == {"content", "config.json", "env.json"}
 
 
 def test_only_what_is_missing_is_made_and_equal_configurations_once(runs):
@@ -98,13 +77,6 @@ def test_an_unfinished_folder_is_resumed_or_emptied(runs, resume):
     assert len(results.read_json(path / "env.json")["resumed_from"]) == resume
 
 
-def test_another_profile_with_the_same_options_finds_the_result(runs):
-    calls, small = [], PrepareConfig(cases=30)
-    same = PrepareConfig(profile="cpu", pixels=64, cases=30)
-    found = [find_or_make([Wanted(cfg, "u")], made(calls), Result)[0].path for cfg in (small, same)]
-    assert found[0] == found[1] and len(calls) == 1
-
-
 @pytest.mark.parametrize("done", [True, False])
 def test_the_full_digest_is_compared_not_the_eight_letters_of_the_name(runs, done):
     """Another result whose digest begins with the same letters: a longer name is taken."""
@@ -119,26 +91,6 @@ def test_the_full_digest_is_compared_not_the_eight_letters_of_the_name(runs, don
     assert found.path.name == f"phantom-smoke-s0-{cfg.digest('u')[:16]}"
     assert len(calls) == 1 and found.digest == cfg.digest("u")
     assert results.read_json(other / "config.json")["digest"] == digest
-
-
-def test_of_several_processes_on_one_training_the_first_writes(runs):
-    barrier, calls, found = threading.Barrier(2, timeout=20), [], {}
-
-    def process(rank):
-        def make(missing):
-            calls.append(rank)
-            if rank == 0:
-                made([])(missing)
-
-        how = {"leader": rank == 0, "wait": barrier.wait}
-        found[rank] = find_or_make([Wanted(PrepareConfig(), "u")], make, Result, **how)[0].path
-
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sorted(calls) == [0, 1] and found[0] == found[1] and results.is_done(found[0])
 
 
 HOLDER = """
@@ -208,21 +160,6 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     assert back["missed"].dtype == np.int64 and back["missed"].tolist() == [0, 1, 0, 0, 1, 2]
 
 
-def test_json_arrays_and_tensors_are_read_as_they_were_written(tmp_path):
-    content = {"a": [1, 2.5, None, "ä"], "b": {"c": True}}
-    results.write_json(tmp_path / "x.json", content)
-    results.write_array(tmp_path / "x.npy", np.arange(6).reshape(2, 3))
-    with results.appending(tmp_path / "y.npy", (3, 2), "<f2") as write:
-        write(np.ones((1, 2)))
-        write(np.full((2, 2), 0.5))
-    results.write_checkpoint(tmp_path / "x", {"network": {"w": torch.arange(3)}, "epoch": 2})
-    assert results.read_json(tmp_path / "x.json") == content
-    assert np.array_equal(results.read_array(tmp_path / "x.npy"), [[0, 1, 2], [3, 4, 5]])
-    assert np.array_equal(np.load(tmp_path / "y.npy"), [[1, 1], [0.5, 0.5], [0.5, 0.5]])
-    saved = results.read_checkpoint(tmp_path / "x")
-    assert saved["network"]["w"].tolist() == [0, 1, 2] and saved["epoch"] == 2
-
-
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError])
 def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, failure):
     results.write_text(tmp_path / "x", "old")
@@ -255,10 +192,7 @@ def append(path):
 
 
 WRITERS = {
-    "text": lambda path: results.write_text(path, "x" * 50_000),
-    "json": lambda path: results.write_json(path, ["x"] * 10_000),
     "table": lambda path: results.write_table(path, pd.DataFrame({"a": range(20_000)})),
-    "array": lambda path: results.write_array(path, np.zeros(10_000)),
     "blocks": append,
     "checkpoint": lambda path: results.write_checkpoint(path, {"network": torch.zeros(10_000)}),
 }
@@ -312,9 +246,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_is_not_run(tmp_pat
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    "content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04", b"\xc4\xe9 latin", "half"]
-)
+@pytest.mark.parametrize("content", [b"", b"hello", "half"])
 def test_a_damaged_checkpoint_is_refused(tmp_path, content):
     results.write_checkpoint(tmp_path / "c", {"network": torch.zeros(1000)})
     half = (tmp_path / "c").read_bytes()[:900]

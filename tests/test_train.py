@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
 from PIL import Image
 
@@ -26,11 +25,9 @@ from lesionkd_core.data import phantom
 from lesionkd_core.data.batches import TrainingSet, epoch_order
 from lesionkd_core.data.prepare import Prepared, prepare, unlabelled_images
 from lesionkd_core.evaluate import fixed_mask_dice
-from lesionkd_core.losses import TERMS, FeatureRefinement, Measured, build_terms
+from lesionkd_core.losses import TERMS, FeatureRefinement
 from lesionkd_core.models import EfficientNetLite2Encoder, ResNet34UNet, freeze
 from lesionkd_core.pipeline import (
-    ARMS,
-    Graph,
     Run,
     _initial_teacher,
     ablate,
@@ -41,11 +38,10 @@ from lesionkd_core.pipeline import (
     sweep_weights,
     train_teacher,
 )
-from lesionkd_core.predict import build, load_network, load_student, predict
+from lesionkd_core.predict import build, load_student, predict
 from lesionkd_core.results import OtherOptions
-from lesionkd_core.train import Learner, Lesson, TrainingDiverged, gradients, start_fabric
-from tests.conftest import copy_of
-from tests.tiny import CFG, OPTIONS, small_teacher
+from lesionkd_core.train import TrainingDiverged, gradients, start_fabric
+from tests.tiny import CFG, OPTIONS
 
 has_bfloat16 = pytest.mark.skipif(
     not module._multiplies_bfloat16(), reason="no bfloat16 arithmetic"
@@ -148,6 +144,7 @@ def test_a_run_folder_holds_what_the_documentation_says(student, data):
     columns = "epoch lr loss_total loss_seg loss_feat loss_edge grad_seg grad_feat grad_edge"
     assert {*columns.split(), "cos_feat", "cos_edge", "val_dice"} <= set(student.history)
     assert student.history["epoch"].tolist() == [1, 2]
+    assert student.history["loss_total"].is_monotonic_decreasing
     best = student.summary["val"]["dice"]["mean"]
     assert student.history["val_dice"].max() == pytest.approx(best, abs=1e-5)
 
@@ -187,15 +184,6 @@ def test_the_frozen_teacher_never_changes(data, teacher, monkeypatch, runs):
     distill(teacher, None, data, cfg)
     [before], [network] = seen, frozen
     assert all(torch.equal(before[name], v) for name, v in network.state_dict().items())
-
-
-def test_the_fitted_graph_knows_the_spread_of_the_teachers_node_states(graph):
-    fitted = graph.load()
-    assert fitted.std.shape == (CFG.states,) and (fitted.std > 0).all()
-    assert 1 <= graph.summary["live_nodes"] <= CFG.grid**2
-    assert not any(p.requires_grad for p in fitted.graph.parameters())
-    saved = results.read_checkpoint(graph.path / "checkpoint_best")["graph"]
-    assert not any("head" in name for name in saved)
 
 
 def test_gradients_are_taken_where_all_terms_reach():
@@ -253,9 +241,8 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_a_loss_that_diverges_stops_the_run_and_names_step_term_and_cases(
-    data, teacher, runs, monkeypatch, bad
+    data, teacher, runs, monkeypatch
 ):
     """In epoch 2, step 3; the student beside it is not blamed, and both continue afterwards."""
     cfg = CFG.with_values(seed=9, label_fraction=1.0)
@@ -265,16 +252,16 @@ def test_a_loss_that_diverges_stops_the_run_and_names_step_term_and_cases(
 
     def third_step_of_the_second_epoch(self, step):
         calls.append(1)  # the first call of each epoch measures gradients
-        return real(self, step) * (float(bad) if len(calls) == (1 + steps) + 1 + 3 else 1)
+        return real(self, step) * (float("inf") if len(calls) == (1 + steps) + 1 + 3 else 1)
 
     monkeypatch.setattr(FeatureRefinement, "forward", third_step_of_the_second_epoch)
-    words = rf"step 3 of epoch 2 of runs/distill/\S+: .*loss_feat is {bad}; .*Reduce the"
+    words = r"step 3 of epoch 2 of runs/distill/\S+: .*loss_feat is inf; .*Reduce the"
     with pytest.raises(TrainingDiverged, match=words) as error:
         distill_arms(teacher, None, data, cfgs)
     path = runs / re.search(r"runs/(distill/\S+):", str(error.value))[1]
     written = results.read_json(path / "diverged.json")
     found = written["epoch"], written["step"], written["losses"]["feat"]
-    assert found == (2, 3, bad)
+    assert found == (2, 3, "inf")
     rows = data.index("train")
     batch = rows[epoch_order(len(rows), CFG.batch_size, 9, 1)[2]]
     assert written["cases"] == data.cases["id"].iloc[batch].tolist()
@@ -288,66 +275,25 @@ def test_a_loss_that_diverges_stops_the_run_and_names_step_term_and_cases(
 
 
 @pytest.mark.parametrize(
-    ("options", "trained"),
+    "options",
     [
-        ({"margin": "empirical"}, True),
-        ({"teacher_bn": "batch"}, True),
-        ({"edge_level": "deep", "levels": "patent"}, True),
-        ({"anchors": "eagr"}, True),
-        ({"level_weights": "halving"}, True),
-        ({"student": "tests.tiny:small_student"}, True),
-        ({"label_fraction": 0.4}, True),
-        ({"width": 4}, False),  # the default
+        {"teacher_bn": "batch"},
+        {"connector_lr": 0.1},
+        {"edge_level": "deep", "levels": "patent"},
+        {"anchors": "eagr"},
+        {"student": "tests.tiny:small_student"},
+        {"label_fraction": 0.4},
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=str,
 )
-def test_every_option_reaches_the_training(data, teacher, graph, student, runs, options, trained):
-    """The student's weights after the same steps are others, unless the value is the default."""
+def test_every_option_reaches_the_training(data, teacher, graph, student, runs, options):
+    """The head of the student has other weights after the same steps."""
     cfg = CFG.with_values(**options)
     of_graph = set(options) & (set(GraphConfig.model_fields) - set(TeacherConfig.model_fields))
     fitted = fit_edge_graph(teacher, data, cfg) if of_graph else graph
     before, after = weights(student), weights(distill(teacher, fitted, data, cfg))
-    common = [n for n in before if n in after and before[n].shape == after[n].shape]
-    assert all(torch.isfinite(after[name]).all() for name in after)
-    changed = any(not torch.equal(before[n], after[n]) for n in common if "head" in n)
-    assert (
-        changed == trained
-        or before["network.head.weight"].shape != after["network.head.weight"].shape
-    )
-
-
-def test_the_patents_teacher_trains(data, runs):
-    cfg = CFG.with_values(teacher="resnet34_unet", teacher_epochs=1)
-    run = train_teacher(data, cfg)
-    assert isinstance(load_network(run).network, ResNet34UNet)
-    assert run.summary["parameters"] == 24_429_281
-    last = results.read_checkpoint(run.path / "checkpoint_last")
-    assert "optimizer" not in last and len(last["history"]) == 1  # three times the weights
-
-
-def test_connectors_have_a_learning_rate_of_their_own(data):
-    """The first step of AdamW moves a weight by its learning rate, whatever its gradient."""
-    moved, teacher = {}, small_teacher().eval()
-    for factor in (1.0, 0.1):
-        cfg = CFG.with_values(
-            losses="feat", connector_lr=factor, weight_decay=0.0, label_fraction=1.0
-        )
-        student, cases = build(cfg), TrainingSet.of(data, cfg)
-        terms = build_terms(cfg, student, teacher, Measured())
-        learner = Learner(start_fabric(cfg), results.runs_root() / "no", cfg, cases, student, terms)
-        batch = next(cases.epoch(0))
-        with torch.no_grad():
-            logits, maps = teacher.forward_features(batch.images)
-        connector = learner.objective.terms["feat"].connectors[0][0].weight
-        parts = {"student": learner.network.head.weight, "connector": connector}
-        before = {name: weight.detach().clone() for name, weight in parts.items()}
-        lesson = Lesson(batch.masks, logits, maps, {1: torch.zeros_like(logits)})
-        learner.step(batch.images, lesson, measure=False)
-        moved[factor] = {
-            name: (weight - before[name]).abs().median().item() for name, weight in parts.items()
-        }
-    assert moved[0.1]["student"] == pytest.approx(moved[1.0]["student"], rel=1e-3)
-    assert moved[0.1]["connector"] == pytest.approx(0.1 * moved[1.0]["connector"], rel=1e-2)
+    assert all(torch.isfinite(weight).all() for weight in after.values())
+    assert not torch.equal(before["network.head.weight"], after["network.head.weight"])
 
 
 def test_masks_that_are_not_used_have_no_influence(data, teacher, graph, runs, tmp_path):
@@ -431,19 +377,6 @@ def test_a_wrong_folder_of_images_without_masks_is_named_before_anything_is_made
     assert len(seen.images) == 1
 
 
-def test_images_without_masks_may_be_in_sub_folders_and_volumes(runs, tmp_path):
-    folder = tmp_path / "clinic"
-    for patient in (1, 2):
-        (folder / f"patient {patient}").mkdir(parents=True)
-        image = phantom.draw(4, patient, 32)[0]
-        Image.fromarray(image).save(folder / f"patient {patient}" / "a.png")
-    voxels = np.stack([phantom.draw(5, z, 32)[0][..., 0] for z in range(3)]).astype(np.float32)
-    sitk.WriteImage(sitk.GetImageFromArray(voxels), folder / "scan.nii.gz")
-    seen = unlabelled_images(prepare(CFG), CFG.with_values(unlabelled=str(folder)))
-    slices = [f"scan_z{z:03d}" for z in range(3)]
-    assert seen.ids.tolist() == [*slices, "patient 1-a", "patient 2-a"]
-
-
 def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss(runs, data):
     """With batches of two some have no edge at all; the graph is fitted on the others."""
     cfg = CFG.with_values(normals="keep", batch_size=2, cases=60)
@@ -500,11 +433,8 @@ def test_a_teacher_that_one_fixed_mask_equals_is_refused_unless_allowed(data, ru
     ("options", "words"),
     [
         ({"pixels": 64}, "prepare/.* was made with pixels = 32, not 64 as the configuration says"),
-        ({"split_seed": 9, "fit": "pad"}, "fit = 'stretch', not 'pad'; split_seed = 0, not 9"),
         ({"dataset": "busi"}, "was prepared from dataset = 'phantom', not 'busi'"),
-        ({"teacher_epochs": 3}, "teacher/.* was made with teacher_epochs = 2, not 3"),
         ({"teacher": "unet"}, "teacher = 'tests.tiny:small_teacher', not 'unet'"),
-        ({"grid": 8}, "graph/.* was made with grid = 4, not 8"),
         ({"teacher_bn": "batch"}, "graph/.* was made with teacher_bn = 'eval', not 'batch'"),
     ],
 )
@@ -539,13 +469,6 @@ def test_a_graph_or_teacher_made_from_something_else_is_refused(data, teacher, g
         OtherOptions, match="graph/.* made with teacher_seed = 0, not 1; teacher_ep"
     ):
         distill(other, graph, data, cfg)
-    moved = copy_of(graph.path, runs)
-    about = results.read_json(graph.path / "config.json")
-    forged = about | {"upstream": "x", "digest": CFG.upstream(GraphConfig).digest("x")}
-    results.write_json(moved / "config.json", forged)
-    (moved / "DONE").write_text("{}")
-    with pytest.raises(OtherOptions, match="was not made from .*teacher.*; call fit_edge_graph"):
-        distill(teacher, Graph(moved), data, CFG)
 
 
 @pytest.mark.fault
@@ -554,24 +477,6 @@ def test_a_missing_teacher_or_graph_is_named(data, teacher):
         distill(None, None, data, CFG)
     with pytest.raises(LesionKDError, match="needs a graph from fit_edge_graph"):
         distill(teacher, None, data, CFG)
-
-
-@pytest.mark.fault
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"levels": "decoder.stride32"}, "no map"),
-        ({"edge_level": "encoder.stride32"}, "no map"),
-        ({"levels": "encoder.stride2:encoder.stride4"}, "equal stride"),
-        ({"teacher": "unett"}, "did you mean 'unet'"),
-    ],
-)
-def test_maps_that_do_not_fit_are_refused_before_anything_is_trained(
-    data, teacher, graph, runs, options, words
-):
-    with pytest.raises(LesionKDError, match=words):
-        distill(teacher, graph, data, CFG.with_values(**options))
-    assert not runs.exists()
 
 
 def test_a_teacher_trained_elsewhere_is_used_without_training(
@@ -612,9 +517,7 @@ def test_the_imagenet_teacher_starts_from_its_weights_unless_they_shall_be_rando
     ("option", "content", "words"),
     [
         ("teacher_checkpoint", {"conv.weight": torch.zeros(1)}, "do not fit.*ResNet34UNet"),
-        ("encoder_weights", {"conv1.weight": torch.zeros(64, 3, 3, 3)}, "torchvision's resnet34"),
         ("encoder_weights", None, "is not a readable checkpoint"),
-        ("teacher_checkpoint", [1, 2], "expected a state dict"),
     ],
 )
 def test_weights_of_another_network_are_refused(data, runs, tmp_path, option, content, words):
@@ -651,13 +554,6 @@ def test_an_ablation_collects_arms_and_seeds_and_a_later_arm_leaves_them(data, r
 def test_an_ablation_without_a_teacher_needs_none(data, runs):
     ablation = ablate(data, AblationConfig(**OPTIONS | {"epochs": 1}, arms="alone", seeds="2"))
     assert set(ablation.per_case["arm"]) == {"alone"} and not (runs / "teacher").exists()
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_lowers_its_own_loss(data, teacher, graph, arm):
-    cfg = arm_config(AblationConfig(**OPTIONS), arm, 0).with_values(epochs=3)
-    loss = distill(teacher, graph, data, cfg).history["loss_total"]
-    assert loss.iloc[-1] < loss.iloc[0]
 
 
 def test_a_sweep_of_weights_uses_validation_cases_and_sweeps_the_edge_of_the_method(data, runs):

@@ -99,10 +99,6 @@ def test_one_anatomy_gives_the_same_slices_however_its_axes_are_stored(tmp_path,
         assert np.allclose(space_of(image).affine, affine, atol=1e-4)
 
 
-def test_the_spacing_is_that_of_slices_rows_and_columns(tmp_path):
-    assert np.allclose(space_of(nifti(tmp_path / "a.nii", HU, WAYS[13])).spacing, SPACING)
-
-
 def test_the_patient_s_left_is_on_the_right_posterior_below_and_the_head_last(tmp_path):
     voxels = np.zeros((9, 8, 7), np.uint8)  # RAS+: x to the right, y to the front, z to the head
     voxels[1, 2, 5] = 1  # left, posterior, head
@@ -112,11 +108,10 @@ def test_the_patient_s_left_is_on_the_right_posterior_below_and_the_head_last(tm
 
 
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".mhd"])
-@pytest.mark.parametrize("way", [WAYS[0], WAYS[13], WAYS[-1]])
-def test_nrrd_and_metaimage_are_read_like_nifti(tmp_path, suffix, way):
+def test_nrrd_and_metaimage_are_read_like_nifti(tmp_path, suffix):
     files = []
     for name, voxels in (("a", HU), ("m", LESION.astype(np.uint8))):
-        as_nifti = nifti(tmp_path / f"{name}.nii", voxels, way, tilted(20))
+        as_nifti = nifti(tmp_path / f"{name}.nii", voxels, WAYS[13], tilted(20))
         sitk.WriteImage(sitk.ReadImage(as_nifti), tmp_path / f"{name}{suffix}")
         files.append(tmp_path / f"{name}{suffix}")
     same(read(case(*files), WINDOW), windowed(HU), LESION)
@@ -132,9 +127,8 @@ def test_values_are_scaled_by_the_header(tmp_path):
     assert np.array_equal(read_volume(tmp_path / "a.nii").voxels, HU)
 
 
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("kind", ["u1", "i1", "i2", "u2", "i4", "f4", "f8"])
-def test_every_type_of_number_is_read(tmp_path, kind, order):
+@pytest.mark.parametrize(("order", "kind"), [("<", "i2"), (">", "f4")])
+def test_every_type_of_number_is_read(tmp_path, order, kind):
     values = np.abs(HU % 100).astype(order + kind)
     image = nib.Nifti1Image(stored(values)[0], LPS, nib.Nifti1Header(endianness=order))
     image.set_data_dtype(kind)
@@ -142,7 +136,7 @@ def test_every_type_of_number_is_read(tmp_path, kind, order):
     assert np.array_equal(read_volume(tmp_path / "a.nii").voxels, values)
 
 
-@pytest.mark.parametrize("shape", [(1, 48, 64), (48, 1, 64), (48, 64, 1), (48, 64)])
+@pytest.mark.parametrize("shape", [(1, 48, 64), (48, 64)])
 def test_a_volume_one_voxel_thick_is_one_picture(tmp_path, shape):
     voxels = RNG.normal(0, 100, shape).astype(np.float32)
     image, mask = tmp_path / "a.nii.gz", tmp_path / "m.nii.gz"
@@ -164,11 +158,6 @@ def test_without_a_window_the_percentiles_of_the_volume_decide(tmp_path, monkeyp
     assert np.abs(np.array([*volume.images()]) - whole).max() <= 4 * 4
 
 
-def test_a_flat_volume_is_black(tmp_path):
-    flat = read_volume(nifti(tmp_path / "a.nii", np.full(SHAPE, 7, np.uint8)))
-    assert not any(image.any() for image in flat.images())
-
-
 def test_every_value_of_a_mask_but_0_is_lesion_and_several_masks_are_united(tmp_path):
     labels, one = LESION * RNG.integers(1, 5, SHAPE), np.zeros(SHAPE, np.float32)
     one[4, 6, 5] = 3
@@ -176,20 +165,6 @@ def test_every_value_of_a_mask_but_0_is_lesion_and_several_masks_are_united(tmp_
     masks = nifti(tmp_path / "m1.nii", labels.astype(np.int16)), nifti(tmp_path / "m2.nii", one)
     readings = same(read(case(image, *masks), WINDOW), windowed(HU), LESION | (one > 0))
     assert [note for r in readings for note in r.notes] == ["2 masks united"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "top"), [(np.uint8, 2), (np.uint8, 4), (np.int16, 3), (np.int16, 7)]
-)
-def test_classes_stored_with_a_scale_factor_are_classes(tmp_path, kind, top):
-    classes = LESION * RNG.integers(1, top + 1, SHAPE)
-    classes[0, 0, 0] = top
-    image = nib.Nifti1Image(stored(classes.astype(np.float64))[0], LPS)
-    image.set_data_dtype(kind)  # nibabel scales to the range of the type: 2.9999, 0.996
-    nib.save(image, tmp_path / "m.nii.gz")
-    assert nib.load(tmp_path / "m.nii.gz").dataobj.slope != 1
-    readings = list(read(case(nifti(tmp_path / "a.nii", HU), tmp_path / "m.nii.gz")))
-    assert np.array_equal([r.mask for r in readings], classes > 0)
 
 
 def test_notes_are_given_with_the_first_slice_that_has_a_lesion(tmp_path):
@@ -200,18 +175,12 @@ def test_notes_are_given_with_the_first_slice_that_has_a_lesion(tmp_path):
     assert noted == [False, False, False, True, False]
 
 
-@pytest.mark.parametrize("shape", [(6, 7), (6, 7, 1), (6, 7, 1, 1)])
-def test_a_volume_of_one_slice_is_an_image(tmp_path, shape):
+def test_a_volume_of_one_slice_is_an_image(tmp_path):
     for name, values in (("a.nii", HU), ("m.nii", LESION.astype(np.uint8))):
-        nib.save(nib.Nifti1Image(values[0].T.reshape(shape), LPS), tmp_path / name)
+        nib.save(nib.Nifti1Image(values[0].T[..., None], LPS), tmp_path / name)
     files = tmp_path / "a.nii", tmp_path / "m.nii"
     [reading] = same(read(case(*files), WINDOW), windowed(HU[:1]), LESION[:1])
     assert (reading.id, reading.volume) == ("scan", "")
-
-
-def test_a_fourth_axis_of_one_entry_is_a_volume(tmp_path):
-    nib.save(nib.Nifti1Image(stored(HU)[0][..., None], LPS), tmp_path / "A.NII.GZ")
-    assert np.array_equal(read_volume(tmp_path / "A.NII.GZ").voxels, HU)
 
 
 @pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
@@ -225,21 +194,6 @@ def test_a_written_mask_has_the_voxels_and_the_affine_of_its_source(tmp_path, af
         assert np.array_equal(np.asarray(written.dataobj), stored(LESION, way)[0])
         assert np.array_equal(read_volume(tmp_path / "out.nii.gz").voxels, LESION)
         same(read(case(source, tmp_path / "out.nii.gz"), WINDOW), windowed(HU), LESION)
-
-
-def test_a_written_mask_is_read_by_itk_and_the_same_at_every_writing(tmp_path):
-    source = nifti(tmp_path / "a.nii", HU, WAYS[9], tilted(20))
-    write_mask(tmp_path / "out.nii.gz", LESION, like=source)
-    write_mask(tmp_path / "again.nii.gz", LESION, like=source)
-    assert (tmp_path / "out.nii.gz").read_bytes() == (tmp_path / "again.nii.gz").read_bytes()
-    written, original = sitk.ReadImage(tmp_path / "out.nii.gz"), sitk.ReadImage(source)
-    assert np.allclose(written.GetDirection(), original.GetDirection(), atol=1e-5)
-    assert np.allclose(written.GetOrigin(), original.GetOrigin(), atol=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "a.nii",
-        "again.nii.gz",
-        "out.nii.gz",
-    ]
 
 
 def test_probabilities_are_written_as_they_are_for_a_source_with_a_qform_only(tmp_path):

@@ -78,6 +78,14 @@ def save(path: Path, pixels, mode: str | None = None, **options) -> Path:
     return path
 
 
+def save_pages(path: Path, *pages) -> Path:
+    """Write several arrays or images as the pages of one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = (Image.fromarray(np.asarray(page)) for page in pages)
+    first.save(path, save_all=True, append_images=rest)
+    return path
+
+
 def picture(seed: int, size=SIZE) -> np.ndarray:
     """A smooth random colour image (H, W, 3) uint8; two seeds are no near-duplicates."""
     rng = np.random.default_rng(seed)
