@@ -9,7 +9,9 @@ from lesionkd_core.losses import TERMS
 
 ARMS = {"alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist", "sobel", "alone_long"}
 SIX = {"alone", "feat", "method", "shuffled", "cwd", "alone_long"}
+POLYPS = {"alone", "alone*2", "feat", "method", "shuffled", "cwd"}
 STUDY = {"em-isbi2012": ARMS, "busi": ARMS, "cvc-clinicdb": SIX, "isic2018": SIX}
+STUDY["kvasir-seg"] = POLYPS
 """Arms of each data set."""
 
 

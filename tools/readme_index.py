@@ -62,7 +62,22 @@ def scores() -> pd.DataFrame:
 
 def gains() -> pd.DataFrame:
     """Every arm minus the student alone: difference, both intervals, p and verdict."""
-    return differences(statistics.compare_with(study(), "alone"))
+    arms = ("feat", "method", "cwd", "sobel", "alone_long", "alone*2")
+    return differences(statistics.compare_with(study(), "alone", arms=arms))
+
+
+def polyps() -> pd.DataFrame:
+    """Kvasir-SEG: arms minus the student alone, on its own test images and another clinic's."""
+    compared = statistics.compare_with(study().query("dataset == 'kvasir-seg'"), "alone")
+    rows = []
+    for arm, part in compared.groupby("arm", sort=False):
+        row = {"student": tables.label(arm)}
+        for one in part.sort_values("test_dataset", ascending=False).to_dict("records"):
+            where = "own clinic" if one["test_dataset"] == "kvasir-seg" else "CVC-ClinicDB"
+            gain = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+            row[where] = f"{gain}, {one['verdict']}"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def edges() -> pd.DataFrame:
@@ -155,6 +170,7 @@ def engines() -> pd.DataFrame:
 BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
     "scores": scores,
     "gains": gains,
+    "polyps": polyps,
     "edges": edges,
     "labels": labels,
     "ratios": ratios,

@@ -354,12 +354,15 @@ def cost_points(
     DataFrame
         dataset, teacher, model (arm or teacher network), dice, low, high, parameters and macs
         (multiplications for one image of the size of the training), for `figures.dice_and_cost`.
+        Networks that `cost` does not have are left out.
     """
     at_128 = cost[cost["pixels"] == 128].drop_duplicates("model").set_index("model")
     rows = []
     for setting, part in settings(per_case):
         for arm in (arm for arm in (TEACHER, *arms) if arm in set(part["arm"])):
             network = str(setting["teacher"]) if arm == TEACHER else "student"
+            if network not in at_128.index:
+                continue  # its cost was not measured
             row = {"dataset": setting["test_dataset"], "teacher": setting["teacher"]}
             row["model"] = network if arm == TEACHER else arm
             row |= zip(("dice", "low", "high"), case_mean(by_seed(part, arm)))
