@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHORTER = {
     "05_ablations": "epochs = 2",
     "06_paper_figures": "epochs = 2",  # draws the result of 05
-    "07_mobile": 'sizes, repeats = "64", 1',
+    "07_mobile": 'sizes = "64"',
 }
 """Parameters with which nbval runs a notebook; its last cell has another digest then."""
 
