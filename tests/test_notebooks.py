@@ -106,7 +106,6 @@ def test_parameters_are_options_with_the_defaults_of_the_code(path):
 OWN = {
     ("07", "formats"): "native, onnx, executorch, coreml, page",
     ("07", "engines"): "torch, onnx, native",
-    ("07", "repeats"): 3,
 }
 """Parameters whose value in a notebook differs from the option's default."""
 
