@@ -29,7 +29,7 @@ from .config import (
     nearest,
 )
 from .data.batches import TrainingSet, normalize
-from .data.layouts import fingerprint
+from .data.layouts import DatasetNotFound, fingerprint
 from .data.prepare import Prepared, Unlabelled, unlabelled_images
 from .edges import edge_label_batch
 from .evaluate import fixed_mask_dice, held_out_scores, score_external
@@ -108,8 +108,11 @@ def require_data(data: Prepared, cfg: PrepareConfig) -> None:
     made = data.config["dataset"]
     if name_of_dataset(made) == cfg.dataset_name:
         return
-    # a folder that was renamed has the same content
-    if fingerprint(cfg.upstream(PrepareConfig))[0] != data.config["upstream"]:
+    try:
+        content = fingerprint(cfg.upstream(PrepareConfig))[0]
+    except DatasetNotFound:
+        content = ""  # what is not here is not the same folder under another name
+    if content != data.config["upstream"]:
         raise OtherOptions(
             f"{short(data.path)} was prepared from dataset = {made!r}, not "
             f"{cfg.dataset!r} as the configuration says. Call prepare with this configuration."
