@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..models import Network, channels_of, match_levels
 from .feature_refinement import Connector
-from .segmentation import SEG_LOSSES
+from .segmentation import SegmentationLoss
 from .terms import LossTerm, Setup, Step, register, require_same_size
 
 
@@ -276,7 +276,7 @@ class SobelOfMask(LossTerm):
 
 
 @register("pseudo", label="pseudo-labels", weight=1.0, sweep=AROUND_ONE)
-class PseudoLabels(LossTerm):
+class PseudoLabels(SegmentationLoss):
     """L_seg with the teacher's hard masks (probability above 0.5), on the images without masks.
 
     0 for a batch in which all images have masks.
@@ -285,13 +285,7 @@ class PseudoLabels(LossTerm):
     does.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.loss = SEG_LOSSES[name]
-
-    @classmethod
-    def build(cls, setup: Setup) -> Self:
-        return cls(setup.cfg.seg_loss)
+    needs_teacher: ClassVar[bool] = True
 
     def forward(self, step: Step) -> Tensor:
         first = len(step.masks)
