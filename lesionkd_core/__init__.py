@@ -23,8 +23,8 @@ _MODULES = {
     "predict": "load_network load_student",
     "data.batches": "MEAN STD TrainingSet normalize",
     "evaluate": "fixed_mask_dice score_external score_masks score_otsu summarize",
-    "pipeline": "ARMS ablate arm_config distill distill_arms fit_edge_graph sweep_weights "
-    "train_teacher",
+    "pipeline": "ARMS ablate arm_config distill distill_arms fit_edge_graph train_teacher",
+    "sweep": "sweep_weights",
     "export": "ExportConfig export_student load_onnx",
     "analysis.inspect": "show",
     "analysis.figures": "publish",

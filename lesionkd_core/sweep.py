@@ -1,4 +1,4 @@
-"""Execute notebooks with parameters: one through papermill, or many on Dask."""
+"""Execute notebooks with parameters, one or many on Dask; compare weights of loss terms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 
 import lesionkd_core as lkd
 
-from .config import ConfigError, LesionKDError, MissingExtra, PrepareConfig, StageConfig, nearest
+from .config import (
+    AblationConfig,
+    ConfigError,
+    LesionKDError,
+    MissingExtra,
+    PrepareConfig,
+    StageConfig,
+    nearest,
+)
 from .data.layouts import data_root, fingerprint
 from .results import CHECKOUT, Progress, is_done, log, make_folder, runs_root, short, write_table
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from distributed import Client
 
+    from .data.prepare import Prepared
     from .results import Content
 
 Values = dict[str, object]
@@ -287,3 +296,54 @@ def _task(notebook: str, run: Values, folder: str, settings: dict[str, str]) -> 
         "notebook": short(target),
         "error": error.partition("\n")[0],
     }
+
+
+# Weights of loss terms ----------------------------------------------------------------------------
+
+
+def sweep_weights(
+    data: Prepared, cfg: AblationConfig, weights: dict[str, tuple[float, ...]] | None = None
+) -> pd.DataFrame:
+    """Train every arm with several weights and compare them on validation cases.
+
+    Parameters
+    ----------
+    cfg : AblationConfig
+        Its seeds are used; `losses` are the weights that are not swept.
+    weights : {loss term or 'method': weights}, optional
+        By default the sweep of each registered term. For 'method' the weight of L_edge is swept.
+
+    Returns
+    -------
+    DataFrame
+        dataset, arm, weight (0: student alone), seed, epochs, val_dice (mean over the last quarter
+        of the epochs, which varies less than the best), best_val_dice, run.
+    """
+    import pandas as pd
+
+    from .losses import TERMS
+    from .pipeline import ARMS, arm_config, distill_arms, teach
+
+    if weights is None:
+        weights = {name: term.sweep for name, term in TERMS.items() if term.sweep}
+    points: dict[tuple[str, float], dict[str, float | None]] = {("alone", 0.0): {}}
+    for arm, values in weights.items():
+        losses = arm_config(cfg, arm, 0).losses
+        last = ARMS.get(arm, arm).split(", ")[-1]
+        for weight in values:
+            points[arm, weight] = losses | {last: weight}
+    teacher, graph = teach(data, cfg, {term for losses in points.values() for term in losses})
+    rows = []
+    for seed in cfg.seeds:
+        alone = arm_config(cfg, "alone", seed)
+        cfgs = [alone.with_values(losses=losses) for losses in points.values()]
+        for (arm, weight), run in zip(points, distill_arms(teacher, graph, data, cfgs)):
+            dice = run.history["val_dice"]
+            scores = {
+                "epochs": len(dice),
+                "val_dice": dice.tail(max(len(dice) // 4, 1)).mean(),
+                "best_val_dice": dice.max(),
+            }
+            about = {"dataset": cfg.dataset_name, "arm": arm, "weight": weight, "seed": seed}
+            rows.append(about | scores | {"run": short(run.path)})
+    return pd.DataFrame(rows)

@@ -35,11 +35,11 @@ from lesionkd_core.pipeline import (
     distill,
     distill_arms,
     fit_edge_graph,
-    sweep_weights,
     train_teacher,
 )
 from lesionkd_core.predict import build, load_student, predict
 from lesionkd_core.results import OtherOptions
+from lesionkd_core.sweep import sweep_weights
 from lesionkd_core.train import TrainingDiverged, gradients, start_fabric
 from tests.tiny import CFG, OPTIONS
 

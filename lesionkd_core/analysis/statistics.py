@@ -429,20 +429,25 @@ def _reached_by_longer(
     if split_arm(one.arm)[0] == "alone":
         return False  # 'alone*2 is better than alone' is about the length itself
     ours = next(part for other, part in parts if other == setting)
+    scores = by_seed(ours, one.arm, one.metric)
     shorter = min(_length(setting, one.arm), _length(setting, one.other))
-    sign = 1 if HIGHER_IS_BETTER[one.metric] else -1
-    for other, part in parts:
-        if other | {"budget": 0} != setting | {"budget": 0}:
-            continue
-        for arm in in_order(part):
-            if split_arm(arm)[0] != "alone" or _length(other, arm) <= shorter:
-                continue
-            gain = sign * _between(
-                by_seed(ours, one.arm, one.metric), by_seed(part, arm, one.metric)
-            )
-            if not interval(gain.groupby("group").mean().to_numpy(float), draws)[0] > 0:
-                return True
+    for longer in _longer_alone(parts, setting, one.metric, shorter):
+        gain = _between(scores, longer).groupby("group").mean().to_numpy(float)
+        low, _ = interval(gain if HIGHER_IS_BETTER[one.metric] else -gain, draws)
+        if not low > 0:
+            return True
     return False
+
+
+def _longer_alone(
+    parts: list[tuple[Setting, pd.DataFrame]], setting: Setting, metric: str, shorter: float
+) -> Iterator[pd.DataFrame]:
+    """Scores, as `by_seed` returns them, of students alone with more epochs than `shorter`."""
+    for other, part in parts:
+        if other | {"budget": 0} == setting | {"budget": 0}:
+            for arm in in_order(part):
+                if split_arm(arm)[0] == "alone" and _length(other, arm) > shorter:
+                    yield by_seed(part, arm, metric)
 
 
 def _length(setting: Setting, arm: str) -> float:

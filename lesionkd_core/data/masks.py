@@ -194,6 +194,7 @@ def count_values(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kind(planes: np.ndarray, values: np.ndarray, counts: np.ndarray, lossy: bool) -> str:
+    """The kind of a `Look`: what the values alone say, then what their pixels look like."""
     top, whole = 255 if lossy else values[-1], not (values % 1).any()
     if len(values) == 1:
         return "one value"
@@ -212,26 +213,26 @@ def _kind(planes: np.ndarray, values: np.ndarray, counts: np.ndarray, lossy: boo
     def areas(chosen: np.ndarray) -> float:
         return float(inside[chosen].sum() / max(counts[chosen].sum(), 1))
 
-    middle = (values > top / 8) & (values < top * 7 / 8)
+    middle = (values > top / 8) & (values < top * 7 / 8)  # neither nearly black nor nearly white
     bright, lighter = (counts[values > top * part].sum() for part in (7 / 8, 1 / 4))
     lesion = values != 0
-    others = lesion & (values != values[np.where(lesion, counts, 0).argmax()])
-    borders = areas(others) <= EDGES
-    soft = (
+    others = lesion & (values != values[np.where(lesion, counts, 0).argmax()])  # not the usual one
+    borders = areas(others) <= EDGES  # they are at borders only
+    black_and_white = (
         (values[0] == 0 or lossy)
         and top < COLOUR
         and areas(middle) <= EDGES
         and counts[middle].sum() <= MOST_BETWEEN * counts.sum()
         and bright >= LEAST_BRIGHT * lighter
     )
-    if soft and (lossy or middle.sum() > 2 or (borders and others.sum() > 2)):
+    if black_and_white and (lossy or middle.sum() > 2 or (borders and others.sum() > 2)):
         return "soft"
-    if soft and borders and _are_specks(planes, values, counts):
+    if black_and_white and borders and _are_specks(planes, values, counts):
         return "few"
-    enlarged = others.sum() > 2 and top < COLOUR and counts[-1] > counts[lesion].sum() / 2
-    if lossy or not whole or enlarged or (borders and others.sum() > 2):
+    mostly_white = others.sum() > 2 and top < COLOUR and counts[-1] > counts[lesion].sum() / 2
+    if lossy or not whole or mostly_white or (borders and others.sum() > 2):
         return "unclear"
-    if lesion.sum() > CLASSES_UP_TO:
+    if lesion.sum() > CLASSES_UP_TO:  # instances, if each is in one piece
         return "classes" if _pieces(planes, values) <= 2 * lesion.sum() else "unclear"
     few_colours = top >= COLOUR and others.sum() <= 2
     return "classes" if areas(others) >= AREAS or few_colours else "thin"

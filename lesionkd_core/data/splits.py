@@ -134,18 +134,23 @@ def detail_correlation(
     steps = np.r_[: reach + 1, -reach:0]  # irfft2 has negative shifts at its end
     found, places = [np.empty(0)], [np.empty(0, int)]
     for start in range(0, len(i), BLOCK):  # in blocks, so that memory is bounded
-        waves, areas = [], []
+        spectra, areas = [], []
         for thumbnails, rows in ((first, i), (second, j)):
             unique, where = np.unique(rows[start : start + BLOCK], return_inverse=True)
             seen, detail = _details(thumbnails[unique], scale)
             areas.append(seen.sum((1, 2))[where])
-            waves.append([rfft2(x, (size, size))[where] for x in (detail, detail**2, seen)])
-
-        product, energy, energy2, common = (
-            irfft2(waves[0][a] * waves[1][b].conj(), (size, size))[:, steps][:, :, steps]
-            for a, b in ((0, 0), (1, 2), (2, 1), (2, 2))
+            spectra.append([rfft2(x, (size, size))[where] for x in (detail, detail**2, seen)])
+        (detail1, squares1, seen1), (detail2, squares2, seen2) = spectra
+        product, energy1, energy2, common = (  # at every shift, sums over what both images show
+            irfft2(one * two.conj(), (size, size))[:, steps][:, :, steps]
+            for one, two in (
+                (detail1, detail2),
+                (squares1, seen2),
+                (seen1, squares2),
+                (seen1, seen2),
+            )
         )
-        correlation = product / np.sqrt(np.maximum(energy * energy2, 1e-3))
+        correlation = product / np.sqrt(np.maximum(energy1 * energy2, 1e-3))
         least = np.maximum(*areas) / 2
         correlation[common < least[:, None, None]] = 0
         flat = correlation.reshape(len(correlation), -1)
