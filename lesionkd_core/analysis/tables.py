@@ -261,9 +261,9 @@ def _taught(arm: str) -> bool:
 
 
 def committed(name: str) -> pd.DataFrame:
-    """A table of measured results, data/results/NAME.csv or NAME.csv.gz, with its own columns."""
+    """A table of measured results, data/results/NAME.csv or NAME.csv.xz, with its own columns."""
     path = results.CHECKOUT / "data" / "results" / f"{name}.csv"
-    return results.read_table(path if path.exists() else path.with_suffix(".csv.gz"))
+    return results.read_table(path if path.exists() else path.with_suffix(".csv.xz"))
 
 
 def study(name: str = "per_case") -> pd.DataFrame:
