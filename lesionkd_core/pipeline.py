@@ -62,6 +62,8 @@ ARMS = {
     "shuffled": "feat, edge_shuffled",
 }
 """Loss terms of the arms of an ablation; the name of any loss term is an arm of that term."""
+CONTROLS = {"edge_shuffled": "edge"}
+"""A control has the weight that is given for the term that it is compared with."""
 
 
 class Run(Result):
@@ -498,8 +500,10 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
         if term not in TERMS or term == "seg":
             known = [*ARMS, *TERMS.keys() - {"seg"}]
             raise ConfigError(f"arms names {term!r}: {nearest(term, known)}")
-    given = {"seg": cfg.losses.get("seg")} | arm_cfg.losses
-    weights = {n: cfg.losses.get(n) if weight is None else weight for n, weight in given.items()}
+    weights: dict[str, float | None] = {"seg": None} | arm_cfg.losses
+    for term, weight in weights.items():
+        if weight is None:
+            weights[term] = cfg.losses.get(term, cfg.losses.get(CONTROLS.get(term, "")))
     return arm_cfg.with_values(losses=resolve(weights))
 
 

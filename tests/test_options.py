@@ -218,6 +218,15 @@ def test_every_loss_term_is_an_arm_and_an_arm_can_be_longer():
     assert both.losses == {"seg": 1.0, "feat": 0.5, "kd": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("losses", "weight"), [("edge=3", 3.0), ("", 0.1), ("edge=3, edge_shuffled=2", 2.0)]
+)
+def test_the_control_of_the_edges_has_their_weight(losses, weight):
+    """So that it differs from the method in the edges alone."""
+    arm = arm_config(AblationConfig(losses=losses), "shuffled", 0)
+    assert arm.losses["edge_shuffled"] == weight
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("arm", "words"),

@@ -21,6 +21,8 @@ NAMES = {
     "busi": "breast ultrasound (BUSI)",
     "cvc-clinicdb": "colonoscopy (CVC-ClinicDB)",
     "kvasir-seg": "colonoscopy (Kvasir-SEG)",
+    "cvc-half-b": "the other half of CVC-ClinicDB",
+    "bus-bra": "breast ultrasound (BUS-BRA)",
     "isic2018": "skin (ISIC 2018)",
 }
 ARMS = ["teacher", "alone", "longest", "feat", "method"]
@@ -88,6 +90,23 @@ def own_and_other_clinic(reference: str, arms: tuple[str, ...] = ()) -> pd.DataF
             gain = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
             row[where] = f"{gain}, {one['verdict']}"
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def recipes() -> pd.DataFrame:
+    """What is worth doing for a student of Kvasir-SEG: gain over the student alone, and minutes."""
+    table, runs = tables.study("recipes"), tables.committed("runs")
+    seconds = runs.drop_duplicates("run").set_index("run")["seconds"]
+    minutes = table.drop_duplicates("run").set_index("run")["arm"].to_frame()
+    minutes = minutes.join(seconds / 60).groupby("arm")["seconds"].mean()
+    compared = statistics.compare_with(table, "alone")
+    rows = []
+    for arm, part in compared.groupby("arm", sort=False):
+        row = {"student": tables.label(arm)}
+        for one in part.sort_values("test_dataset", ascending=False).to_dict("records"):
+            where = "own clinic" if one["test_dataset"] == "kvasir-seg" else "other clinic"
+            row[where] = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+        rows.append(row | {"minutes": f"{minutes[arm]:.0f}"})
     return pd.DataFrame(rows)
 
 
@@ -183,6 +202,7 @@ BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
     "gains": gains,
     "polyps": polyps,
     "polyps_longer": polyps_longer,
+    "recipes": recipes,
     "edges": edges,
     "labels": labels,
     "ratios": ratios,
