@@ -255,8 +255,8 @@ def _say(result: Result) -> None:
 @click.argument("run")
 @click.argument("datasets", nargs=-1, required=True)
 def score(run: str, datasets: tuple[str, ...]) -> None:
-    """Score a finished RUN on all cases of other DATASETS."""
-    for name, scored in lkd.score_external(Result(results.locate(run)), datasets).items():
+    """Score a finished RUN, or a published student, on all cases of other DATASETS."""
+    for name, scored in lkd.score_external(lkd.load_network(run), datasets).items():
         dice = results.with_interval(scored.summary["test"]["dice"])
         click.echo(f"{name}: Dice {dice}; results: {scored.path}")
 
@@ -264,7 +264,7 @@ def score(run: str, datasets: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("file", type=PATH)
 @click.option("--scheduler", default="", metavar="ADDRESS", help="a running Dask scheduler")
-@click.option("--workers", default=0, help="runs at a time on this machine; 0: as many as fit")
+@click.option("--workers", default=0, type=click.IntRange(0), help="runs at a time; 0: what fits")
 def sweep(file: Path, scheduler: str, workers: int) -> None:
     """Execute a notebook for every run of a YAML FILE (docs/sweeps.md)."""
     from .sweep import sweep
@@ -274,7 +274,8 @@ def sweep(file: Path, scheduler: str, workers: int) -> None:
     click.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
     failed = table[table["status"] == "failed"]
     for row in failed.itertuples():
-        click.echo(f"  {row.run}: {row.error}\n    executed notebook: {row.notebook}", err=True)
+        where = f"\n    executed notebook: {row.notebook}" if row.notebook else ""
+        click.echo(f"  {row.run}: {row.error}{where}", err=True)
     sys.exit(1 if len(failed) else 0)
 
 
@@ -298,7 +299,7 @@ def predict(
     device: str,
     pixel_size: float | None,
 ) -> None:
-    """Segment a folder of IMAGES with a student: a RUN, a published one, or a file .onnx (S7).
+    """Segment a folder of IMAGES with a student: a RUN, a published one, or a file .onnx.
 
     Beside the masks are areas.csv (lesion area, number of components) and report.csv (what was not
     read, and notes). Exit code 1: a file was not read; 2: all were read, but a picture is nearly

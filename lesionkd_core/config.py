@@ -447,8 +447,8 @@ class PrepareConfig(StageConfig):
         if self.folds == 1:
             raise ValueError("folds = 1: give 0 for a hold-out split, or at least 2")
         if self.fold >= max(self.folds, 1):
-            last = max(self.folds, 1) - 1
-            raise ValueError(f"fold = {self.fold}: the last is {last} (folds = {self.folds})")
+            why = f"the last is {self.folds - 1}" if self.folds else "give folds, their number, too"
+            raise ValueError(f"fold = {self.fold}: {why}")
         if self.folds and (self.split != "groups" or self.split_file):
             raise ValueError("folds split by group: split must be 'groups' and split_file empty")
         if self.normals == "test" and (self.folds or self.split_file):

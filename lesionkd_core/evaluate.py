@@ -13,7 +13,7 @@ from . import results
 from .config import ExternalConfig, LesionKDError
 from .data.prepare import Prepared, prepare
 from .data.splits import copies
-from .predict import load_network, probabilities, read_config
+from .predict import TrainedNetwork, load_network, probabilities
 from .results import Content, Result, log
 
 METRICS = ("dice", "iou", "sensitivity", "precision", "hd95", "surface_dice", "soft_dice")
@@ -229,38 +229,40 @@ class External(Result):
     """Scores of one network on another data set: `per_case` and `summary`."""
 
 
-def score_external(run: Result, datasets: tuple[str, ...]) -> dict[str, External]:
-    """Find or make the scores of a finished run on other data sets, by their names.
+def score_external(run: Result | TrainedNetwork, datasets: tuple[str, ...]) -> dict[str, External]:
+    """Find or make the scores of a run or a trained network on other data sets, by their names.
 
     Their images are prepared as the run's own were; the run's own images are not needed. Images
     that are near-duplicates of a training image are scored, counted (`near_training` in the
     summary; empty if the prepared training images are gone) and reported.
     """
-    found, cfg = {}, read_config(run.path)
+    found, trained = {}, run if isinstance(run, TrainedNetwork) else load_network(run)
     for dataset in datasets:
-        other = cfg.for_testing(dataset)
+        other = trained.cfg.for_testing(dataset)
+        if other.dataset_name == trained.cfg.dataset_name:
+            raise LesionKDError(f"{results.short(trained.path)} was trained on {dataset}")
         data = prepare(other)
 
         def make(missing: dict[Path, ExternalConfig], data: Prepared = data) -> None:
             for path in missing:
-                _score_external(path, run, data)
+                _score_external(path, trained, data)
 
-        wanted = results.Wanted(other, f"{run.digest}|{data.digest}")
+        wanted = results.Wanted(other, f"{trained.digest}|{data.digest}")
         [scored] = results.find_or_make([wanted], make, External)
         found[other.dataset_name] = scored
     return found
 
 
-def _score_external(path: Path, run: Result, data: Prepared) -> None:
-    per_case = score_network(load_network(run).network, data, splits=("test",))
-    own = results.with_digest("prepare", run.summary["data"])
+def _score_external(path: Path, trained: TrainedNetwork, data: Prepared) -> None:
+    per_case = score_network(trained.network, data, splits=("test",))
+    own = results.with_digest("prepare", trained.summary.get("data", ""))
     near = near_training(Prepared(own), data) if own else None
     if near:
         counted = f"{near} of {len(per_case)} cases of {data.path.name}"
         log.warning(f"warning: {counted} are near-duplicates of a training case")
     results.write_table(path / "per_case.csv", per_case)
-    about = {"test": summarize(per_case), "near_training": near, "run": results.short(run.path)}
-    results.write_json(path / "summary.json", about)
+    about = {"test": summarize(per_case), "near_training": near}
+    results.write_json(path / "summary.json", about | {"run": results.short(trained.path)})
 
 
 def near_training(own: Prepared, other: Prepared) -> int:

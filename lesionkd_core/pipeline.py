@@ -430,6 +430,8 @@ def _train_students(fabric: Fabric, given: _Given, missing: dict[Path, DistillCo
     training = TrainingSet.of(given.data, shared, given.unlabelled)
     if (total := len(training.rows)) > len(training.labelled):
         log.info(f"students use the masks of {len(training.labelled)} of {total} training images")
+    if given.unlabelled and not taught:
+        log.warning("warning: no loss term of these students uses images without masks")
     measured = _measure(taught, given, network)
     by_progress: dict[int, list[Learner]] = {}
     for path, cfg in missing.items():
@@ -498,9 +500,10 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
     arm_cfg = DistillConfig(**own | {"seed": seed, "losses": losses})
     for term in arm_cfg.losses:
         if term not in TERMS or term == "seg":
-            known = [*ARMS, *TERMS.keys() - {"seg"}]
+            known = ARMS.keys() | TERMS.keys() - {"seg"}
             raise ConfigError(f"arms names {term!r}: {nearest(term, known)}")
-    weights: dict[str, float | None] = {"seg": None} | arm_cfg.losses
+    weights: dict[str, float | None] = {"seg": None}
+    weights |= arm_cfg.losses
     for term, weight in weights.items():
         if weight is None:
             weights[term] = cfg.losses.get(term, cfg.losses.get(CONTROLS.get(term, "")))

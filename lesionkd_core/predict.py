@@ -36,7 +36,13 @@ from .data.images import (
     suffix_of,
     volume_reader,
 )
-from .data.layouts import images_beside_masks, sources_below, unread, window_of
+from .data.layouts import (
+    images_beside_masks,
+    named_after_others,
+    sources_below,
+    unread,
+    window_of,
+)
 from .data.pixels import prepare_image, restore, unseen
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
@@ -130,14 +136,28 @@ def build(cfg: TeacherConfig, lesion_fraction: float | None = None) -> Network:
 
 
 def load_network(run: Result | Path | str) -> TrainedNetwork:
-    """The best network of a finished teacher or student run, in evaluation mode on the CPU.
+    """A trained teacher or student, at its best epoch, in evaluation mode on the CPU.
+
+    Parameters
+    ----------
+    run : Result, Path or str
+        A finished run, its folder or name; the name of a published student, such as `busi`; or a
+        file that `save_student` wrote.
 
     Raises
     ------
     UnfinishedRun, LesionKDError
         The folder is not a finished training run, or its checkpoint does not fit.
     """
-    path = results.locate(run)
+    if not isinstance(run, Result):
+        for file in (Path(run), STUDENTS / f"{run}.safetensors"):
+            if file.is_file() and file.suffix == ".safetensors":
+                return _read_student(file)
+    try:
+        path = results.locate(run)
+    except results.UnfinishedRun as error:
+        names = ", ".join(sorted(file.stem for file in STUDENTS.glob("*.safetensors")))
+        raise results.UnfinishedRun(f"{error} Published students: {names or 'none'}.") from None
     cfg = read_config(path)
     if not results.is_done(path):
         raise results.UnfinishedRun(f"{path} is not finished (no DONE); run it again to resume.")
@@ -158,27 +178,10 @@ def _trained(
 
 
 def load_student(run: Result | Path | str) -> TrainedNetwork:
-    """A trained student: of a finished `distill` run, or one that comes with the repository.
-
-    Parameters
-    ----------
-    run : Result, Path or str
-        A run, its folder or name; the name of a published student, such as `busi`; or a file that
-        `save_student` wrote. An exported `.onnx` is read by `lkd.load_onnx`.
-    """
-    if not isinstance(run, Result):
-        if Path(run).suffix == ".onnx":
-            raise LesionKDError(f"{run} is an exported file: read it with lkd.load_onnx")
-        for file in (Path(run), STUDENTS / f"{run}.safetensors"):
-            if file.is_file() and file.suffix == ".safetensors":
-                return _read_student(file)
-    try:
-        student = load_network(run)
-    except results.UnfinishedRun as error:
-        names = ", ".join(sorted(file.stem for file in STUDENTS.glob("*.safetensors")))
-        if not names or Path(str(run)).exists():
-            raise
-        raise results.UnfinishedRun(f"{error} Published students: {names}.") from None
+    """A trained student, from what `load_network` takes; a teacher is refused."""
+    if not isinstance(run, Result) and Path(run).suffix == ".onnx":
+        raise LesionKDError(f"{run} is an exported file: read it with lkd.load_onnx")
+    student = load_network(run)
     if not isinstance(student.cfg, DistillConfig):
         raise LesionKDError(f"{student.path} is a teacher; give the folder of a student")
     return student
@@ -337,6 +340,10 @@ def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
         raise LesionKDError(f"{images} has images and masks in folders of their own; give {beside}")
     paths, folders = sources_below(images, leave_out=out.resolve())
     others = unread(folders)
+    if masks := named_after_others(paths):
+        raise LesionKDError(
+            f"{images} holds masks, such as {min(masks).name}; give a folder of images alone"
+        )
     if not paths:
         problems = "".join(f"\n{case.problem}" for case in others[:5])
         raise LesionKDError(f"{images} has no images ({_formats()}){problems}")

@@ -145,6 +145,23 @@ def test_a_few_lesions_black_on_white_are_a_warning_that_names_them(mine):
     assert "case_001.png, case_005.png" in warning and "invert" in warning
 
 
+def test_outlines_in_place_of_lesions_are_a_warning(mine):
+    for number in range(12):
+        mask(mine, number, lesion(12 + number) & ~lesion(10 + number, 5, 7))
+    [warning] = prepared(mine).summary["warnings"]
+    assert warning.startswith("the masks look like outlines: filled, the median lesion is 5 times")
+
+
+def test_masks_of_images_turned_by_exif_are_a_warning_every_time(mine, messages):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    save(mine / "images" / "case_004.png", picture(4), exif=exif)
+    for _ in range(2):
+        [warning] = prepared(mine).summary["warnings"]
+    assert warning.startswith("1 images were turned") and "case_004.png" in warning
+    assert messages().count(f"warning: {warning}") == 2
+
+
 def test_masks_that_hardly_differ_are_a_warning(mine):
     for number in range(12):
         mask(mine, number, lesion(40, left=number // 6))

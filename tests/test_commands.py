@@ -25,10 +25,12 @@ from tests.tiny import CFG
 CHANGED = {
     "02": TINY | {"grid": 3, "edge_width": 2},
     "03_teacher": TINY | {"teacher_epochs": 2, "split_seed": 3},
+    "04": TINY | {"losses": ""},
     "5": ARMS,
     "07_mobile.ipynb": {"formats": "onnx", "sizes": 64, "engines": "torch", "threshold": 0.4},
 }
-"""Notebooks, as people name them; 01 and 04 are run in test_docs.py, 06 in test_paper.py."""
+"""Notebooks, as people name them; 01 and 04 with both losses are run in test_docs.py, 06 in
+test_paper.py."""
 SHOWN = {"03": ["network", "Dice", "missed"], "04": ["network", "Dice", "missed"]}
 SHOWN["05"] = ["arm", "dice", "missed"]
 

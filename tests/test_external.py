@@ -15,6 +15,7 @@ from lesionkd_core.pipeline import ablate, distill
 from lesionkd_core.predict import load_network, probabilities
 from lesionkd_core.results import Result
 from tests.conftest import copy_of
+from tests.test_cli import command
 from tests.tiny import OPTIONS, image_folder, lesion, picture, save
 
 
@@ -120,6 +121,13 @@ def test_the_training_images_are_not_needed(folders, run, runs, tmp_path):
     assert prepared is None  # this folder of results has none
     scored = score_external(moved, (str(folders[1]),))["theirs"]
     assert scored.summary["near_training"] is None and len(scored.per_case) == 12
+
+
+def test_a_published_student_is_scored_on_other_data_and_not_on_its_own(folders, runs):
+    code, out, _ = command("score", "busi", str(folders[1]))
+    assert code == 0 and "\ntheirs: Dice 0." in out
+    code, _, error = command("score", "busi", "busi")
+    assert code == 1 and "was trained on busi" in error
 
 
 @pytest.mark.fault

@@ -206,6 +206,7 @@ NAMES = {  # names of files, the rule that unites them, number of groups; or no 
     "sides behind a number": (["bus_{0:04d}-l", "bus_{0:04d}-r"], r"([^/]+)[_ -][^/]*$", 9),
     "two parts": (["{0}-a_{1}", "{0}-b_{1}"], r"([^\W_]+)[^/]*$", 9),
     "folders of patients": (["case{0}/{1}"], "folder", 9),
+    "folders in folders of patients": (["case{0}/images/{1}"], "folder", 9),
     "no separator": (["p{0}frame{1}"], "number", 9),
     "classes": (["benign ({0}{1})", "malignant ({0}{1})"], None, 2),
     "identifiers": (["a{0}{1}f-9c{1}{0}"], None, 27),
@@ -257,8 +258,8 @@ def test_a_column_of_the_manifest_names_the_groups(tmp_path, runs):
     (tmp_path / "list.csv").write_text("\n".join(["image,mask,Patient", *rows]))
     found = prepare(config(tmp_path / "list.csv", group_by="column:Patient"))
     assert found.summary["groups"] == 7
-    with pytest.raises(ManifestError, match="'patient' is unknown.*group_by = 'column:patient'"):
-        prepare(config(tmp_path / "list.csv"))
+    warning = prepare(config(tmp_path / "list.csv")).summary["warnings"][0]
+    assert "not read: patient; if one names the patient, give group_by = 'column:" in warning
     with pytest.raises(ManifestError, match="no column 'doctor'"):
         prepare(config(tmp_path / "list.csv", group_by="column:doctor"))
 

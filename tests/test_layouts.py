@@ -17,6 +17,7 @@ from lesionkd_core.data.layouts import (
     find,
     fingerprint,
     listing,
+    manifest,
     own_pairs,
     read,
     window_of,
@@ -414,6 +415,39 @@ def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too
     assert prepare(PrepareConfig(dataset="eyes/list.csv", pixels=32)).summary["warnings"] == []
 
 
+@pytest.mark.parametrize("options", [{}, {"split": "official"}, {"folds": 3}])
+def test_a_split_of_the_data_that_is_not_used_is_a_warning(data, runs, options):
+    for number, part in enumerate(["train"] * 12 + ["val"] * 3 + ["test"] * 3):
+        save(data / "mine" / part / "images" / f"{number}.png", picture(number))
+        save(data / "mine" / part / "masks" / f"{number}.png", lesion(6 + number))
+    found = prepare(PrepareConfig(dataset="mine", pixels=32, **options))
+    said = [w for w in found.summary["warnings"] if "give split = 'official' to use theirs" in w]
+    assert len(said) == (not options)
+
+
+def test_columns_that_are_not_read_are_named_and_a_split_may_be_called_validation(data):
+    lines = ["image,mask,age,patient,split", "S0,D0,71,p1,validation", "S1,D1,65,p2,Training"]
+    found = manifest(table := listed(data, "\n".join(lines)))
+    assert [case.split for case in found.cases] == ["val", "train"]
+    [doubt] = found.doubts
+    assert "not read: age, patient; if one names the patient, give group_by = 'column:" in doubt
+    assert manifest(table, "patient").doubts == ("columns of list.csv that are not read: age",)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("a.json", "annotations such as a.json are not read"), ("list.csv", "If list.csv lists")],
+)
+def test_images_without_masks_are_refused_with_what_is_beside_them(data, file, words):
+    save(data / "mine" / "a.png", picture(0))
+    (data / "mine" / file).write_text("{}")
+    with pytest.raises(DatasetNotFound, match=words):
+        cases_of("mine")
+    with pytest.raises(DatasetNotFound, match="is no folder and no CSV table; export"):
+        cases_of(data / "mine" / "a.png")
+
+
 def test_a_class_or_clinic_that_is_missing_from_a_split_is_a_warning(data, runs):
     for number, kind in enumerate("ABC"):
         for k in range(8):
@@ -555,7 +589,7 @@ WRONG = {  # a manifest and words of its error
     "image,mask,grup\nS0,D0,a\n": "column 'grup' is unknown; did you mean 'group'?",
     "image,group\nS0,a\n": "no column 'mask'; columns are image, mask, group, split, label, id",
     "image,mask\n": "no rows below the header",
-    "": "cannot be read as a CSV table in UTF-8 (No columns to parse from file)",
+    "": "cannot be read as a CSV table (No columns to parse from file)",
     "image,mask,split\nS0,D0,train\nS1,D1,tset\n": "line 3: split = 'tset'; it must be train, ",
     "image,mask\nS0,D0\n,D1\n": "line 3: no image",
     "image,mask\na, b.png,D0\n": "rows have more cells than columns; put a path with a comma in",
@@ -574,7 +608,7 @@ def test_a_wrong_manifest_is_refused_with_the_line(data, text):
 @pytest.mark.fault
 def test_a_manifest_of_another_encoding_is_refused(data):
     (data / "list.csv").write_text("image,mask\nLäsion.png,b.png\n", encoding="latin-1")
-    with pytest.raises(ManifestError, match=r"^list\.csv: cannot be read as a CSV table in UTF-8"):
+    with pytest.raises(ManifestError, match=r"^list\.csv: is not in UTF-8; save it as 'CSV UTF-8'"):
         cases_of(data / "list.csv")
 
 

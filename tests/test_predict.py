@@ -204,6 +204,13 @@ def test_sub_folders_are_segmented_and_what_is_not_read_there_is_named(tmp_path,
     assert "deep/er/c.png" in set(pd.read_csv(tmp_path / "out" / "areas.csv")["file"])
 
 
+@pytest.mark.fault
+def test_masks_among_the_images_are_refused(tmp_path, images):
+    save(images / "a_mask.png", lesion(9))
+    with pytest.raises(LesionKDError, match=r"holds masks, such as a_mask\.png; give a folder of"):
+        predict_folder(load_student(finished(tmp_path)), images, tmp_path / "out")
+
+
 def test_one_picture_is_enough(tmp_path, images):
     student = load_student(finished(tmp_path))
     assert predict_folder(student, images / "a.png", tmp_path / "out") == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import io
 import os
@@ -355,16 +356,29 @@ def own_pairs(folder: Path) -> Listing:
             cases += _of_sub_folder(place, here) if place.name else here
             said.add(how)
         if place.split:
-            said.add("sub-folders as official split")
+            said.add("sub-folders called train, val or test")
         cases += unread({place.images, place.masks or place.images})
     images_read = [case for case in cases if not case.problem]
     if images_read and not any(case.masks for case in images_read):
+        beside = _annotations(folder, {stem_of(case.image) for case in images_read})
         raise DatasetNotFound(
-            f"{folder} has images and no masks: put the mask of images/a.jpg into a folder 'masks' "
-            "beside 'images' as masks/a.png, or mark it in its name, a_mask.png (data/own.md)"
+            f"{folder} has images and no masks{beside}: put the mask of images/a.jpg into a folder "
+            "'masks' beside 'images' as masks/a.png, or mark it in its name, a_mask.png "
+            "(data/own.md)"
         )
     how = ", ".join(sorted(said - {""}))
     return Listing(cases, how, _not_read_beside(folder, places, len(images_read)))
+
+
+def _annotations(folder: Path, stems: set[str]) -> str:
+    """What a folder has in place of masks, to be added to a message."""
+    for file in sorted(folder.rglob("*")):
+        suffix = file.suffix.lower()
+        if suffix in (".csv", ".tsv"):
+            return f". If {file.name} lists the pairs, give that file as dataset; otherwise"
+        if suffix == ".json" or (suffix in (".xml", ".txt") and file.stem in stems):
+            return f"; annotations such as {file.name} are not read, convert them to pictures"
+    return ""
 
 
 def _of_sub_folder(place: _Place, cases: list[Case]) -> list[Case]:
@@ -425,7 +439,7 @@ def _not_read_beside(folder: Path, places: list[_Place], count: int) -> tuple[st
 def images_alone(folder: Path) -> list[Case]:
     """Images, volumes and DICOM series of a folder and its sub-folders, which have no masks."""
     sources, folders = sources_below(folder)
-    if masks := _named_after_others(sources):
+    if masks := named_after_others(sources):
         raise DatasetNotFound(
             f"unlabelled: {folder} holds masks, such as {min(masks).name}; give a folder of images "
             "alone"
@@ -501,7 +515,7 @@ def _inside(folder: Path, names: Sequence[str]) -> Path | None:
 
 def _told_apart(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """Images and masks of one folder."""
-    masks = _named_after_others(files)
+    masks = named_after_others(files)
     masks |= {file for file in files if re.fullmatch(rf"{MARK}[ _-]?\d*", stem_of(file), re.I)}
     if not masks:  # the one that is marked, though no image has the rest of its name
         marked = {f for f in files if re.fullmatch(NAMINGS["the suffix"], stem_of(f), re.I)}
@@ -509,7 +523,7 @@ def _told_apart(files: list[Path]) -> tuple[list[Path], list[Path]]:
     return [file for file in files if file not in masks], [file for file in files if file in masks]
 
 
-def _named_after_others(files: list[Path]) -> set[Path]:
+def named_after_others(files: list[Path]) -> set[Path]:
     """Files whose names say that they are masks of others."""
     stems = {stem_of(file) for file in files}
     return {file for file in files if not stems.isdisjoint(_unmarked(stem_of(file)).values())}
@@ -536,6 +550,8 @@ def _matched(images: list[Path], masks: list[Path]) -> tuple[list[Case], str]:
     ways: dict[str, dict[str, str]] = {}
     for stem in files:
         names = _unmarked(stem) | {"the lack of '_0000'": f"{stem}_0000"}  # nnU-Net's channel
+        for word in ("image", "img"):
+            names[f"{word!r} for 'mask'"] = re.sub("mask", word, stem, count=1, flags=re.I)
         for way, name in names.items():
             if name.casefold() in stems:
                 ways.setdefault(way, {})[stem] = stems[name.casefold()]
@@ -600,7 +616,8 @@ def manifest(path: Path, group_column: str = "group") -> Listing:
     def locate(cell: str) -> Path:
         return _on_disk(path.parent / cell.strip().replace("\\", "/"), on_disk)
 
-    for line, row in _rows(path, group_column):
+    rows, unread = _rows(path, group_column)
+    for line, row in rows:
         image = locate(row["image"])
         said = {name: row[name] for name in ("split", "label", "id")} | {"group": row[group_column]}
         if images.setdefault(image, said) != said:
@@ -624,6 +641,9 @@ def manifest(path: Path, group_column: str = "group") -> Listing:
         problem = ", ".join(f"{file.name}: file is missing in {file.parent}" for file in missing)
         case = Case(said["id"] or names[image], image, tuple(dict.fromkeys(masks[image])), group)
         cases.append(replace(case, label=label, split=said["split"], problem=problem))
+    if unread:
+        cure = "" if any(groups) else "; if one names the patient, give group_by = 'column:NAME'"
+        doubts.append(f"columns of {path.name} that are not read: {', '.join(unread)}{cure}")
     return Listing(cases, doubts=(*doubts, *_shared_masks(cases)))
 
 
@@ -682,8 +702,8 @@ def _shared_masks(cases: list[Case]) -> list[str]:
     ]
 
 
-def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells of every row that is not empty."""
+def _rows(path: Path, group_column: str) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    """Line number and cells of every row that is not empty, and the columns that are not read."""
     import pandas as pd
 
     try:
@@ -697,8 +717,10 @@ def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]
             keep_default_na=False,
             skip_blank_lines=False,
         )
+    except UnicodeDecodeError:
+        raise ManifestError(f"{path.name}: is not in UTF-8; save it as 'CSV UTF-8'") from None
     except (OSError, ValueError) as error:  # also of pandas' parser
-        why = f"cannot be read as a CSV table in UTF-8 ({str(error).strip()})"
+        why = f"cannot be read as a CSV table ({str(error).strip()})"
         raise ManifestError(f"{path.name}: {why}") from None
     if not isinstance(table.index, pd.RangeIndex):
         why = "rows have more cells than columns; put a path with a comma in quotes"
@@ -708,24 +730,27 @@ def _rows(path: Path, group_column: str) -> Iterator[tuple[int, dict[str, str]]]
     for name in sorted({"image", "mask", group_column} - {"group", *table.columns}):
         known = f"columns are {', '.join(COLUMNS)} (data/own.md)"
         raise ManifestError(f"{path.name}: no column {name!r}; {known}")
-    for name in table.columns:
-        if name not in columns and not name.startswith("unnamed: "):  # the index of pandas
-            hint = nearest(name, COLUMNS)
-            hint += f"; if it names the patient, give group_by = 'column:{name}'"
-            raise ManifestError(f"{path.name}: column {name!r} is unknown; {hint}")
+    unread = [n for n in table.columns if n not in columns and not n.startswith("unnamed: ")]
+    for name in unread:
+        if difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.8):
+            why = f"column {name!r} is unknown; {nearest(name, COLUMNS)}"
+            raise ManifestError(f"{path.name}: {why}")
     if table.empty:
         raise ManifestError(f"{path.name}: no rows below the header")
+    rows = []
     for line, row in enumerate(table.fillna("").to_dict("records"), 2):
         cells = {name: row.get(name, "").strip() for name in columns}
         if not any(cells.values()):
             continue
-        cells["split"] = cells["split"].lower()
+        part = PART.fullmatch(cells["split"].lower())
         if not cells["image"]:
             raise ManifestError(f"{path.name}, line {line}: no image")
-        if cells["split"] not in ("", "train", "val", "test"):
+        if cells["split"] and not part:
             why = f"split = {cells['split']!r}; it must be train, val, test or empty"
             raise ManifestError(f"{path.name}, line {line}: {why}")
-        yield line, cells
+        cells["split"] = part[1] if part else ""
+        rows.append((line, cells))
+    return rows, unread
 
 
 READERS = (bus_bra, busi, covid_ct, cvc_clinicdb, em_stacks, ham10000, isic, kvasir_seg)
@@ -856,6 +881,9 @@ def _own(dataset: str, layout: str = "paired") -> tuple[Release, Path]:
     if layout == "images_alone":
         why = "there is no such folder; give a folder of images"
         raise DatasetNotFound(f"unlabelled = {dataset!r}: {why}")
+    for path in places:
+        if path.is_file():
+            raise DatasetNotFound(f"{path} is no folder and no CSV table; export a table as CSV")
     if len(places[0].parts) > 1:
         raise DatasetNotFound(f"there is no folder and no CSV manifest {places[0]}")
     hint = nearest(dataset, (*CATALOGUE, phantom.NAME))
@@ -953,7 +981,8 @@ def suggested_groups(cases: Sequence[Case], folder: Path) -> tuple[str, dict[str
         groups = _groups_by(rule, paths)
         sizes = Counter(groups.values())
         shared = sum(count for count in sizes.values() if count > 1)
-        numbered = all(re.search(r"\d[^/]*$", group) for group in sizes)
+        named = r"\d" if rule == "folder" else r"\d[^/]*$"  # a number in the name, not above it
+        numbered = all(re.search(named, group) for group in sizes)
         if numbered and len(sizes) > 1 and shared > len(groups) / 2:
             return rule, groups
     return None

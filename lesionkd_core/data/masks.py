@@ -53,6 +53,8 @@ MOST_BETWEEN, LEAST_BRIGHT = 0.1, 0.25
 fraction of bright pixels among those that are not dark."""
 REACHED = 0.98
 """Fraction of the largest value of all masks that one with soft borders has."""
+UPRIGHT = "image turned by EXIF; its mask has no EXIF and is taken as upright"
+"""Note on a case."""
 COLOURFUL = 16
 """Channels of a grey picture that JPEG compressed differ by at most this."""
 MANY = 4096
@@ -331,7 +333,7 @@ def decide(looks: dict[Key, Look], lesion_values: str = "", invert: bool = False
         elif rule(look.values).all() and key not in refused:
             notes[key] = ("all of the image read as lesion",)
     values = _union(look for key, look in looks.items() if key not in refused)
-    line = f"masks: {_listed(values)}; lesion: {rule}"
+    line = f"masks: {_listed(values) if len(values) else 'none can be read'}; lesion: {rule}"
     if lesion_values:
         line += " (lesion_values)"
     if invert:
@@ -447,7 +449,7 @@ REASONS = {
     "thin": "what is between may be classes or soft borders",
     "few": "what is between may be classes or soft borders",
     "classes": "most masks are black and white",
-    "soft": "soft borders, while most masks are of two values or classes",
+    "soft": "soft borders, which masks of two values or classes do not have",
     "two values": "most masks have other values",
     "one value": "one value alone is neither lesion nor background",
     "no background": "the background of the other masks is not in it",
@@ -551,7 +553,7 @@ def read_case(case: Case, window: str = "") -> Reading:
                 mask = turned(mask, orientation)
                 notes += ("mask turned like its image",)
             elif orientation <= 4 or union.shape[0] == union.shape[1]:
-                notes += ("image turned by EXIF; its mask has no EXIF and is taken as upright",)
+                notes += (UPRIGHT,)
         if mask.shape != union.shape:
             (height, width), (rows, columns) = mask.shape, union.shape
             sizes = f"mask is {width} x {height} px, its image {columns} x {rows} px"

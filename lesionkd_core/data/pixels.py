@@ -81,12 +81,31 @@ def lesion_contrast(image: np.ndarray, mask: np.ndarray) -> float:
     return float(grey[mask].mean() - grey[ring].mean()) / 255
 
 
-def unseen(image: np.ndarray, prepared: np.ndarray) -> list[str]:
-    """Notes on a picture (H, W, 3) that shows little, as it is or prepared."""
+def growth_when_filled(mask: np.ndarray) -> float:
+    """Area of a mask (H, W) bool with its holes filled, divided by its area; 1 if it is empty.
+
+    Near 1 for a lesion, large for its outline. Large masks are reduced to a side of about 256 px.
+
+    >>> ring = np.zeros((12, 12), bool)
+    >>> ring[1:11, 1:11] = True
+    >>> ring[2:10, 2:10] = False
+    >>> round(growth_when_filled(ring), 2)  # 100 px instead of 36
+    2.78
+    """
+    from scipy.ndimage import binary_fill_holes
+
+    whole = Image.fromarray(mask.astype(np.uint8) * 255)
+    small = np.asarray(whole.reduce(max(1, min(mask.shape) // 256))) > 0
+    if not small.any():
+        return 1.0
+    return float(binary_fill_holes(small).sum() / small.sum())
+
+
+def unseen(image: np.ndarray, prepared: np.ndarray, cure: str = "") -> list[str]:
+    """Notes on a picture (H, W, 3) that shows little, as it is or prepared; some with a cure."""
     height, width = image.shape[:2]
     pixels = prepared.reshape(-1, 3)
     mean = pixels.mean(0)
-    cure = "; if it has a narrow range of values, give window = 'centre, width'"
     found = []
     if min(height, width) < SHORT:
         found.append(f"{width} x {height} px: a side is shorter than {SHORT} px")

@@ -33,9 +33,10 @@ from .layouts import (
     suggested_groups,
     window_of,
 )
-from .masks import decided
+from .masks import UPRIGHT, decided
 from .pixels import (
     THUMBNAIL,
+    growth_when_filled,
     lesion_contrast,
     prepare_image,
     prepare_mask,
@@ -50,8 +51,12 @@ ALIKE = 0.9
 """Masks of different images with a larger correlation are reported."""
 AROUND = 0.9
 """Masks that are lesion along more than this fraction of the border are reported."""
+OUTLINED = 2.0
+"""Masks that grow by more than this factor, in the median, when their holes are filled, are
+reported."""
 LARGEST = 8
 """Groups of images that show the same in `summary.json`."""
+NARROW = "; if it has a narrow range of values, give window = 'centre, width'"
 Facts = Mapping[str, object]
 
 
@@ -151,8 +156,13 @@ def prepare(cfg: PrepareConfig) -> Prepared:
             _assemble(path, cfg, parts, source)
             shutil.rmtree(path / "parts")
 
-    wanted = results.Wanted(cfg, upstream)
-    return results.find_or_make([wanted], make, Prepared, resume=True)[0]
+    found = results.folder(wanted := results.Wanted(cfg, upstream))
+    again = results.is_done(found)
+    [prepared] = results.find_or_make([wanted], make, Prepared, resume=True)
+    if again:  # what was said when it was made is still true
+        for warning in prepared.summary["warnings"]:
+            log.warning(f"warning: {warning}")
+    return prepared
 
 
 @dataclass(frozen=True)
@@ -217,9 +227,10 @@ def _jobs(cfg: PrepareConfig, raw: list[Case]) -> list[tuple[Case | int, str]]:
     """Cases of the data set or indices of the phantom, each with a reason to drop it or ''."""
     if not raw:
         return [(index, "") for index in range(cfg.cases or phantom.CASES)]
-    twice = pd.Series([case.id for case in raw]).duplicated(keep=False)
+    ids = pd.Series([f"problem {n}" if case.problem else case.id for n, case in enumerate(raw)])
+    twice = ids.duplicated(keep=False)
     jobs: list[tuple[Case | int, str]] = [
-        (case, f"two images are called {case.id!r}; rename one" if again else "")
+        (case, f"two images are called {case.id!r}; rename one" if again else case.problem)
         for case, again in zip(raw, twice)
     ]
     if cfg.cases and cfg.cases < len(raw):
@@ -260,7 +271,7 @@ def _row(
         small = np.zeros(SMALL, np.uint8)  # slices of two patients look alike
     else:
         small = thumbnail(reading.image)
-        notes += unseen(reading.image, image)
+        notes += unseen(reading.image, image, NARROW)
     problem = ""
     if empty and cfg.normals == "drop":
         problem = "; ".join(["no lesion (normals = drop)", *notes])
@@ -276,6 +287,7 @@ def _row(
         "width": reading.image.shape[1],
         "empty": bool(empty),
         "lesion_fraction": np.count_nonzero(drawn) / drawn.size,
+        "filled": growth_when_filled(drawn),
         "border": float(border.mean()),
         "contrast": lesion_contrast(image, mask),
         "problem": problem,
@@ -397,6 +409,8 @@ def _warnings(
     found = list(source.doubts)
     if source.release and source.release.caution and cfg.split != "test" and not cfg.group_by:
         found.append(source.release.caution)
+    if not source.official:
+        found += _warned_reading(cases, cfg)
     found += _warned_groups(cases, groups, files)
     found += _warned_names(cases, source) or _warned_labels(cases)
     if agreement > ALIKE:
@@ -406,6 +420,29 @@ def _warnings(
         )
     elif not source.official:  # a known release is not inverted
         found += _warned_inverted(cases[~cases["empty"] & (cases["volume"] == "")])
+    return found
+
+
+def _warned_reading(cases: pd.DataFrame, cfg: PrepareConfig) -> list[str]:
+    """What the user's own data may mean otherwise than they were read."""
+    found = []
+    if cfg.split == "groups" and not (cfg.folds or cfg.split_file) and cases["official"].any():
+        found.append(
+            "the data name a split (sub-folders or a column), and another one was drawn; give "
+            "split = 'official' to use theirs"
+        )
+    upright = cases["notes"].map(lambda notes: UPRIGHT in notes)
+    if upright.any():
+        found.append(
+            f"{upright.sum()} images were turned as their EXIF data say, and their masks, which "
+            f"have none, were not, such as that of {cases.loc[upright, 'file'].iloc[0]}. Look at "
+            "the contours in notebook 01; if they do not fit, save the images upright"
+        )
+    if (lines := cases.loc[~cases["empty"], "filled"]).median() > OUTLINED:
+        found.append(
+            f"the masks look like outlines: filled, the median lesion is {lines.median():.0f} "
+            "times as large. Fill them if the whole lesion is meant"
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -44,6 +45,11 @@ class ExportConfig(StageConfig):
                 if name not in known:
                     raise ValueError(f"{option} names {name!r}: {nearest(name, known)}")
         return self
+
+    @property
+    def dataset_name(self) -> str:
+        """The student in the name of the folder."""
+        return Path(self.run).stem or "student"
 
     def hashed(self, unused: Collection[str] = ()) -> dict[str, object]:
         """What the files are made with; the student counts by its own digest."""
