@@ -143,7 +143,7 @@ def test_the_readme_goes_from_pairs_to_masks(tmp_path):
     """The commands under "Your own data", with a tiny teacher and few epochs, in an empty folder;
     then that of the published student, or of this one if none is published."""
     prepares, distills, predicts = commands_under("Your own data")[:3]
-    [published] = commands_under("Use a trained student")
+    published, scored = commands_under("Use a trained student")
     data, runs = image_folder(tmp_path / "my-lesions", 30), tmp_path / "runs"
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -166,6 +166,8 @@ def test_the_readme_goes_from_pairs_to_masks(tmp_path):
     assert "busi" in published and "--overlays" in published
     name = "busi" if PUBLISHED.exists() else student.parent.name
     run([name if word == "busi" else word for word in filled(published, out="2")], empty, runs)
+    if PUBLISHED.exists():
+        assert "\nmy-lesions: Dice 0." in run(filled(scored), empty, runs)
     for out in ("out", "2"):
         for image in (data / "images").iterdir():
             mask = Image.open(tmp_path / out / image.name)

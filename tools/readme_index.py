@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from lesionkd_core import results
 from lesionkd_core.analysis import statistics, tables
 from lesionkd_core.results import CHECKOUT
 from tools.option_reference import option_reference
@@ -94,18 +95,18 @@ def own_and_other_clinic(reference: str, arms: tuple[str, ...] = ()) -> pd.DataF
 
 
 def recipes() -> pd.DataFrame:
-    """What is worth doing for a student of Kvasir-SEG: gain over the student alone, and minutes."""
-    table, runs = tables.study("recipes"), tables.committed("runs")
-    seconds = runs.drop_duplicates("run").set_index("run")["seconds"]
-    minutes = table.drop_duplicates("run").set_index("run")["arm"].to_frame()
-    minutes = minutes.join(seconds / 60).groupby("arm")["seconds"].mean()
-    compared = statistics.compare_with(table, "alone")
+    """Students of Kvasir-SEG on its test images and on half of another clinic's, and minutes."""
+    table, runs = tables.study("recipes"), tables.committed("runs").drop_duplicates("run")
+    minutes = runs.set_index("run")["seconds"] / 60
+    minutes = table.drop_duplicates("run").set_index("run")[["arm"]].join(minutes)
+    minutes = minutes.groupby("arm")["seconds"].mean()
+    means = statistics.means(table).set_index(["test_dataset", "arm"])
     rows = []
-    for arm, part in compared.groupby("arm", sort=False):
-        row = {"student": tables.label(arm)}
-        for one in part.sort_values("test_dataset", ascending=False).to_dict("records"):
-            where = "own clinic" if one["test_dataset"] == "kvasir-seg" else "other clinic"
-            row[where] = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
+    for arm in [statistics.TEACHER, *statistics.in_order(table, without=statistics.TEACHER)]:
+        row = {"network": tables.label(arm), "trainings": means.loc[("kvasir-seg", arm), "seeds"]}
+        for dataset, where in (("kvasir-seg", "own clinic"), ("cvc-half-b", "other clinic")):
+            dice = means.loc[(dataset, arm)].rename({"dice": "mean"}).to_dict()
+            row[where] = results.with_interval(dice)
         rows.append(row | {"minutes": f"{minutes[arm]:.0f}"})
     return pd.DataFrame(rows)
 

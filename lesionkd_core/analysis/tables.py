@@ -40,6 +40,8 @@ LABELS = {
     "edge_joint": "+ L_edge, joint graph",
     "edge_relation": "+ edge relation",
     "stem2": "student, stem 2",
+    "unlabelled": "images of the other clinic",
+    "masks": "images and masks of the other clinic",
 }
 """Labels of arms and networks that are not the name of a loss term, also of earlier versions."""
 PUBLISHED = {"id": "case", "lesion_pixels": "lesion_px"}
