@@ -230,7 +230,7 @@ def compare_pairs(
     DataFrame
         first, second (rows), turn (of the second, see `turned`), bits (distance of the hashes),
         correlation (of the details), content (of the details that other images do not have in the
-        same place), same (taken for one picture).
+        same place; NaN if the correlation is below SAME), same (taken for one picture).
     """
     hashes, common = hash_thumbnails(thumbnails), common_places(thumbnails)
     tables = []
@@ -243,7 +243,7 @@ def compare_pairs(
             apart = (names[i] != names[j]) | (names[i] < 0)
             i, j, bits = i[apart], j[apart], bits[apart]
         correlation, shift = detail_correlation(thumbnails, others, i, j)
-        content, hidden = np.zeros(len(i)), (common, turned(common[None], turn)[0])
+        content, hidden = np.full(len(i), np.nan), (common, turned(common[None], turn)[0])
         for k in np.flatnonzero(correlation >= SAME):
             pair = np.stack([thumbnails[i[k]], others[j[k]]])
             content[k] = content_correlation(pair, shift[k], hidden)
