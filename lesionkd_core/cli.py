@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import click
 
@@ -27,6 +27,9 @@ from .config import (
     TeacherConfig,
 )
 from .results import Result
+
+if TYPE_CHECKING:
+    from .predict import TrainedNetwork
 
 C = TypeVar("C", bound=StageConfig)
 Pairs = Sequence[tuple[str, str]]
@@ -211,14 +214,17 @@ def prepare(given: Parameters) -> None:
 def train_teacher(given: Parameters) -> None:
     """Find or train the teacher."""
     cfg = given.read(TeacherConfig)
-    _say(lkd.train_teacher(lkd.prepare(cfg), cfg))
+    _say(run := lkd.train_teacher(lkd.prepare(cfg), cfg))
+    _score(run, cfg.test_dataset)
 
 
 @main.command()
 @parameters
 def distill(given: Parameters) -> None:
     """Find or train a student and what it needs."""
-    _say(_student(given.read(DistillConfig)))
+    cfg = given.read(DistillConfig)
+    _say(run := _student(cfg))
+    _score(run, cfg.test_dataset)
 
 
 def _student(cfg: DistillConfig) -> Result:
@@ -256,7 +262,13 @@ def _say(result: Result) -> None:
 @click.argument("datasets", nargs=-1, required=True)
 def score(run: str, datasets: tuple[str, ...]) -> None:
     """Score a finished RUN, or a published student, on all cases of other DATASETS."""
-    for name, scored in lkd.score_external(lkd.load_network(run), datasets).items():
+    _score(lkd.load_network(run), datasets)
+
+
+def _score(run: Result | TrainedNetwork, datasets: tuple[str, ...]) -> None:
+    if not results.leads():
+        return
+    for name, scored in lkd.score_external(run, datasets).items():
         dice = results.with_interval(scored.summary["test"]["dice"])
         click.echo(f"{name}: Dice {dice}; results: {scored.path}")
 

@@ -194,11 +194,14 @@ def test_ablate_prints_its_results(runs):
     assert out.endswith(f"\nresults: {path.parent}\n")
 
 
-def test_score_prints_the_dice_on_another_data_set(tmp_path, student, data, runs):
-    copied = copy_of(student.path, runs)
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_dice_on_another_data_set_is_printed(tmp_path, teacher, data, runs, trains):
+    copied = copy_of(teacher.path, runs)
     copy_of(data.path, runs)
     folder = image_folder(tmp_path / "theirs", 12)
-    code, out, _ = command("score", copied.name, folder)
+    options = options_of(TeacherConfig) | {"test_dataset": folder}
+    words = ("train-teacher", *as_words(options)) if trains else ("score", copied.name, folder)
+    code, out, _ = command(*words)
     [path] = runs.glob("external/*/DONE")
     assert code == 0 and re.fullmatch(
         rf"theirs: Dice 0\.\d+.*; results: {path.parent}", out.splitlines()[-1]

@@ -71,18 +71,7 @@ def gains() -> pd.DataFrame:
 
 def polyps() -> pd.DataFrame:
     """Kvasir-SEG: arms minus the student alone, on its own test images and another clinic's."""
-    return own_and_other_clinic("alone")
-
-
-def polyps_longer() -> pd.DataFrame:
-    """The same, minus the student alone with twice the epochs."""
-    return own_and_other_clinic("alone*2", ("feat", "method", "cwd"))
-
-
-def own_and_other_clinic(reference: str, arms: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Students of Kvasir-SEG minus another, on both test sets."""
-    polyps = study().query("dataset == 'kvasir-seg'")
-    compared = statistics.compare_with(polyps, reference, arms)
+    compared = statistics.compare_with(study().query("dataset == 'kvasir-seg'"), "alone")
     rows = []
     for arm, part in compared.groupby("arm", sort=False):
         row = {"student": tables.label(arm)}
@@ -202,7 +191,6 @@ BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
     "scores": scores,
     "gains": gains,
     "polyps": polyps,
-    "polyps_longer": polyps_longer,
     "recipes": recipes,
     "edges": edges,
     "labels": labels,
