@@ -102,8 +102,12 @@ def recipes() -> pd.DataFrame:
 
 def edges() -> pd.DataFrame:
     """The method minus the same with the edges of other images."""
-    compared = statistics.compare_arms(study())
-    return differences(compared[compared["other"] == "shuffled"])
+    pairs = {"method": "shuffled", "feat+edge=3": "feat+edge_shuffled=3"}
+    found = []
+    for arm, control in pairs.items():
+        compared = statistics.compare_arms(study(), arm)
+        found.append(compared[compared["other"] == control])
+    return differences(pd.concat(found))
 
 
 def labels() -> pd.DataFrame:
