@@ -58,6 +58,8 @@ LARGEST = 8
 """Groups of images that show the same in `summary.json`."""
 NARROW = "; if it has a narrow range of values, give window = 'centre, width'"
 Facts = Mapping[str, object]
+_warned: set[Path] = set()
+"""Found preparations whose warnings this process has repeated."""
 
 
 class Row(NamedTuple):
@@ -159,7 +161,8 @@ def prepare(cfg: PrepareConfig) -> Prepared:
     found = results.folder(wanted := results.Wanted(cfg, upstream))
     again = results.is_done(found)
     [prepared] = results.find_or_make([wanted], make, Prepared, resume=True)
-    if again:  # what was said when it was made is still true
+    if again and found not in _warned:  # what was said when it was made is still true
+        _warned.add(found)
         for warning in prepared.summary["warnings"]:
             log.warning(f"warning: {warning}")
     return prepared
