@@ -3,7 +3,8 @@
     lesionkd distill -p student examples.networks:ege_unet
 
 in the folder that holds `examples`. They have their published sizes, so the option `width` does not
-change them. One segmentation loss trains the last logits; the papers' deep supervision is left out.
+change them. EGE-UNet needs `precision` 32-true: with bf16-mixed its loss becomes NaN. One
+segmentation loss trains the last logits; the papers' deep supervision is left out.
 Feature maps are named by part and stride and taken before their activation, as in
 `lesionkd_core.models`, so that `levels` and the loss terms find them.
 """

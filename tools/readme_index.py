@@ -108,6 +108,19 @@ def passes(arm: str) -> float:
     return times * (2 * both if "unlabelled" in arm else both if "masks" in arm else 1)
 
 
+def rivals() -> pd.DataFrame:
+    """Other tiny networks without a teacher on Kvasir-SEG, one training each."""
+    rows = []
+    for one in tables.committed("rivals").to_dict("records"):
+        row = {"network": one["network"], "parameters": f"{one['parameters']:,}"}
+        for dataset, where in (("kvasir-seg", "own clinic"), ("cvc-clinicdb", "CVC-ClinicDB")):
+            score = {"mean": one[f"{dataset} dice"]}
+            score |= {name: one[f"{dataset} {name}"] for name in ("low", "high")}
+            row[where] = results.with_interval(score)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def edges() -> pd.DataFrame:
     """The method minus the same with the edges of other images."""
     main = statistics.compare_arms(study())
@@ -201,6 +214,7 @@ BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
     "gains": gains,
     "polyps": polyps,
     "recipes": recipes,
+    "rivals": rivals,
     "edges": edges,
     "labels": labels,
     "ratios": ratios,
