@@ -22,8 +22,6 @@ NAMES = {
     "busi": "breast ultrasound (BUSI)",
     "cvc-clinicdb": "colonoscopy (CVC-ClinicDB)",
     "kvasir-seg": "colonoscopy (Kvasir-SEG)",
-    "cvc-half-b": "the other half of CVC-ClinicDB",
-    "bus-bra": "breast ultrasound (BUS-BRA)",
     "isic2018": "skin (ISIC 2018)",
 }
 ARMS = ["teacher", "alone", "longest", "feat", "method"]
@@ -65,7 +63,7 @@ def scores() -> pd.DataFrame:
 
 def gains() -> pd.DataFrame:
     """Every arm minus the student alone: difference, both intervals, p and verdict."""
-    arms = ("feat", "method", "cwd", "sobel", "alone_long", "alone*2")
+    arms = ("feat", "method", "cwd", "sobel", "alone_long", "alone*2", "alone*4")
     return differences(statistics.compare_with(study(), "alone", arms=arms))
 
 
