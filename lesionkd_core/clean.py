@@ -62,7 +62,7 @@ def remove(path: Path, why: str) -> bool:
 def _why(path: Path) -> str:
     """Why a result is not needed; '' of a finished, intact one of this version."""
     if not results.is_done(path):
-        return "unfinished; the same options resume it"
+        return "unfinished; the same options resume or repeat it"
     try:
         version, current = results.version_of(path)
         changed = results.changed_files(path)

@@ -602,7 +602,7 @@ def report(path: Path) -> str:
         _options_line(made),
     ]
     if not is_done(path):
-        return "\n".join([*lines, "unfinished; the same options resume it"])
+        return "\n".join([*lines, "unfinished; the same options resume or repeat it"])
     version, current = version_of(path)
     if version != current:
         lines.append(f"of version {version} of results, not {current}: only its name finds it")

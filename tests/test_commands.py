@@ -158,7 +158,7 @@ def test_clean_lists_what_is_not_needed_and_removes_it_if_told_to(folder, studen
     for words in (
         "runs/distill/damaged .*damaged: history.csv",
         "runs/distill/old .*of version 1 of results",
-        "runs/distill/unfinished .*the same options resume it",
+        "runs/distill/unfinished .*the same options resume or repeat it",
     ):
         assert re.search(words, listed), words
     assert code == 0 and out.startswith(listed) and "removed " in out

@@ -363,7 +363,7 @@ def test_a_report_names_options_scores_and_state(student, runs):
     assert f"test, {test['cases']} cases: dice {test['dice']['mean']:.3f}" in text
     assert "pixels = 32" in text and "all intact" in text and "split_seed" not in text
     (path / "DONE").unlink()
-    assert "unfinished; the same options resume it" in results.report(path)
+    assert "unfinished; the same options resume or repeat it" in results.report(path)
 
 
 def test_the_environment_says_what_a_repetition_needs(student):

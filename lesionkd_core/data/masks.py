@@ -556,7 +556,7 @@ def read_case(case: Case, window: str = "") -> Reading:
                 notes += (UPRIGHT,)
         if mask.shape != union.shape:
             (height, width), (rows, columns) = mask.shape, union.shape
-            sizes = f"mask is {width} x {height} px, its image {columns} x {rows} px"
+            sizes = f"mask is {width} x {height} px, its image {columns} x {rows} px; resize one"
             raise UnreadableFile("; ".join([f"{path.name}: {sizes}", *notes]))
         union |= mask
     if len(case.masks) > 1:

@@ -511,7 +511,8 @@ def _warned_inverted(lesions: pd.DataFrame) -> list[str]:
     if (median := share.median()) > 0.5:
         return [
             f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
-            "black on white, give invert_masks = True"
+            "dark on a brighter background, give invert_masks = True; if it has several values, "
+            "name all of them with lesion_values"
         ]
     around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
     if not around:
