@@ -141,7 +141,7 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
     Parameters
     ----------
     run : Result, Path or str
-        A finished run, its folder or name; the name of a published student, such as `busi`; or a
+        A finished run, its folder or name; the name of a published student, such as `breast`; or a
         file that `save_student` wrote.
 
     Raises

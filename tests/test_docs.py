@@ -98,7 +98,7 @@ def test_links_and_anchors_resolve(page):
 
 # Python and the way of the README -----------------------------------------------------------------
 
-PUBLISHED = ROOT / "data" / "students" / "busi.safetensors"
+PUBLISHED = ROOT / "data" / "students" / "breast.safetensors"
 PIECES = [block for page in PAGES for block in blocks(page) if block.kind == "python"]
 
 
@@ -163,9 +163,9 @@ def test_the_readme_goes_from_pairs_to_masks(tmp_path):
     shown = [line.split()[0] for line in said[said.index("executed notebook") :].splitlines()]
     assert {"teacher", "student", "Otsu"} < set(shown), "no scores at the end"
     run(filled(predicts, student.parent.name), empty, runs)
-    assert "busi" in published and "--overlays" in published
-    name = "busi" if PUBLISHED.exists() else student.parent.name
-    run([name if word == "busi" else word for word in filled(published, out="2")], empty, runs)
+    assert "breast" in published and "--overlays" in published
+    name = "breast" if PUBLISHED.exists() else student.parent.name
+    run([name if word == "breast" else word for word in filled(published, out="2")], empty, runs)
     if PUBLISHED.exists():
         assert "\nmy-lesions: Dice 0." in run(filled(scored), empty, runs)
     for out in ("out", "2"):

@@ -124,10 +124,10 @@ def test_the_training_images_are_not_needed(folders, run, runs, tmp_path):
 
 
 def test_a_published_student_is_scored_on_other_data_and_not_on_its_own(folders, runs):
-    code, out, _ = command("score", "busi", str(folders[1]))
+    code, out, _ = command("score", "kvasir-seg", str(folders[1]))
     assert code == 0 and "\ntheirs: Dice 0." in out
-    code, _, error = command("score", "busi", "busi")
-    assert code == 1 and "was trained on busi" in error
+    code, _, error = command("score", "kvasir-seg", "kvasir-seg")
+    assert code == 1 and "was trained on kvasir-seg" in error
 
 
 @pytest.mark.fault

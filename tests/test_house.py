@@ -116,9 +116,9 @@ EXTRAS = "SimpleITK distributed dask onnx onnxruntime onnxscript executorch core
 @pytest.mark.parametrize(
     ("words", "extra"),
     [
-        (["predict", "busi", "volumes", "--out", "out"], "volumes"),
+        (["predict", "breast", "volumes", "--out", "out"], "volumes"),
         (["predict", "student.onnx", "pictures", "--out", "out"], "mobile"),
-        (["export", "-p", "run", "busi", "-p", "formats", "onnx"], "mobile"),
+        (["export", "-p", "run", "breast", "-p", "formats", "onnx"], "mobile"),
         (["sweep", "sweep.yaml"], "cluster"),
     ],
     ids=str,
@@ -146,7 +146,7 @@ def test_without_any_extra_data_are_prepared_and_pictures_segmented(tmp_path):
 sys.modules |= dict.fromkeys({EXTRAS.split()})
 from lesionkd_core.cli import main
 main(["prepare", "-p", "cases", "20", "-p", "pixels", "32"], standalone_mode=False)
-main(["predict", "busi", "pictures", "--out", "out"])"""
+main(["predict", "breast", "pictures", "--out", "out"])"""
     environment = os.environ | {"LESIONKD_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert (tmp_path / "out" / "a.png").exists()
