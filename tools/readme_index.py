@@ -23,6 +23,8 @@ NAMES = {
     "cvc-clinicdb": "colonoscopy (CVC-ClinicDB)",
     "kvasir-seg": "colonoscopy (Kvasir-SEG)",
     "isic2018": "skin (ISIC 2018)",
+    "bus-bra": "breast ultrasound (BUS-BRA)",
+    "ham10000": "skin (HAM10000)",
 }
 ARMS = ["teacher", "alone", "longest", "feat", "method"]
 
@@ -68,15 +70,39 @@ def gains() -> pd.DataFrame:
 
 
 def polyps() -> pd.DataFrame:
-    """Kvasir-SEG: arms minus the student alone, on its own test images and another clinic's."""
-    compared = statistics.compare_with(study().query("dataset == 'kvasir-seg'"), "alone")
+    """Kvasir-SEG: arms minus the student alone, with all masks."""
+    return in_two_clinics(study().query("dataset == 'kvasir-seg'"))
+
+
+def few() -> pd.DataFrame:
+    """Kvasir-SEG: arms minus the student alone, with a tenth of the masks."""
+    return in_two_clinics(tables.study("few_masks"))
+
+
+def in_two_clinics(table: pd.DataFrame) -> pd.DataFrame:
+    """Arms minus the student alone, on the own test images and another clinic's."""
     rows = []
-    for arm, part in compared.groupby("arm", sort=False):
+    for arm, part in statistics.compare_with(table, "alone").groupby("arm", sort=False):
         row = {"student": tables.label(arm)}
         for one in part.sort_values("test_dataset", ascending=False).to_dict("records"):
             where = "own clinic" if one["test_dataset"] == "kvasir-seg" else "CVC-ClinicDB"
             gain = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
             row[where] = f"{gain}, {one['verdict']}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def teachers() -> pd.DataFrame:
+    """Teachers with ImageNet weights beside students alone: is there something to teach?"""
+    rows = []
+    for one in tables.committed("teachers").to_dict("records"):
+        row = {"trained on": NAMES[one["dataset"]], "network": tables.label(one["arm"])}
+        row["validation"] = f"{one['val_dice']:.3f}"
+        for split, where in (("test", "own test images"), ("external", "elsewhere")):
+            score = {"mean": one[f"{split}_dice"]}
+            score |= {name: one[f"{split}_{name}"] for name in ("low", "high")}
+            row[where] = results.with_interval(score)
+        row["elsewhere"] += f", {NAMES[one['external']]}"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -211,6 +237,8 @@ BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
     "scores": scores,
     "gains": gains,
     "polyps": polyps,
+    "few": few,
+    "teachers": teachers,
     "recipes": recipes,
     "rivals": rivals,
     "edges": edges,
