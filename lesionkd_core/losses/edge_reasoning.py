@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import GraphConfig
 from ..edges import edge_at_stride
-from ..models import Network, channels_of, match_levels, stride_of
+from ..models import Network, match_levels, stride_of
 from .feature_refinement import Connector
 from .terms import LossTerm, Setup, Step, register, require_same_size
 
@@ -234,10 +234,9 @@ class EdgeReasoning(LossTerm):
     ) -> None:
         super().__init__()
         [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
-        self.teacher_maps = (self.teacher_map,)
         self.stride = stride_of(self.teacher_map)
-        channels = channels_of(student, self.student_map), channels_of(teacher, self.teacher_map)
-        self.connector = Connector(*channels)
+        ours, theirs = student.feature_channels(), teacher.feature_channels()
+        self.connector = Connector(ours[self.student_map], theirs[self.teacher_map])
         self.graph = graph.requires_grad_(False)
         self.register_buffer("std", std.clamp_min(1e-6))
 
