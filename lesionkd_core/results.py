@@ -409,16 +409,14 @@ def read_array(path: Path) -> np.ndarray:
 
 
 @contextmanager
-def appending(
-    path: Path, shape: tuple[int, ...], dtype: str = "|u1"
-) -> Iterator[Callable[[np.ndarray], int]]:
-    """Write a .npy file of known shape block by block, completely or not at all."""
+def appending(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], int]]:
+    """Write a .npy file of uint8 block by block, completely or not at all."""
     import numpy as np
 
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with replacing(path) as partial, open(partial, "wb") as file:  # a full disk kills memory maps
         np.lib.format.write_array_header_1_0(file, header)
-        yield lambda block: file.write(np.ascontiguousarray(block, dtype).data)
+        yield lambda block: file.write(np.ascontiguousarray(block, np.uint8).data)
 
 
 def write_checkpoint(path: Path, content: Mapping[str, object]) -> None:
