@@ -379,13 +379,10 @@ def list_runs(stage: str) -> None:
     if not paths:
         click.echo(f"no finished run in {results.runs_root()}")
         return
-    rows, total = [], 0
-    for path in paths:
-        size = results.size_of(path)
-        rows.append(results.row_of(path) | {"size": results.in_words(size)})
-        total += size
+    sizes = {path: results.size_of(path) for path in paths}
+    rows = [results.row_of(path) | {"size": results.in_words(sizes[path])} for path in paths]
     click.echo(_table(rows, ["run", "finished", "dice", "missed", "losses", "epochs", "size"]))
-    taken = results.in_words(total)
+    taken = results.in_words(sum(sizes.values()))
     click.echo(f"{len(paths)} runs, {taken}; `lesionkd clean` shows what is not needed any more")
 
 
