@@ -36,13 +36,7 @@ from .data.images import (
     suffix_of,
     volume_reader,
 )
-from .data.layouts import (
-    images_beside_masks,
-    named_after_others,
-    sources_below,
-    unread,
-    window_of,
-)
+from .data.layouts import images_beside_masks, named_after_others, sources_below, unread, window_of
 from .data.pixels import prepare_image, restore, unseen
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
@@ -308,10 +302,10 @@ def predict_folder(
     results.make_folder(out)
     write = _Writer(student, out, threshold, overlays, pixel_mm)
     for case in others:
-        write.note(_below(above, case.image), NOT_READ, case.problem)
+        write.note(case.image.relative_to(above).as_posix(), NOT_READ, case.problem)
     names = _names(paths)
     for done, path in enumerate(paths, start=1):
-        file = _below(above, path)
+        file = path.relative_to(above).as_posix()
         name = str(Path(file).with_name(names[path]))
         results.make_folder((out / name).parent)
         segment = write.volume if is_volume(path) else write.picture
@@ -354,16 +348,11 @@ def _formats() -> str:
     return ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES)) + ", or folders of DICOM series"
 
 
-def _below(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
-
-
 def _names(paths: list[Path]) -> dict[Path, str]:
     """Names of the masks, without suffix: no file that is written has the name of another.
 
     a.png beside a.jpg, or lesion_overlay.png beside lesion.png, keep their suffix in the name.
     """
-
     stems = Counter((path.parent, stem_of(path).casefold()) for path in paths)
     names: dict[Path, str] = {}
     taken: set[tuple[Path, str]] = set()
@@ -394,7 +383,7 @@ class _Writer:
 
     def picture(self, path: Path, file: str, name: str) -> None:
         """Write a mask for each page."""
-        pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
+        pages = count_pages(path)
         area = self.pixel_mm and self.pixel_mm**2
         for page in range(pages):
             number, stem, place = None, name, ""

@@ -24,7 +24,6 @@ from .images import (
     IMAGE_SUFFIXES,
     Case,
     Reading,
-    before_number,
     by_stem,
     composed,
     count_pages,
@@ -35,7 +34,6 @@ from .images import (
     pair,
     sources_in,
     stem_of,
-    suffix_of,
     unpacked,
     volume_reader,
 )
@@ -459,9 +457,7 @@ def images_alone(folder: Path) -> list[Case]:
 
 
 def _pages(file: Path) -> int:
-    """Pages of a TIFF file; 1 if it cannot be read, which reading the case will say."""
-    if suffix_of(file) not in (".tif", ".tiff"):
-        return 1
+    """Pages of a file; 1 if it cannot be read, which reading the case will say."""
     try:
         return count_pages(file)
     except LesionKDError:
@@ -993,7 +989,8 @@ def _groups_by(rule: str, paths: dict[str, Path]) -> dict[str, str]:
     groups = {}
     for name, path in paths.items():
         if rule == "number":
-            groups[name] = f"{path.parent.as_posix()}/{before_number(stem_of(path))}"
+            before = re.sub(r"[\W_]*[0-9]+[^0-9]*$", "", stem_of(path))  # 'p07_048' -> 'p07'
+            groups[name] = f"{path.parent.as_posix()}/{before}"
         elif rule == "folder":
             groups[name] = path.parent.as_posix()
         else:
@@ -1014,11 +1011,6 @@ def _regrouped(cases: list[Case], folder: Path, rule: str) -> list[Case]:
             r"'patient(\d+)'"
         )
     return [replace(case, group=group) for case, group in zip(cases, groups.values())]
-
-
-def sequence_of(cfg: PrepareConfig, release: Release | None = None) -> bool:
-    """Whether consecutive images are frames of a video: the option `group_by`, or the release."""
-    return (cfg.group_by or (release.group_by if release else "")) == "sequence"
 
 
 def _files(path: Path) -> list[Path]:

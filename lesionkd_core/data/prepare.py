@@ -24,15 +24,7 @@ from ..edges import edge_label
 from ..results import Progress, log
 from . import phantom
 from .images import Case, Reading, UnreadableFile, is_volume
-from .layouts import (
-    Listing,
-    fingerprint,
-    listing,
-    read,
-    sequence_of,
-    suggested_groups,
-    window_of,
-)
+from .layouts import Listing, fingerprint, listing, read, suggested_groups, window_of
 from .masks import UPRIGHT, decided
 from .pixels import (
     THUMBNAIL,
@@ -318,8 +310,8 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing
     cases = rows[used].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
     small = np.concatenate([np.load(part)["thumbnails"] for part in parts])
     compared = small if source.cases else None  # the phantom repeats nothing
-    sequence = sequence_of(cfg, source.release)
-    groups = group_cases(cases["group"], compared, cfg.join_copies, sequence)
+    rule = cfg.group_by or (source.release.group_by if source.release else "")
+    groups = group_cases(cases["group"], compared, cfg.join_copies, sequence=rule == "sequence")
     cases = cases.assign(named=cases["group"], group=groups.codes, joined=groups.joined)
     try:
         cases["split"] = split_cases(cases, cfg)
