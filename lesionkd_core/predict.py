@@ -99,15 +99,6 @@ class TrainedNetwork:
         return f"{type(self.network).__name__}({results.short(self.path)}: {count})"
 
 
-def read_config(path: Path) -> TeacherConfig:
-    """The configuration of a training run."""
-    content = results.read_json(path / "config.json")
-    stage = content.get("stage", "")
-    if stage not in TRAINED:
-        raise LesionKDError(f"{path} is a run of stage {stage!r}; expected {' or '.join(TRAINED)}")
-    return config_of(TRAINED[stage], content)
-
-
 def config_of(kind: type[C], content: Content) -> C:
     """A configuration from its JSON form; options that it does not know are ignored."""
     return kind(**{name: content[name] for name in kind.model_fields if name in content})
@@ -152,13 +143,17 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
     except results.UnfinishedRun as error:
         names = ", ".join(sorted(file.stem for file in STUDENTS.glob("*.safetensors")))
         raise results.UnfinishedRun(f"{error} Published students: {names or 'none'}.") from None
-    cfg = read_config(path)
+    made = results.read_json(path / "config.json")
+    stage = made.get("stage", "")
+    if stage not in TRAINED:
+        raise LesionKDError(f"{path} is a run of stage {stage!r}; expected {' or '.join(TRAINED)}")
+    cfg = config_of(TRAINED[stage], made)
     if not results.is_done(path):
         raise results.UnfinishedRun(f"{path} is not finished (no DONE); run it again to resume.")
-    summary, digest = results.summary_of(path), Result(path).config.get("digest", "")
+    summary = results.summary_of(path)
     try:
         weights = results.read_checkpoint(path / "checkpoint_best")["network"]
-        return _trained(cfg, weights, path, summary, digest)
+        return _trained(cfg, weights, path, summary, made.get("digest", ""))
     except (RuntimeError, KeyError, TypeError):
         raise LesionKDError(f"{path}/checkpoint_best has the weights of another network") from None
 
@@ -307,7 +302,6 @@ def predict_folder(
     for done, path in enumerate(paths, start=1):
         file = path.relative_to(above).as_posix()
         name = str(Path(file).with_name(names[path]))
-        results.make_folder((out / name).parent)
         segment = write.volume if is_volume(path) else write.picture
         try:
             if len(names[path].encode()) > LONGEST:
