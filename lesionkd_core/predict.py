@@ -79,8 +79,32 @@ class TrainedNetwork:
         return self.cfg.pixels
 
     def predict(self, images: Iterable[Picture]) -> list[np.ndarray]:
-        """Segment images of any size: `predict` with this network."""
-        return predict(self, images)
+        """Segment images of any size (step S7).
+
+        Parameters
+        ----------
+        images : (N, H, W, 3) uint8, or an iterable of images
+            Each is (H, W, 3) uint8 in RGB, a PIL image or the path of a picture.
+
+        Returns
+        -------
+        list of (H, W) float32
+            Probability that a pixel is lesion, at the image's own size.
+        """
+        if isinstance(images, (str, Path, Image.Image)):
+            raise LesionKDError("predict: expected a list of images; put the one image into [ ]")
+        pixels = [_pixels(image, self.cfg) for image in images]
+        for i, image in enumerate(pixels):
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise LesionKDError(
+                    f"predict: image {i} has shape {image.shape} and type {image.dtype}; "
+                    "expected (H, W, 3) uint8"
+                )
+        if not pixels:
+            return []
+        small = np.stack([prepare_image(image, self.cfg) for image in pixels])
+        found = self.probabilities(small)
+        return [restore(p, len(x), x.shape[1], self.cfg) for p, x in zip(found, pixels)]
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Prepared images (N, S, S, 3) uint8 -> probability of lesion (N, S, S) float32."""
@@ -213,37 +237,6 @@ def probabilities(network: nn.Module, images: np.ndarray, batch_size: int = 32) 
     ]
     network.train(training)
     return torch.cat(parts).numpy()
-
-
-def predict(student: TrainedNetwork, images: Iterable[Picture]) -> list[np.ndarray]:
-    """Segment images of any size (step S7).
-
-    Parameters
-    ----------
-    student : TrainedNetwork
-        From `load_student`.
-    images : (N, H, W, 3) uint8, or an iterable of images
-        Each is (H, W, 3) uint8 in RGB, a PIL image or the path of a picture.
-
-    Returns
-    -------
-    list of (H, W) float32
-        Probability that a pixel is lesion, at the image's own size.
-    """
-    if isinstance(images, (str, Path, Image.Image)):
-        raise LesionKDError("predict: expected a list of images; put the one image into [ ]")
-    pixels = [_pixels(image, student.cfg) for image in images]
-    for i, image in enumerate(pixels):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise LesionKDError(
-                f"predict: image {i} has shape {image.shape} and type {image.dtype}; "
-                "expected (H, W, 3) uint8"
-            )
-    if not pixels:
-        return []
-    small = np.stack([prepare_image(image, student.cfg) for image in pixels])
-    found = student.probabilities(small)
-    return [restore(p, len(x), x.shape[1], student.cfg) for p, x in zip(found, pixels)]
 
 
 def _pixels(image: Picture, cfg: TeacherConfig) -> np.ndarray:
@@ -389,7 +382,7 @@ class _Writer:
                 self.note(file, "noted", place + note)
             for note in unseen(image, prepare_image(image, self.student.cfg)):
                 self.note(file, "shows little", place + note)
-            [probability] = predict(self.student, [image])
+            [probability] = self.student.predict([image])
             lesion, written = self._decided(probability)
             self.areas.append({"file": file, "slice": number} | _area(lesion, area))
             _save(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
@@ -408,7 +401,7 @@ class _Writer:
         z, most, fullest, drawn = 0, -1, 0, np.empty(0)
         area = math.prod(volume.space.spacing[1:])
         while batch := list(islice(slices, BATCH)):
-            for image, probability in zip(batch, predict(self.student, batch)):
+            for image, probability in zip(batch, self.student.predict(batch)):
                 lesion, mask[z] = self._decided(probability)
                 self.areas.append({"file": file, "slice": z} | _area(lesion, area))
                 if self.overlays and lesion.sum() > most:
