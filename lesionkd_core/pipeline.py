@@ -111,7 +111,7 @@ def require_data(data: Prepared, cfg: PrepareConfig) -> None:
     if name_of_dataset(made) == cfg.dataset_name:
         return
     try:
-        content = fingerprint(cfg.upstream(PrepareConfig))[0]
+        content = fingerprint(cfg.upstream(PrepareConfig))
     except DatasetNotFound:
         content = ""  # what is not here is not the same folder under another name
     if content != data.config["upstream"]:

@@ -246,7 +246,7 @@ RULES = {"number": 7, "folder": 1, r"patient(\d+)": 7, r"_(\d+)": 4, "patient0[0
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_name_the_groups(tmp_path, rule):
-    cases = layouts.fingerprint(config(patients(tmp_path / "mine"), group_by=rule))[1]
+    cases = layouts.listing(config(patients(tmp_path / "mine"), group_by=rule)).cases
     assert len({case.group for case in cases}) == RULES[rule]
 
 

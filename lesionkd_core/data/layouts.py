@@ -807,15 +807,13 @@ class Release:
         layouts = (self.holds, *self.others)
         return any(all(os.path.exists(folder / name) for name in layout) for layout in layouts)
 
-    def cases(self, folder: Path) -> list[Case]:
-        """The cases of a folder."""
-        return LAYOUTS[self.layout](folder, **self.options)
-
     def listing(self, folder: Path, group_column: str = "group") -> Listing:
         """The cases of a folder or of a CSV manifest, and what is to be said about them."""
         if self.layout == "manifest":
             return manifest(folder, group_column)
-        return own_pairs(folder) if self.layout == "paired" else Listing(self.cases(folder))
+        if self.layout == "paired":
+            return own_pairs(folder)
+        return Listing(LAYOUTS[self.layout](folder, **self.options))
 
 
 _text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
@@ -934,15 +932,15 @@ def listing(cfg: PrepareConfig) -> Listing:
     return replace(found, folder=folder, release=release)
 
 
-def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
-    """A digest of the content of a data set, and its cases (none for the phantom).
+def fingerprint(cfg: PrepareConfig) -> str:
+    """A digest of the content of a data set.
 
     Masks count with their content, since annotations are corrected, and so do images of your own.
     Images of a release count with their name and size.
     """
     found = listing(cfg)
     if not found.release:
-        return f"{cfg.dataset} version {phantom.VERSION}", []
+        return f"{cfg.dataset} version {phantom.VERSION}"
     release, official = found.release, found.official
     about_release = f"{release.name} {release.window} {release.group_by}"
     digest = hashlib.sha256(about_release.encode() if official else b"own")
@@ -956,7 +954,7 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
                 stat = path.stat()
                 if os.access(path, os.R_OK):  # otherwise reading the case will say so
                     digest.update(_hash_file(path, stat.st_size, stat.st_mtime_ns))
-    return digest.hexdigest(), found.cases
+    return digest.hexdigest()
 
 
 def suggested_groups(cases: Sequence[Case], folder: Path) -> tuple[str, dict[str, str]] | None:

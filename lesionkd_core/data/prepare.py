@@ -135,7 +135,7 @@ def prepare(cfg: PrepareConfig) -> Prepared:
         prepare(_unlabelled(cfg))
     if not isinstance(cfg, UnlabelledConfig):
         cfg = cfg.upstream(PrepareConfig)
-    upstream, _ = fingerprint(cfg)
+    upstream = fingerprint(cfg)
 
     def make(missing: dict[Path, PrepareConfig]) -> None:
         for path in missing:
@@ -319,7 +319,8 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing
         raise SplitError(f"{error}{dropped}") from None
     chosen = (cases["split"] != "").to_numpy()
     rows.loc[rows.index[used][~chosen], "problem"] = "not in the split file"
-    warnings = _warnings(cases, chosen, groups, source, cfg, _mask_agreement(parts, chosen))
+    agreement = _mask_agreement(parts, chosen)
+    warnings = list(_warnings(cases, chosen, groups, source, cfg, agreement))
     cases = cases[chosen].reset_index(drop=True)
     joined = _joined(cases)
     if dropped:
@@ -398,64 +399,60 @@ def _warnings(
     source: Listing,
     cfg: PrepareConfig,
     agreement: float,
-) -> list[str]:
+) -> Iterator[str]:
     """What may be wrong with the data, and the option that cures it."""
     files, cases = cases["file"].tolist(), cases[chosen]
-    found = list(source.doubts)
+    yield from source.doubts
     if source.release and source.release.caution and cfg.split != "test" and not cfg.group_by:
-        found.append(source.release.caution)
+        yield source.release.caution
     if not source.official:
-        found += _warned_reading(cases, cfg)
-    found += _warned_groups(cases, groups, files)
-    found += _warned_names(cases, source) or _warned_labels(cases)
+        yield from _warned_reading(cases, cfg)
+    yield from _warned_groups(cases, groups, files)
+    yield from _warned_names(cases, source) or _warned_labels(cases)
     if agreement > ALIKE:
-        found.append(
+        yield (
             f"the masks of different images hardly differ (correlation {agreement:.2f}), as fields "
             "of view do and lesions do not. Look at the contours in notebook 01"
         )
     elif not source.official:  # a known release is not inverted
-        found += _warned_inverted(cases[~cases["empty"] & (cases["volume"] == "")])
-    return found
+        yield from _warned_inverted(cases[~cases["empty"] & (cases["volume"] == "")])
 
 
-def _warned_reading(cases: pd.DataFrame, cfg: PrepareConfig) -> list[str]:
+def _warned_reading(cases: pd.DataFrame, cfg: PrepareConfig) -> Iterator[str]:
     """What the user's own data may mean otherwise than they were read."""
-    found = []
     if cfg.split == "groups" and not (cfg.folds or cfg.split_file) and cases["official"].any():
-        found.append(
+        yield (
             "the data name a split (sub-folders or a column), and another one was drawn; give "
             "split = 'official' to use theirs"
         )
     upright = cases["notes"].map(lambda notes: UPRIGHT in notes)
     if upright.any():
-        found.append(
+        yield (
             f"{upright.sum()} images were turned as their EXIF data say, and their masks, which "
             f"have none, were not, such as that of {cases.loc[upright, 'file'].iloc[0]}. Look at "
             "the contours in notebook 01; if they do not fit, save the images upright"
         )
     if (lines := cases.loc[~cases["empty"], "filled"]).median() > OUTLINED:
-        found.append(
+        yield (
             f"the masks look like outlines: filled, the median lesion is {lines.median():.0f} "
             "times as large. Fill them if the whole lesion is meant"
         )
-    return found
 
 
-def _warned_groups(cases: pd.DataFrame, groups: Groups, files: list[str]) -> list[str]:
-    found, across = [], crossing(cases)
+def _warned_groups(cases: pd.DataFrame, groups: Groups, files: list[str]) -> Iterator[str]:
+    across = crossing(cases)
     if any(across.values()):
-        found.append(
+        yield (
             f"{across['test']} test and {across['val']} validation cases share a group (video, "
             "patient, near-duplicate) with a training case"
         )
     if groups.apart:
         i, j = groups.apart[0]
-        found.append(
+        yield (
             f"{len(groups.apart)} pairs of images show the same and are of groups with different "
             f"names, such as {files[i]} and {files[j]}. Names decide, so they stay apart; if the "
             "names are wrong, give one group to both"
         )
-    return found
 
 
 def _warned_names(cases: pd.DataFrame, source: Listing) -> list[str]:
@@ -497,22 +494,21 @@ def _warned_labels(cases: pd.DataFrame) -> list[str]:
     ]
 
 
-def _warned_inverted(lesions: pd.DataFrame) -> list[str]:
+def _warned_inverted(lesions: pd.DataFrame) -> Iterator[str]:
     """Masks that may show the lesion black on white: all of them, or a few."""
     share = lesions["lesion_fraction"]
+    around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
     if (median := share.median()) > 0.5:
-        return [
+        yield (
             f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
             "black on white, give invert_masks = True"
-        ]
-    around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
-    if not around:
-        return []
-    return [
-        f"{len(around)} masks are lesion along the border and nearly everywhere, those of "
-        f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
-        "invert these files (invert_masks = True would invert all)"
-    ]
+        )
+    elif around:
+        yield (
+            f"{len(around)} masks are lesion along the border and nearly everywhere, those of "
+            f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
+            "invert these files (invert_masks = True would invert all)"
+        )
 
 
 def _report(rows: pd.DataFrame) -> pd.DataFrame:
