@@ -323,8 +323,7 @@ def predict(
         raise ConfigError("--out is the folder of the images; choose another folder")
     student = lkd.load_onnx(run) if run.endswith(".onnx") else lkd.load_student(run)
     student.to(device)
-    with results.Progress("masks", "image", 0, lines=10) as progress:
-        failed = predict_folder(student, images, out, threshold, overlays, progress.at, pixel_size)
+    failed = predict_folder(student, images, out, threshold, overlays, pixel_size)
     click.echo(f"masks: {out}")
     for line in failed:
         click.echo(f"not read: {line}", err=True)

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -251,7 +251,6 @@ def predict_folder(
     out: Path,
     threshold: float | None = None,
     overlays: bool = False,
-    progress: Callable[[int, int], None] = lambda *_: None,
     pixel_mm: float | None = None,
 ) -> list[str]:
     """Write a mask for every image and volume of a folder, at its own size (step S7).
@@ -274,7 +273,6 @@ def predict_folder(
     overlays : bool
         Also write `NAME_overlay.png` with the contour; of a volume, the slice with most lesion, as
         `NAME_z012_overlay.png`.
-    progress : function of (done, total)
     pixel_mm : float, optional
         Side of a pixel of the pictures, in mm.
 
@@ -292,17 +290,18 @@ def predict_folder(
     for case in others:
         write.note(case.image.relative_to(above).as_posix(), NOT_READ, case.problem)
     names = _names(paths)
-    for done, path in enumerate(paths, start=1):
-        file = path.relative_to(above).as_posix()
-        name = str(Path(file).with_name(names[path]))
-        segment = write.volume if is_volume(path) else write.picture
-        try:
-            if len(names[path].encode()) > LONGEST:
-                raise UnreadableFile(f"{path.name}: the name is too long; shorten it")
-            segment(path, file, name)
-        except UnreadableFile as error:
-            write.note(file, NOT_READ, str(error))
-        progress(done, len(paths))
+    with results.Progress("masks", "image", len(paths), lines=10) as progress:
+        for path in paths:
+            file = path.relative_to(above).as_posix()
+            name = str(Path(file).with_name(names[path]))
+            segment = write.volume if is_volume(path) else write.picture
+            try:
+                if len(names[path].encode()) > LONGEST:
+                    raise UnreadableFile(f"{path.name}: the name is too long; shorten it")
+                segment(path, file, name)
+            except UnreadableFile as error:
+                write.note(file, NOT_READ, str(error))
+            progress.step()
     report = pd.DataFrame(write.notes, columns=["file", "action", "reason"])
     results.write_table(out / "report.csv", report)
     results.write_table(out / "areas.csv", pd.DataFrame(write.areas, columns=AREAS))

@@ -667,7 +667,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     name, unit : str
         What is done and what is counted: 'teacher' and 'epoch' give 'teacher, epoch 3/10'.
     total, done : int
-        Number of steps (0: `at` says it), and how many an earlier process has done.
+        Number of steps, and how many an earlier process has done.
     lines : int, optional
         At most so many lines of text; by default one for each step.
     """
@@ -683,7 +683,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             self.bar = kind(
                 desc=name,
                 unit=f" {unit}",
-                total=total or None,
+                total=total,
                 initial=done,
                 file=sys.stdout,
                 dynamic_ncols=True,
@@ -701,13 +701,6 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             said = ", ".join(part for part in (text, self.time_left()) if part)
             place = f"{self.name}, {self.unit} {self.done}/{self.total}"
             log.info(f"{place}: {said}" if said else place)
-
-    def at(self, done: int, total: int) -> None:
-        """So many of all steps are done, for a caller that learns their number on the way."""
-        self.total = total
-        if self.bar is not None:
-            self.bar.total = total
-        self.step(count=done - self.done)
 
     def time_left(self) -> str:
         """'2 min left', as if the next steps take as long as the last; '' after the last one."""
