@@ -162,10 +162,10 @@ def _settings(job: Job, formats: tuple[str, ...]) -> dict[str, object]:
     packages = {package for name in formats for package in FORMATS[name].packages}
     sums = results.checksums(job.folder)
     files: dict[str, object] = {}
-    for file, size in _written(job.folder):
+    for file in _written(job.folder):
         name = file.relative_to(job.folder).as_posix()
-        note = job.notes.get(file.name, "")
-        files[name] = {"bytes": size, "sha256": sums.get(name), "note": note}
+        about = {"bytes": results.size_of(file), "sha256": sums.get(name)}
+        files[name] = about | {"note": job.notes.get(file.name, "")}
     return {
         "network": {
             "width": cfg.width,
@@ -201,14 +201,13 @@ def _settings(job: Job, formats: tuple[str, ...]) -> dict[str, object]:
     }
 
 
-def _written(folder: Path) -> Iterator[tuple[Path, int]]:
-    """What the formats wrote, with bytes; an .mlpackage is a folder and counts as one file."""
+def _written(folder: Path) -> Iterator[Path]:
+    """What the formats wrote; an .mlpackage is a folder and counts as one file."""
     for path in sorted(folder.rglob("*")):
-        inside = any(parent.suffix == ".mlpackage" for parent in path.parents)
-        if path.suffix == ".mlpackage":
-            yield path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        elif path.is_file() and not inside and path.name not in OWN:
-            yield path, path.stat().st_size
+        inside = ".mlpackage" in {parent.suffix for parent in path.parents}
+        written = path.suffix == ".mlpackage" or (path.is_file() and path.name not in OWN)
+        if written and not inside:
+            yield path
 
 
 OWN = {"config.json", "env.json", "parity.csv", "model_card.md", "golden.png", "golden_mask.png"}
