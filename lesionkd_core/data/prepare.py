@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -218,32 +219,28 @@ def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
     return paths
 
 
-def _jobs(cfg: PrepareConfig, raw: list[Case]) -> list[tuple[Case | int, str]]:
-    """Cases of the data set or indices of the phantom, each with a reason to drop it or ''."""
+def _jobs(cfg: PrepareConfig, raw: list[Case]) -> list[Case] | list[int]:
+    """Cases of the data set, or indices of the phantom."""
     if not raw:
-        return [(index, "") for index in range(cfg.cases or phantom.CASES)]
-    ids = pd.Series([f"problem {n}" if case.problem else case.id for n, case in enumerate(raw)])
-    twice = ids.duplicated(keep=False)
-    jobs: list[tuple[Case | int, str]] = [
-        (case, f"two images are called {case.id!r}; rename one" if again else case.problem)
-        for case, again in zip(raw, twice)
-    ]
+        return list(range(cfg.cases or phantom.CASES))
+    named = Counter(case.id for case in raw if not case.problem)
+    jobs = []
+    for case in raw:
+        twice = f"two images are called {case.id!r}; rename one" if named[case.id] > 1 else ""
+        jobs.append(replace(case, problem=case.problem or twice))
     if cfg.cases and cfg.cases < len(raw):
         order = np.random.default_rng(cfg.split_seed).permutation(len(raw))
         jobs = [jobs[i] for i in np.sort(order[: cfg.cases])]
     return jobs
 
 
-def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[Row]:
+def _prepare_case(case: Case | int, cfg: PrepareConfig) -> list[Row]:
     """A prepared case (several of a volume), or the row of a case that cannot be used."""
-    case, problem = job
     if isinstance(case, int):
         image, mask = phantom.draw(cfg.split_seed, case, cfg.pixels)
         drawn = Case("", Path(), ())
         return [_row(Reading(f"{case:05d}", image, mask), image, mask, drawn, cfg)]
     try:
-        if problem:
-            raise UnreadableFile(problem)
         return [
             _row(r, prepare_image(r.image, cfg), prepare_mask(r.mask, cfg), case, cfg)
             for r in read(case, window_of(cfg))
