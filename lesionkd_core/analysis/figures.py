@@ -1166,7 +1166,6 @@ class Curves:
     lines: dict[str, pd.DataFrame]
     log: bool = False
     ylim: tuple[float, float] | None = None
-    named: bool = True
 
 
 def line_charts(
@@ -1195,7 +1194,7 @@ def line_charts(
         axis.set(title=chart.title, xlabel=chart.xlabel, ylim=chart.ylim)
         axis.margins(x=0.02)
         axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        if beside and chart.named:
+        if beside:
             _name_lines(axis, {name: text_of(name) for name in names}, height)
     return fig, axes
 

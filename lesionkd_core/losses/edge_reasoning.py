@@ -162,11 +162,9 @@ class EdgeHead(nn.Module):
         self.head = nn.Conv2d(states, 1, 1)
 
     def forward(self, graph: EdgeGraph, x: Tensor, edge: Tensor) -> Tensor:
-        """BCE of the predicted edge against Label_edge, over images that have one -> ()."""
+        """BCE of the predicted edge against Label_edge, over the images that have one -> ()."""
         has_edge = edge.flatten(1).amax(1) > 0
         x, edge = x[has_edge], edge[has_edge]
-        if not len(x):
-            return self.head.weight.sum() * 0.0
         states, projection = graph.project(x, edge)
         reasoned = graph.reason(graph.build_graph(states, projection)).relu()
         logits = self.head((reasoned @ projection).unflatten(2, x.shape[-2:]))
