@@ -384,9 +384,9 @@ class _Writer:
             [probability] = self.student.predict([image])
             lesion, written = self._decided(probability)
             self.areas.append({"file": file, "slice": number} | _area(lesion, area))
-            _save(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
+            save_png(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
             if self.overlays:
-                _save(self.out / f"{stem}_overlay.png", overlay(image, lesion))
+                save_png(self.out / f"{stem}_overlay.png", overlay(image, lesion))
 
     def volume(self, path: Path, file: str, name: str) -> None:
         """Write a mask volume."""
@@ -408,7 +408,7 @@ class _Writer:
                 z += 1
         reader.write_mask(self.out / f"{name}.nii.gz", mask, path)
         if self.overlays:
-            _save(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
+            save_png(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
 
     def _decided(self, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The lesion (bool), and what is written: it, or without a threshold the probability."""
@@ -434,7 +434,8 @@ def _check_size(path: Path, height: int, width: int) -> None:
         raise UnreadableFile(f"{path.name}: {width} x {height} px is too small to segment")
 
 
-def _save(path: Path, pixels: np.ndarray) -> None:
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    """Write an image (H, W) or (H, W, 3) uint8 completely or not at all."""
     with results.replacing(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG")
 

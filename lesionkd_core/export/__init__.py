@@ -22,7 +22,7 @@ from ..data.phantom import draw
 from ..data.pixels import prepare_image, prepare_mask
 from ..data.prepare import prepare
 from ..models import parameter_count
-from ..predict import TrainedNetwork
+from ..predict import TrainedNetwork, save_png
 from ..results import log
 from . import coreml, executorch, native, onnx, page  # noqa: F401  (registers them)
 from .card import facts, model_card
@@ -107,8 +107,7 @@ def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path:
     about, samples = facts(student), _samples(student)
     job = Job(student, network, path, samples, sizes, cfg.threshold, about)
     for name, pixels in zip(("golden.png", "golden_mask.png"), job.golden):
-        with results.replacing(path / name) as partial:
-            Image.fromarray(pixels).save(partial, format="PNG")
+        save_png(path / name, pixels)
     compared: list[Compared] = []
     for name in cfg.formats:
         log.info(f"writing {name}")
@@ -145,9 +144,9 @@ def _drawn(student: TrainedNetwork) -> Samples:
     )
     cfg, images, masks = student.cfg, [], []
     for i in range(DRAWN):
-        picture, mask = draw(0, i, cfg.pixels)[:2]
+        picture, mask = draw(0, i, cfg.pixels)
         images.append(prepare_image(picture, cfg))
-        masks.append(prepare_mask(mask > 0, cfg))
+        masks.append(prepare_mask(mask, cfg))
     own = student.path.with_name(f"{student.path.stem}-input.png")
     if own.is_file():
         picture = read_image(own)
