@@ -323,8 +323,7 @@ def predict(
         raise ConfigError("--out is the folder of the images; choose another folder")
     student = lkd.load_onnx(run) if run.endswith(".onnx") else lkd.load_student(run)
     student.to(device)
-    with results.Progress("masks", "image", 0, lines=10) as progress:
-        failed = predict_folder(student, images, out, threshold, overlays, progress.at, pixel_size)
+    failed = predict_folder(student, images, out, threshold, overlays, pixel_size)
     click.echo(f"masks: {out}")
     for line in failed:
         click.echo(f"not read: {line}", err=True)
@@ -379,13 +378,10 @@ def list_runs(stage: str) -> None:
     if not paths:
         click.echo(f"no finished run in {results.runs_root()}")
         return
-    rows, total = [], 0
-    for path in paths:
-        size = results.size_of(path)
-        rows.append(results.row_of(path) | {"size": results.in_words(size)})
-        total += size
+    sizes = {path: results.size_of(path) for path in paths}
+    rows = [results.row_of(path) | {"size": results.in_words(sizes[path])} for path in paths]
     click.echo(_table(rows, ["run", "finished", "dice", "missed", "losses", "epochs", "size"]))
-    taken = results.in_words(total)
+    taken = results.in_words(sum(sizes.values()))
     click.echo(f"{len(paths)} runs, {taken}; `lesionkd clean` shows what is not needed any more")
 
 

@@ -208,16 +208,14 @@ def summarize(per_case: pd.DataFrame) -> Content:
     return summary
 
 
-def bootstrap_mean(
-    values: np.ndarray, groups: np.ndarray, draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_mean(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of the mean of (N,) values; groups are resampled, NaN left out."""
     kept = ~np.isnan(values)
     if not kept.any():
         return np.nan, np.nan
     table = pd.DataFrame({"sum": values[kept], "n": 1.0}).groupby(groups[kept]).sum().to_numpy()
     equal = np.full(len(table), 1 / len(table))
-    drawn = np.random.default_rng(seed).multinomial(len(table), equal, size=draws)
+    drawn = np.random.default_rng(0).multinomial(len(table), equal, size=2000)
     low, high = np.percentile((drawn @ table[:, 0]) / (drawn @ table[:, 1]), [2.5, 97.5])
     return float(low), float(high)
 

@@ -611,11 +611,6 @@ def match_levels(
     return pairs
 
 
-def channels_of(network: Network, name: str) -> int:
-    """Channels of a feature map."""
-    return network.feature_channels()[name]
-
-
 def freeze(network: M, batch_statistics: bool = False) -> M:
     """Freeze a teacher; its BatchNorm uses running statistics, or those of the batch.
 

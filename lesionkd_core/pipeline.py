@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
+from scipy.special import entr
 from torch import Tensor, nn
 
 from . import results
@@ -111,7 +111,7 @@ def require_data(data: Prepared, cfg: PrepareConfig) -> None:
     if name_of_dataset(made) == cfg.dataset_name:
         return
     try:
-        content = fingerprint(cfg.upstream(PrepareConfig))[0]
+        content = fingerprint(cfg.upstream(PrepareConfig))
     except DatasetNotFound:
         content = ""  # what is not here is not the same folder under another name
     if content != data.config["upstream"]:
@@ -270,7 +270,8 @@ def _fit_graph(
                 rarity.append(edge[edge.flatten(1).amax(1) > 0].mean())
             if not losses:
                 raise LesionKDError("no training image has a lesion; use losses = 'feat'")
-            constant = _entropy(float(torch.stack(rarity).mean()))
+            edges = float(torch.stack(rarity).mean())
+            constant = float(entr([edges, 1 - edges]).sum())  # of predicting this fraction
             loss_edge = float(torch.stack(losses).mean())
             row = {"epoch": epoch + 1, "loss_edge_bce": loss_edge, "constant_bce": constant}
             history.append(row)
@@ -279,12 +280,6 @@ def _fit_graph(
     results.write_checkpoint(path / "checkpoint_best", {"graph": graph.state_dict(), "std": std})
     results.write_table(path / "history.csv", pd.DataFrame(history))
     results.write_json(path / "summary.json", history[-1] | {"live_nodes": live})
-
-
-def _entropy(fraction: float) -> float:
-    """BCE of predicting every pixel with the fraction of edge pixels."""
-    p = np.clip([fraction, 1 - fraction], 1e-9, None)
-    return float(-(p * np.log(p)).sum())
 
 
 @torch.no_grad()
@@ -349,7 +344,9 @@ def distill_arms(
     OtherOptions
         Data, teacher or graph were made with other options than the configurations say.
     """
-    cfgs = [_resolved(cfg) for cfg in cfgs]
+    cfgs = [
+        cfg.upstream(DistillConfig).with_values(losses=resolve(cfg.losses)) for cfg in cfgs
+    ]  # with the weight of every term
     require_shared(cfgs)
     require_data(data, cfgs[0])
     for cfg in cfgs:
@@ -362,12 +359,6 @@ def distill_arms(
         _train_students(fabric, given, missing)
 
     return _find_or_train(fabric, wanted, make, Run)
-
-
-def _resolved(cfg: DistillConfig) -> DistillConfig:
-    """The configuration with the weight of every term."""
-    values = {name: getattr(cfg, name) for name in DistillConfig.model_fields}
-    return DistillConfig(**values | {"losses": resolve(cfg.losses)})
 
 
 def require_shared(cfgs: Sequence[DistillConfig]) -> None:
@@ -494,10 +485,9 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
     name, times, factor = arm.partition("*")
     if times and not (factor.isdecimal() and int(factor) > 0):
         raise ConfigError(f"arms names {arm!r}; after * give how many times longer, as in alone*2")
-    own = {field: getattr(cfg, field) for field in DistillConfig.model_fields}
-    own["epochs"] = cfg.epochs * (int(factor) if times else 1)
+    epochs = cfg.epochs * (int(factor) if times else 1)
     losses = ARMS.get(name, name.replace("+", ","))
-    arm_cfg = DistillConfig(**own | {"seed": seed, "losses": losses})
+    arm_cfg = cfg.upstream(DistillConfig).with_values(seed=seed, epochs=epochs, losses=losses)
     for term in arm_cfg.losses:
         if term not in TERMS or term == "seg":
             known = ARMS.keys() | TERMS.keys() - {"seg"}

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -36,13 +36,7 @@ from .data.images import (
     suffix_of,
     volume_reader,
 )
-from .data.layouts import (
-    images_beside_masks,
-    named_after_others,
-    sources_below,
-    unread,
-    window_of,
-)
+from .data.layouts import images_beside_masks, named_after_others, sources_below, unread, window_of
 from .data.pixels import prepare_image, restore, unseen
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
@@ -85,8 +79,32 @@ class TrainedNetwork:
         return self.cfg.pixels
 
     def predict(self, images: Iterable[Picture]) -> list[np.ndarray]:
-        """Segment images of any size: `predict` with this network."""
-        return predict(self, images)
+        """Segment images of any size (step S7).
+
+        Parameters
+        ----------
+        images : (N, H, W, 3) uint8, or an iterable of images
+            Each is (H, W, 3) uint8 in RGB, a PIL image or the path of a picture.
+
+        Returns
+        -------
+        list of (H, W) float32
+            Probability that a pixel is lesion, at the image's own size.
+        """
+        if isinstance(images, (str, Path, Image.Image)):
+            raise LesionKDError("predict: expected a list of images; put the one image into [ ]")
+        pixels = [_pixels(image, self.cfg) for image in images]
+        for i, image in enumerate(pixels):
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise LesionKDError(
+                    f"predict: image {i} has shape {image.shape} and type {image.dtype}; "
+                    "expected (H, W, 3) uint8"
+                )
+        if not pixels:
+            return []
+        small = np.stack([prepare_image(image, self.cfg) for image in pixels])
+        found = self.probabilities(small)
+        return [restore(p, len(x), x.shape[1], self.cfg) for p, x in zip(found, pixels)]
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Prepared images (N, S, S, 3) uint8 -> probability of lesion (N, S, S) float32."""
@@ -103,15 +121,6 @@ class TrainedNetwork:
     def __repr__(self) -> str:
         count = f"{parameter_count(self.network):,} parameters, {self.pixels} px"
         return f"{type(self.network).__name__}({results.short(self.path)}: {count})"
-
-
-def read_config(path: Path) -> TeacherConfig:
-    """The configuration of a training run."""
-    content = results.read_json(path / "config.json")
-    stage = content.get("stage", "")
-    if stage not in TRAINED:
-        raise LesionKDError(f"{path} is a run of stage {stage!r}; expected {' or '.join(TRAINED)}")
-    return config_of(TRAINED[stage], content)
 
 
 def config_of(kind: type[C], content: Content) -> C:
@@ -158,13 +167,17 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
     except results.UnfinishedRun as error:
         names = ", ".join(sorted(file.stem for file in STUDENTS.glob("*.safetensors")))
         raise results.UnfinishedRun(f"{error} Published students: {names or 'none'}.") from None
-    cfg = read_config(path)
+    made = results.read_json(path / "config.json")
+    stage = made.get("stage", "")
+    if stage not in TRAINED:
+        raise LesionKDError(f"{path} is a run of stage {stage!r}; expected {' or '.join(TRAINED)}")
+    cfg = config_of(TRAINED[stage], made)
     if not results.is_done(path):
         raise results.UnfinishedRun(f"{path} is not finished (no DONE); run it again to resume.")
-    summary, digest = results.summary_of(path), Result(path).config.get("digest", "")
+    summary = results.summary_of(path)
     try:
         weights = results.read_checkpoint(path / "checkpoint_best")["network"]
-        return _trained(cfg, weights, path, summary, digest)
+        return _trained(cfg, weights, path, summary, made.get("digest", ""))
     except (RuntimeError, KeyError, TypeError):
         raise LesionKDError(f"{path}/checkpoint_best has the weights of another network") from None
 
@@ -226,37 +239,6 @@ def probabilities(network: nn.Module, images: np.ndarray, batch_size: int = 32) 
     return torch.cat(parts).numpy()
 
 
-def predict(student: TrainedNetwork, images: Iterable[Picture]) -> list[np.ndarray]:
-    """Segment images of any size (step S7).
-
-    Parameters
-    ----------
-    student : TrainedNetwork
-        From `load_student`.
-    images : (N, H, W, 3) uint8, or an iterable of images
-        Each is (H, W, 3) uint8 in RGB, a PIL image or the path of a picture.
-
-    Returns
-    -------
-    list of (H, W) float32
-        Probability that a pixel is lesion, at the image's own size.
-    """
-    if isinstance(images, (str, Path, Image.Image)):
-        raise LesionKDError("predict: expected a list of images; put the one image into [ ]")
-    pixels = [_pixels(image, student.cfg) for image in images]
-    for i, image in enumerate(pixels):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise LesionKDError(
-                f"predict: image {i} has shape {image.shape} and type {image.dtype}; "
-                "expected (H, W, 3) uint8"
-            )
-    if not pixels:
-        return []
-    small = np.stack([prepare_image(image, student.cfg) for image in pixels])
-    found = student.probabilities(small)
-    return [restore(p, len(x), x.shape[1], student.cfg) for p, x in zip(found, pixels)]
-
-
 def _pixels(image: Picture, cfg: TeacherConfig) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(Path(image), window_of(cfg))
@@ -269,7 +251,6 @@ def predict_folder(
     out: Path,
     threshold: float | None = None,
     overlays: bool = False,
-    progress: Callable[[int, int], None] = lambda *_: None,
     pixel_mm: float | None = None,
 ) -> list[str]:
     """Write a mask for every image and volume of a folder, at its own size (step S7).
@@ -292,7 +273,6 @@ def predict_folder(
     overlays : bool
         Also write `NAME_overlay.png` with the contour; of a volume, the slice with most lesion, as
         `NAME_z012_overlay.png`.
-    progress : function of (done, total)
     pixel_mm : float, optional
         Side of a pixel of the pictures, in mm.
 
@@ -308,20 +288,20 @@ def predict_folder(
     results.make_folder(out)
     write = _Writer(student, out, threshold, overlays, pixel_mm)
     for case in others:
-        write.note(_below(above, case.image), NOT_READ, case.problem)
+        write.note(case.image.relative_to(above).as_posix(), NOT_READ, case.problem)
     names = _names(paths)
-    for done, path in enumerate(paths, start=1):
-        file = _below(above, path)
-        name = str(Path(file).with_name(names[path]))
-        results.make_folder((out / name).parent)
-        segment = write.volume if is_volume(path) else write.picture
-        try:
-            if len(names[path].encode()) > LONGEST:
-                raise UnreadableFile(f"{path.name}: the name is too long; shorten it")
-            segment(path, file, name)
-        except UnreadableFile as error:
-            write.note(file, NOT_READ, str(error))
-        progress(done, len(paths))
+    with results.Progress("masks", "image", len(paths), lines=10) as progress:
+        for path in paths:
+            file = path.relative_to(above).as_posix()
+            name = str(Path(file).with_name(names[path]))
+            segment = write.volume if is_volume(path) else write.picture
+            try:
+                if len(names[path].encode()) > LONGEST:
+                    raise UnreadableFile(f"{path.name}: the name is too long; shorten it")
+                segment(path, file, name)
+            except UnreadableFile as error:
+                write.note(file, NOT_READ, str(error))
+            progress.step()
     report = pd.DataFrame(write.notes, columns=["file", "action", "reason"])
     results.write_table(out / "report.csv", report)
     results.write_table(out / "areas.csv", pd.DataFrame(write.areas, columns=AREAS))
@@ -354,16 +334,11 @@ def _formats() -> str:
     return ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES)) + ", or folders of DICOM series"
 
 
-def _below(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
-
-
 def _names(paths: list[Path]) -> dict[Path, str]:
     """Names of the masks, without suffix: no file that is written has the name of another.
 
     a.png beside a.jpg, or lesion_overlay.png beside lesion.png, keep their suffix in the name.
     """
-
     stems = Counter((path.parent, stem_of(path).casefold()) for path in paths)
     names: dict[Path, str] = {}
     taken: set[tuple[Path, str]] = set()
@@ -394,7 +369,7 @@ class _Writer:
 
     def picture(self, path: Path, file: str, name: str) -> None:
         """Write a mask for each page."""
-        pages = count_pages(path) if suffix_of(path) in (".tif", ".tiff") else 1
+        pages = count_pages(path)
         area = self.pixel_mm and self.pixel_mm**2
         for page in range(pages):
             number, stem, place = None, name, ""
@@ -406,12 +381,12 @@ class _Writer:
                 self.note(file, "noted", place + note)
             for note in unseen(image, prepare_image(image, self.student.cfg)):
                 self.note(file, "shows little", place + note)
-            [probability] = predict(self.student, [image])
+            [probability] = self.student.predict([image])
             lesion, written = self._decided(probability)
             self.areas.append({"file": file, "slice": number} | _area(lesion, area))
-            _save(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
+            save_png(self.out / f"{stem}.png", np.rint(written * np.float32(255)).astype(np.uint8))
             if self.overlays:
-                _save(self.out / f"{stem}_overlay.png", overlay(image, lesion))
+                save_png(self.out / f"{stem}_overlay.png", overlay(image, lesion))
 
     def volume(self, path: Path, file: str, name: str) -> None:
         """Write a mask volume."""
@@ -425,7 +400,7 @@ class _Writer:
         z, most, fullest, drawn = 0, -1, 0, np.empty(0)
         area = math.prod(volume.space.spacing[1:])
         while batch := list(islice(slices, BATCH)):
-            for image, probability in zip(batch, predict(self.student, batch)):
+            for image, probability in zip(batch, self.student.predict(batch)):
                 lesion, mask[z] = self._decided(probability)
                 self.areas.append({"file": file, "slice": z} | _area(lesion, area))
                 if self.overlays and lesion.sum() > most:
@@ -433,7 +408,7 @@ class _Writer:
                 z += 1
         reader.write_mask(self.out / f"{name}.nii.gz", mask, path)
         if self.overlays:
-            _save(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
+            save_png(self.out / f"{name}_z{fullest:03d}_overlay.png", drawn)
 
     def _decided(self, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The lesion (bool), and what is written: it, or without a threshold the probability."""
@@ -459,7 +434,8 @@ def _check_size(path: Path, height: int, width: int) -> None:
         raise UnreadableFile(f"{path.name}: {width} x {height} px is too small to segment")
 
 
-def _save(path: Path, pixels: np.ndarray) -> None:
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    """Write an image (H, W) or (H, W, 3) uint8 completely or not at all."""
     with results.replacing(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG")
 

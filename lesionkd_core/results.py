@@ -409,16 +409,14 @@ def read_array(path: Path) -> np.ndarray:
 
 
 @contextmanager
-def appending(
-    path: Path, shape: tuple[int, ...], dtype: str = "|u1"
-) -> Iterator[Callable[[np.ndarray], int]]:
-    """Write a .npy file of known shape block by block, completely or not at all."""
+def appending(path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[np.ndarray], int]]:
+    """Write a .npy file of uint8 block by block, completely or not at all."""
     import numpy as np
 
-    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with replacing(path) as partial, open(partial, "wb") as file:  # a full disk kills memory maps
         np.lib.format.write_array_header_1_0(file, header)
-        yield lambda block: file.write(np.ascontiguousarray(block, dtype).data)
+        yield lambda block: file.write(np.ascontiguousarray(block, np.uint8).data)
 
 
 def write_checkpoint(path: Path, content: Mapping[str, object]) -> None:
@@ -669,7 +667,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
     name, unit : str
         What is done and what is counted: 'teacher' and 'epoch' give 'teacher, epoch 3/10'.
     total, done : int
-        Number of steps (0: `at` says it), and how many an earlier process has done.
+        Number of steps, and how many an earlier process has done.
     lines : int, optional
         At most so many lines of text; by default one for each step.
     """
@@ -685,7 +683,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             self.bar = kind(
                 desc=name,
                 unit=f" {unit}",
-                total=total or None,
+                total=total,
                 initial=done,
                 file=sys.stdout,
                 dynamic_ncols=True,
@@ -703,13 +701,6 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             said = ", ".join(part for part in (text, self.time_left()) if part)
             place = f"{self.name}, {self.unit} {self.done}/{self.total}"
             log.info(f"{place}: {said}" if said else place)
-
-    def at(self, done: int, total: int) -> None:
-        """So many of all steps are done, for a caller that learns their number on the way."""
-        self.total = total
-        if self.bar is not None:
-            self.bar.total = total
-        self.step(count=done - self.done)
 
     def time_left(self) -> str:
         """'2 min left', as if the next steps take as long as the last; '' after the last one."""

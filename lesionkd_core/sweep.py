@@ -117,7 +117,7 @@ def executed(notebook: Path, parameters: Values) -> Path:
     cfg = configuration(notebook)(**parameters)
     content = json.dumps(cfg.model_dump(mode="json"), sort_keys=True)
     if isinstance(cfg, PrepareConfig):
-        content += fingerprint(cfg)[0]
+        content += fingerprint(cfg)
     mark = hashlib.sha256(content.encode()).hexdigest()[:8]
     return runs_root() / "notebooks" / f"{notebook.stem}-{mark}.ipynb"
 

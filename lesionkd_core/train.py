@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -88,13 +88,13 @@ class Lesson(NamedTuple):
     logits : (N, 1, S, S), maps : {name: (N, C, H, W)}
         The frozen teacher's, if a term reads them.
     edges : {width: (N, 1, S, S)}
-        The edge label, by the option `edge_width`.
+        The edge label, by the option `edge_width`, if there is a teacher.
     """
 
     masks: Tensor
-    logits: Tensor | None = None
-    maps: dict[str, Tensor] | None = None
-    edges: dict[int, Tensor] | None = None
+    logits: Tensor = None  # type: ignore[assignment]
+    maps: dict[str, Tensor] = {}
+    edges: dict[int, Tensor] = {}
 
 
 class Objective(nn.Module):
@@ -108,12 +108,8 @@ class Objective(nn.Module):
         """Images (N, 3, S, S) -> every loss term before its weight, each ()."""
         logits, maps = self.network.forward_features(images)
         with torch.autocast(images.device.type, enabled=False):  # sums over pixels need float32
-            step = Step(logits.float(), lesson.masks, maps)
-            if lesson.logits is not None and lesson.maps is not None and lesson.edges is not None:
-                edge = lesson.edges[self.edge_width]
-                step = replace(
-                    step, edge=edge, teacher_logits=lesson.logits, teacher_maps=lesson.maps
-                )
+            edge = lesson.edges.get(self.edge_width)
+            step = Step(logits.float(), lesson.masks, maps, edge, lesson.logits, lesson.maps)  # type: ignore[arg-type]
             return {name: term(step) for name, term in self.terms.items()}
 
 
@@ -338,8 +334,7 @@ def train(fabric: Fabric, learners: list[Learner], teacher: Network | None, name
             for learner in learners:
                 learner.objective.train()
             rank, ranks = fabric.global_rank, fabric.world_size
-            batches = first.training.epoch(epoch, fabric.device, rank, ranks)
-            for batch in batches:
+            for batch in first.training.epoch(epoch, fabric.device, rank, ranks):
                 lesson = _lesson(fabric, batch, learners, teacher)
                 for learner in learners:
                     learner.step(batch.images, lesson, measure=steps == 0)

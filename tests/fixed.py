@@ -15,7 +15,7 @@ from lesionkd_core.config import DistillConfig
 from lesionkd_core.data.phantom import draw
 from lesionkd_core.export.parity import Deployed
 from lesionkd_core.models import UNet
-from lesionkd_core.predict import TrainedNetwork, load_student, predict
+from lesionkd_core.predict import TrainedNetwork, load_student
 
 WEIGHTS = Path(__file__).parent / "fixtures" / "student.safetensors"
 CFG = DistillConfig(losses="", pixels=64, cases=60, device="cpu", threads=1)
@@ -85,7 +85,7 @@ def picture_of(width: int, height: int, seed: int = 5) -> np.ndarray:
 
 def mask_of(student: TrainedNetwork, picture: np.ndarray) -> np.ndarray:
     """The mask image of a picture in PyTorch, (H, W) uint8."""
-    return np.rint(255 * predict(student, [picture])[0]).astype(np.uint8)
+    return np.rint(255 * student.predict([picture])[0]).astype(np.uint8)
 
 
 def gap(found: np.ndarray, expected: np.ndarray) -> int:

@@ -101,9 +101,9 @@ class Terminal(io.StringIO):
 def test_in_a_terminal_a_bar_is_drawn_over_itself(monkeypatch):
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    with Progress("masks", "image", 0, lines=10) as progress:
-        for done in (1, 2, 3):
-            progress.at(done, 3)
+    with Progress("masks", "image", 3, lines=10) as progress:
+        for _ in range(3):
+            progress.step()
     drawn = sys.stdout.getvalue()
     assert drawn.count("\n") == 1 and "3/3" in drawn.rstrip("\n").split("\r")[-1]
 

@@ -9,7 +9,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from lesionkd_core.data.images import UnreadableFile
 from lesionkd_core.data.layouts import read
-from lesionkd_core.data.volumes import read_volume, space_of, write_mask
+from lesionkd_core.data.volumes import read_volume, write_mask
 
 from .test_volumes import (
     HU,
@@ -71,7 +71,8 @@ def test_a_series_is_ordered_by_position_whatever_names_and_numbers_say(tmp_path
     readings = same(read(case(folder, mask), WINDOW), windowed(HU), LESION)
     assert [r.id for r in readings][::4] == ["scan_z000", "scan_z004"]
     assert not any(r.notes for r in readings)
-    assert np.allclose(space_of(folder).affine, LPS) and space_of(folder).spacing == SPACING
+    space = read_volume(folder).space
+    assert np.allclose(space.affine, LPS) and space.spacing == SPACING
 
 
 def test_a_sagittal_series_is_shown_as_acquired_and_its_affine_is_dicom_s(tmp_path):
@@ -82,7 +83,8 @@ def test_a_sagittal_series_is_shown_as_acquired_and_its_affine_is_dicom_s(tmp_pa
     folder = series(tmp_path / "scan", ImageOrientationPatient=turn, ImagePositionPatient=places)
     assert np.array_equal(read_volume(folder).voxels, HU)
     expected = [[0, 0, 2.5, 30], [-0.5, 0, 0, 12], [0, -0.75, 0, 40], [0, 0, 0, 1]]
-    assert np.allclose(space_of(folder).affine, expected)  # LPS to RAS: x and y change sign
+    # LPS to RAS: x and y change sign
+    assert np.allclose(read_volume(folder).space.affine, expected)
     write_mask(tmp_path / "m.nii.gz", LESION, like=folder)
     same(read(case(folder, tmp_path / "m.nii.gz"), WINDOW), windowed(HU), LESION)
 
@@ -90,9 +92,9 @@ def test_a_sagittal_series_is_shown_as_acquired_and_its_affine_is_dicom_s(tmp_pa
 def test_a_tilted_gantry_keeps_its_shear(tmp_path):
     places = {z: [-30, -12 + 0.5 * z, -40 + 2.5 * z] for z in range(5)}
     folder = series(tmp_path / "scan", ImagePositionPatient=places)
-    assert np.allclose(space_of(folder).affine[:3, 2], [0, -0.5, 2.5])
+    assert np.allclose(read_volume(folder).space.affine[:3, 2], [0, -0.5, 2.5])
     write_mask(tmp_path / "m.nii.gz", LESION, like=folder)
-    assert np.allclose(nib.load(tmp_path / "m.nii.gz").affine, space_of(folder).affine)
+    assert np.allclose(nib.load(tmp_path / "m.nii.gz").affine, read_volume(folder).space.affine)
     same(read(case(folder, tmp_path / "m.nii.gz"), WINDOW), windowed(HU), LESION)
 
 
@@ -174,7 +176,7 @@ def test_the_frames_of_one_file_are_slices(tmp_path):
     frames = {"NumberOfFrames": 5, "Rows": 7, "Columns": 6}
     image = dicom(tmp_path / "a.dcm", HU.reshape(-1, 6), **frames)
     assert np.array_equal(read_volume(image).voxels, HU)
-    assert space_of(image).shape == HU.shape
+    assert read_volume(image).space.shape == HU.shape
     write_mask(tmp_path / "m.nii.gz", LESION, like=image)
     readings = same(read(case(image, tmp_path / "m.nii.gz"), WINDOW), windowed(HU), LESION)
     assert [r.id for r in readings][:2] == ["scan_z000", "scan_z001"]
@@ -259,7 +261,7 @@ def notes_of(folder, mask):
 def test_missing_slices_are_noted_and_do_not_stretch_the_rest(tmp_path):
     places = {z: [-30, -12, -40 + 2.5 * (z + 2 * (z > 2))] for z in range(5)}
     folder = series(tmp_path / "scan", ImagePositionPatient=places)
-    assert space_of(folder).spacing == SPACING
+    assert read_volume(folder).space.spacing == SPACING
     said = notes_of(folder, MASKS["a folder of PNG"](tmp_path))
     assert "2 slices missing" in said and "2.5 to 7.5" in said
 
@@ -274,14 +276,14 @@ def test_without_positions_the_instance_number_orders_and_the_note_says_so(tmp_p
     )
     said = notes_of(folder, MASKS["a folder of PNG"](tmp_path))
     assert np.array_equal(read_volume(folder).voxels, HU)
-    assert space_of(folder).spacing == (3, 1, 1)
+    assert read_volume(folder).space.spacing == (3, 1, 1)
     for words in ("ordered by InstanceNumber", "1 slices missing", "no PixelSpacing"):
         assert words in said
 
 
 def test_the_spacing_of_the_detector_is_used_without_another(tmp_path):
     path = dicom(tmp_path / "a.dcm", HU[0], PixelSpacing=None, ImagerPixelSpacing=[0.2, 0.3])
-    assert space_of(path).spacing == (1, 0.2, 0.3)
+    assert read_volume(path).space.spacing == (1, 0.2, 0.3)
 
 
 def test_files_beside_the_slices_are_ignored_and_counted(tmp_path):

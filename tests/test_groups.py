@@ -9,7 +9,7 @@ from lesionkd_core.config import ConfigError
 from lesionkd_core.data import layouts, splits
 from lesionkd_core.data.images import Case
 from lesionkd_core.data.layouts import ManifestError
-from lesionkd_core.data.pixels import perceptual_hash, thumbnail
+from lesionkd_core.data.pixels import hash_thumbnails, thumbnail
 from lesionkd_core.data.prepare import prepare
 from lesionkd_core.data.splits import group_cases
 from tests.test_prepare import config
@@ -130,7 +130,7 @@ def test_copies_under_what_strangers_share_are_found(what):
 
 def test_different_retinas_in_the_same_view_are_no_copies(retinas):
     table = splits.compare_pairs(thumbnails_of(retinas))
-    hashes = [perceptual_hash(np.asarray(image)) for image in retinas]
+    hashes = hash_thumbnails(thumbnails_of(retinas))
     upright = table[table["turn"] == 0].itertuples()
     assert all(row.bits == (hashes[row.first] != hashes[row.second]).sum() for row in upright)
     assert len(table) > 100  # by the hash alone, most of them would be one group
@@ -246,7 +246,7 @@ RULES = {"number": 7, "folder": 1, r"patient(\d+)": 7, r"_(\d+)": 4, "patient0[0
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_name_the_groups(tmp_path, rule):
-    cases = layouts.fingerprint(config(patients(tmp_path / "mine"), group_by=rule))[1]
+    cases = layouts.listing(config(patients(tmp_path / "mine"), group_by=rule)).cases
     assert len({case.group for case in cases}) == RULES[rule]
 
 

@@ -38,7 +38,7 @@ def data(tmp_path, monkeypatch):
 
 
 def cases_of(dataset):
-    _, cases = fingerprint(PrepareConfig(dataset=str(dataset)))
+    cases = listing(PrepareConfig(dataset=str(dataset))).cases
     return {case.id: case for case in cases}
 
 
@@ -467,7 +467,7 @@ def test_images_alone_may_lie_in_sub_folders_and_in_pages(data):
     save(data / "more" / "deep" / "er" / "b.png", picture(1))
     save_pages(data / "more" / "stack.tif", *(picture(k) for k in range(3)))
     (data / "more" / "loop").symlink_to(data / "more")
-    _, cases = fingerprint(UnlabelledConfig(dataset="more"))
+    cases = listing(UnlabelledConfig(dataset="more")).cases
     names = ["a", *(f"stack_page{page:03d}" for page in range(3)), "deep-er-b"]
     assert [case.id for case in cases] == names
     assert (read_case(cases[2]).image == picture(1)).all()
@@ -475,22 +475,22 @@ def test_images_alone_may_lie_in_sub_folders_and_in_pages(data):
 
 def test_the_fingerprint_follows_the_masks_and_the_images_of_own_data(data):
     image_folder(data / "mine", 3)
-    before = fingerprint(PrepareConfig(dataset="mine"))[0]
-    assert fingerprint(PrepareConfig(dataset=str(data / "mine")))[0] == before
+    before = fingerprint(PrepareConfig(dataset="mine"))
+    assert fingerprint(PrepareConfig(dataset=str(data / "mine"))) == before
     save(data / "mine" / "masks" / "case_001.png", lesion(30))
-    after = fingerprint(PrepareConfig(dataset="mine"))[0]
+    after = fingerprint(PrepareConfig(dataset="mine"))
     save(data / "mine" / "images" / "case_001.png", picture(7))
-    assert len({before, after, fingerprint(PrepareConfig(dataset="mine"))[0]}) == 3
+    assert len({before, after, fingerprint(PrepareConfig(dataset="mine"))}) == 3
 
 
 def test_the_fingerprint_follows_the_data_file_of_a_metaimage_header(data):
     for name in ("images", "masks"):
         (data / "mine" / name).mkdir(parents=True)
         sitk.WriteImage(sitk.GetImageFromArray(HU), data / "mine" / name / "a.mhd")
-    before = fingerprint(PrepareConfig(dataset="mine"))[0]
+    before = fingerprint(PrepareConfig(dataset="mine"))
     raw = data / "mine" / "masks" / "a.raw"
     raw.write_bytes(raw.read_bytes()[::-1])
-    assert fingerprint(PrepareConfig(dataset="mine"))[0] != before
+    assert fingerprint(PrepareConfig(dataset="mine")) != before
 
 
 # Manifests ----------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_several_masks_of_one_image_are_united(data, text):
 )
 def test_ids_have_as_many_folders_as_make_them_different(data, images, ids):
     path = listed(data, "image,mask\n" + "".join(f"{image},D0\n" for image in images.split()))
-    found = fingerprint(PrepareConfig(dataset=str(path)))[1]
+    found = listing(PrepareConfig(dataset=str(path))).cases
     assert [case.id for case in found] == ids.split()
 
 
@@ -645,7 +645,7 @@ def test_all_cases_of_the_real_release_are_read(dataset):
         release, folder = find(dataset)
     except DatasetNotFound:
         pytest.skip(f"the real release of {dataset} is not under LESIONKD_DATA")
-    cases, (counts, groups, masks) = release.cases(folder), REAL[dataset]
+    cases, (counts, groups, masks) = release.listing(folder).cases, REAL[dataset]
     assert len(cases) == len({case.id for case in cases}) and len(cases) in counts
     assert len({case.group for case in cases}) == groups
     assert all(case.masks and not case.problem for case in cases)

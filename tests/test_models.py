@@ -308,10 +308,8 @@ def test_a_published_tiny_network_has_its_size_and_meets_the_teachers_levels(
     channels = network.feature_channels()
     assert found == {n: (c, stride_of(n), stride_of(n)) for n, c in channels.items()}
     levels = tuple(f"decoder.stride{stride}" for stride in (8, 4, 2)) + ("encoder.stride16",)
-    assert (
-        FeatureRefinement(network, ResNet34UNet(), levels).teacher_maps
-        == levels[2::-1] + levels[3:]
-    )
+    pairs = FeatureRefinement(network, ResNet34UNet(), levels).pairs
+    assert pairs == [(level, level) for level in levels[2::-1] + levels[3:]]
     assert all(x.min() < 0 for x in maps.values())
     logits.mean().backward()
     assert all(p.grad is not None for p in network.parameters())

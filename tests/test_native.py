@@ -26,7 +26,7 @@ from lesionkd_core.export.native import (
     write_native,
 )
 from lesionkd_core.export.parity import Deployed, torch_engine
-from lesionkd_core.predict import TrainedNetwork, predict
+from lesionkd_core.predict import TrainedNetwork
 from tests.conftest import ROOT
 from tests.fixed import fixed_run, gap, mask_of, noise, picture_of, undecided, unet
 
@@ -123,7 +123,7 @@ def test_pictures_are_prepared_as_in_training_to_the_byte(student, seed):
 def test_the_mask_of_any_picture_is_that_of_predict_within_one_step(student, fit, size):
     other = TrainedNetwork(student.network, student.cfg.with_values(fit=fit), student.path)
     packed, picture = pack(Deployed(student.network), 64, fit, 0.3), picture_of(*size)
-    [probability] = predict(other, [picture])
+    [probability] = other.predict([picture])
     assert gap(segment_image(packed, picture), np.rint(255 * probability)) <= 1
     differs = (segment_image(packed, picture, binary=True) == 255) != (probability > 0.3)
     assert differs.mean() < 1e-3

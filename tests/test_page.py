@@ -16,7 +16,7 @@ from lesionkd_core.data.images import read_image
 from lesionkd_core.export.native import pack
 from lesionkd_core.export.page import write_page
 from lesionkd_core.export.parity import Deployed
-from lesionkd_core.predict import TrainedNetwork, predict
+from lesionkd_core.predict import TrainedNetwork
 from tests.fixed import CFG, fixed_run, mask_of, noise, picture_of, unet
 from tools.browser import CHROMIUM, FLAGS
 
@@ -166,7 +166,7 @@ def test_orientation_is_obeyed_and_colour_profiles_are_passed_over_as_in_trainin
         (saved(tmp_path / "gamma.png", 200, 120, pnginfo=gamma), (120, 200)),
     ):
         choose(phone, file)
-        mask, expected = saved_mask(phone) > 0, predict(student, [read_image(file)])[0] > 0.5
+        mask, expected = saved_mask(phone) > 0, student.predict([read_image(file)])[0] > 0.5
         assert mask.shape == expected.shape == shape
         assert (mask != expected).mean() <= MAY_DIFFER, file.name
 
@@ -181,7 +181,7 @@ def test_its_masks_are_pytorchs(phone, student, tmp_path, width, height, mode):
     file = saved(tmp_path / "photo.png", width, height, mode)
     choose(phone, file)
     mask = saved_mask(phone)
-    expected = predict(student, [read_image(file)])[0] > 0.5
+    expected = student.predict([read_image(file)])[0] > 0.5
     assert mask.shape == (height, width) and set(np.unique(mask)) <= {0, 255}
     assert ((mask > 0) != expected).mean() <= MAY_DIFFER
     if width > 9 and mode == "RGB":

@@ -17,7 +17,7 @@ from lesionkd_core import results
 from lesionkd_core.config import DistillConfig, LesionKDError, TeacherConfig
 from lesionkd_core.data.batches import normalize
 from lesionkd_core.models import UNet
-from lesionkd_core.predict import build, load_student, predict, predict_folder, probabilities
+from lesionkd_core.predict import build, load_student, predict_folder, probabilities
 from tests.test_dicom import dicom
 from tests.tiny import image_folder, lesion, picture, save, save_pages
 
@@ -93,10 +93,10 @@ def by_hand(image):
 def test_images_are_prepared_as_for_the_training(runs):
     student = load_student(finished(runs, CFG.with_values(fit="pad")))
     image = picture(3, (32, 16))
-    [probability] = predict(student, [image])
+    [probability] = student.predict([image])
     expected = probabilities(student.network, by_hand(image)[None])[0, :, 8:24]
     assert np.allclose(probability, expected, atol=1e-6)
-    [stretched] = predict(load_student(finished(runs)), [image])
+    [stretched] = load_student(finished(runs)).predict([image])
     assert not np.allclose(probability, stretched, atol=1e-3)
 
 
@@ -115,19 +115,19 @@ def test_arrays_that_are_no_rgb_images_are_refused(runs, shape):
     student = load_student(finished(runs))
     wrong = np.zeros(shape, np.float64 if shape[-1] == 3 else np.uint8)
     with pytest.raises(LesionKDError, match=r"image 1 has shape .* expected \(H, W, 3\) uint8"):
-        predict(student, [picture(0), wrong])
-    assert predict(student, []) == []
+        student.predict([picture(0), wrong])
+    assert student.predict([]) == []
 
 
 def test_pil_images_paths_and_generators_are_images_too(images):
     student = load_student(finished(images.parent))
     array = pixels(images / "a.png")
-    [expected] = predict(student, [array])
+    [expected] = student.predict([array])
     for given in ([Image.open(images / "a.png")], [str(images / "a.png")], (x for x in [array])):
-        [found] = predict(student, given)
+        [found] = student.predict(given)
         assert np.array_equal(found, expected)
     with pytest.raises(LesionKDError, match="expected a list of images"):
-        predict(student, images / "a.png")
+        student.predict(images / "a.png")
 
 
 # Folders ------------------------------------------------------------------------------------------
@@ -138,12 +138,9 @@ def test_every_image_gets_a_mask_of_its_size_and_a_broken_one_is_listed(
     tmp_path, images, threshold, value
 ):
     student = load_student(finished(tmp_path, constant=0.2))
-    out, steps = tmp_path / "new" / "out", []
-    unreadable = predict_folder(
-        student, images, out, threshold, progress=lambda *step: steps.append(step)
-    )
+    out = tmp_path / "new" / "out"
+    unreadable = predict_folder(student, images, out, threshold)
     assert len(unreadable) == 1 and "broken.png" in unreadable[0]
-    assert steps == [(i, 6) for i in range(1, 7)]
     masks = {path.name: pixels(path) for path in out.glob("*.png")}
     assert set(masks) == {f"{name.split('.')[0]}.png" for name in SIZES}
     for name, size in SIZES.items():
@@ -303,7 +300,7 @@ def test_every_slice_is_segmented_in_the_window_of_the_run(tmp_path, runs, monke
     student = load_student(finished(tmp_path, CFG.with_values(window="40, 400")))
     predict_folder(student, tmp_path / "scans", tmp_path / "out", overlays=True)
     windowed = np.floor(255 * np.clip((voxels + 160) / 400, 0, 1) + 0.5).astype(np.uint8)
-    expected = np.stack(predict(student, windowed[..., None].repeat(3, axis=-1)))
+    expected = np.stack(student.predict(windowed[..., None].repeat(3, axis=-1)))
     written = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "a.nii.gz")))
     assert expected.std((1, 2)).min() > 0
     assert np.abs(written - expected).max() < 0.02  # a grey level may round either way
@@ -344,7 +341,7 @@ def test_a_run_from_before_an_option_existed_has_its_default(runs):
     (old / "DONE").write_text("{}")
     before, now = load_student(old), load_student(path)
     assert before.cfg == now.cfg and before.pixels == 32
-    assert np.array_equal(predict(before, [picture(0)])[0], predict(now, [picture(0)])[0])
+    assert np.array_equal(before.predict([picture(0)])[0], now.predict([picture(0)])[0])
 
 
 def holding(content):

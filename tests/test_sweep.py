@@ -111,7 +111,7 @@ def test_an_executed_notebook_is_named_by_all_options_and_the_data(tmp_path, mon
         executed(path, {"cases": n, "device": d}).name for n in (20, 30) for d in ("cpu", "auto")
     }
     assert len(names) == 4
-    monkeypatch.setattr(module, "fingerprint", lambda cfg: ("other data", []))
+    monkeypatch.setattr(module, "fingerprint", lambda cfg: "other data")
     assert executed(path, {"cases": 20, "device": "cpu"}).name not in names
 
 

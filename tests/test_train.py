@@ -37,7 +37,7 @@ from lesionkd_core.pipeline import (
     fit_edge_graph,
     train_teacher,
 )
-from lesionkd_core.predict import build, load_student, predict
+from lesionkd_core.predict import build, load_student
 from lesionkd_core.results import OtherOptions
 from lesionkd_core.sweep import sweep_weights
 from lesionkd_core.train import TrainingDiverged, gradients, start_fabric
@@ -151,7 +151,7 @@ def test_a_run_folder_holds_what_the_documentation_says(student, data):
 
 def test_a_finished_student_predicts_as_it_was_scored(student, data):
     rows = data.index("test")
-    probability = np.stack(predict(load_student(student), data.images[rows]))
+    probability = np.stack(load_student(student).predict(data.images[rows]))
     masks, truth = probability > 0.5, data.masks[rows] > 0
     sizes = masks.sum((1, 2)) + truth.sum((1, 2))
     dice = 2 * (masks & truth).sum((1, 2)) / np.maximum(sizes, 1)

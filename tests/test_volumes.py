@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from lesionkd_core.data import volumes
 from lesionkd_core.data.images import Case
 from lesionkd_core.data.layouts import read
-from lesionkd_core.data.volumes import read_volume, space_of, write_mask
+from lesionkd_core.data.volumes import read_volume, write_mask
 
 SHAPE = (5, 7, 6)  # slices, rows, columns; all different, so that no axis passes for another
 SPACING = (2.5, 0.75, 0.5)
@@ -96,7 +96,7 @@ def test_one_anatomy_gives_the_same_slices_however_its_axes_are_stored(tmp_path,
         readings = same(read(case(image, mask), WINDOW), windowed(HU), LESION)
         assert [r.id for r in readings] == [f"scan_z{z:03d}" for z in range(5)]
         assert {r.volume for r in readings} == {"scan"}
-        assert np.allclose(space_of(image).affine, affine, atol=1e-4)
+        assert np.allclose(read_volume(image).space.affine, affine, atol=1e-4)
 
 
 def test_the_patient_s_left_is_on_the_right_posterior_below_and_the_head_last(tmp_path):
@@ -115,7 +115,7 @@ def test_nrrd_and_metaimage_are_read_like_nifti(tmp_path, suffix):
         sitk.WriteImage(sitk.ReadImage(as_nifti), tmp_path / f"{name}{suffix}")
         files.append(tmp_path / f"{name}{suffix}")
     same(read(case(*files), WINDOW), windowed(HU), LESION)
-    assert np.allclose(space_of(files[0]).affine, tilted(20), atol=1e-4)
+    assert np.allclose(read_volume(files[0]).space.affine, tilted(20), atol=1e-4)
     write_mask(tmp_path / "out.nii.gz", LESION, like=files[0])
     same(read(case(files[0], tmp_path / "out.nii.gz"), WINDOW), windowed(HU), LESION)
 

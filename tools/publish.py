@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lesionkd_core import results
 from lesionkd_core.data.images import read_image
 from lesionkd_core.export.card import facts, model_card
-from lesionkd_core.predict import STUDENTS, load_student, save_student
+from lesionkd_core.predict import STUDENTS, load_student, save_png, save_student
 
 
 def publish(run: Path | str, name: str, picture: np.ndarray) -> Path:
@@ -23,9 +22,8 @@ def publish(run: Path | str, name: str, picture: np.ndarray) -> Path:
     save_student(student, file)
     student = load_student(file)
     mask = np.rint(255 * student.predict([picture])[0]).astype(np.uint8)
-    for kind, pixels in (("input", picture), ("mask", mask)):
-        with results.replacing(STUDENTS / f"{name}-{kind}.png") as partial:
-            Image.fromarray(pixels).save(partial, format="PNG")
+    save_png(STUDENTS / f"{name}-input.png", picture)
+    save_png(STUDENTS / f"{name}-mask.png", mask)
     results.write_text(file.with_suffix(".md"), model_card(student, facts(student)))
     return file
 

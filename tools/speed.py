@@ -28,7 +28,7 @@ from lesionkd_core.data.batches import TrainingSet
 from lesionkd_core.edges import edge_label_batch
 from lesionkd_core.losses import EdgeGraph, FittedGraph, Measured, Step, build_terms
 from lesionkd_core.losses.segmentation import bce_dice
-from lesionkd_core.models import ResNet34UNet, UNet, channels_of, freeze
+from lesionkd_core.models import ResNet34UNet, UNet, freeze
 from lesionkd_core.predict import build
 
 PIXELS, BATCH = 128, 16
@@ -71,7 +71,7 @@ def new_teacher():
 def step_of(losses, teacher, plain=False):
     """One update of a student: (images, masks, the teacher's output) -> None."""
     cfg = DistillConfig(profile="cpu", losses=losses)
-    graph = EdgeGraph.build(channels_of(teacher, cfg.edge_level), cfg)
+    graph = EdgeGraph.build(teacher.feature_channels()[cfg.edge_level], cfg)
     student = build(cfg)
     terms = build_terms(cfg, student, teacher, Measured(FittedGraph(graph, torch.ones(cfg.states))))
     both = nn.ModuleList([student, terms]).to(memory_format=torch.channels_last).train()

@@ -536,13 +536,8 @@ def lesion_sizes(cases: pd.DataFrame) -> Figure:
     splits = [name for name in ("train", "val", "test") if name in set(lesions["split"])]
     colours = ["#000000", "#EE7733", "#0077BB"][: len(splits)]
     fig, axes = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 1.9), sharey=True)
-    how: dict[str, Any] = {
-        "hue": "split",
-        "hue_order": splits,
-        "palette": colours,
-        "element": "step",
-    }
-    how |= {"fill": False, "stat": "percent", "common_norm": False, "bins": 12}
+    how: dict[str, Any] = {"hue": "split", "hue_order": splits, "palette": colours, "bins": 12}
+    how |= {"element": "step", "fill": False, "stat": "percent", "common_norm": False}
     for axis, column in zip(axes, ("percent", "contrast")):
         sns.histplot(lesions, x=column, ax=axis, log_scale=column == "percent", **how)
         keys = axis.get_legend().legend_handles
@@ -969,13 +964,9 @@ def per_case_scores(tables: Mapping[str, pd.DataFrame], metric: str = "dice") ->
     fig.set_figheight(fig.get_figheight() + 0.15 * len(tables))
     for y, (name, table) in enumerate(tables.items()):
         places = np.random.default_rng(0).uniform(-0.08, 0.08, len(table)) - 0.1 - 0.2 * y
-        how: dict[str, Any] = {
-            "markeredgecolor": "#555555",
-            "markeredgewidth": 0.3,
-            "alpha": 0.6,
-            "zorder": 1,
-        }
-        fig.axes[0].plot(table[metric], places, ".", color=style_of(name).colour, **how)
+        how: dict[str, Any] = {"color": style_of(name).colour, "alpha": 0.6, "zorder": 1}
+        how |= {"markeredgecolor": "#555555", "markeredgewidth": 0.3}
+        fig.axes[0].plot(table[metric], places, ".", **how)
     counts = " or ".join(str(n) for n in sorted({len(table) for table in tables.values()}))
     what = f"{METRIC_LABELS[metric]} of {counts} test cases, each a point"
     return _described(fig, f"{what}, with mean and 95 % interval: {_names(tables)}.")
@@ -1101,16 +1092,7 @@ def latency(cost: pd.DataFrame) -> Figure:
         model, engine, precision, pixels, latency_ms_median, _p10 and _p90, such as
         `tables.committed("cost")`.
     """
-    colours = (
-        "#000000",
-        "#EE7733",
-        "#0077BB",
-        "#EE3377",
-        "#009988",
-        "#777777",
-        "#33BBEE",
-        "#AA5500",
-    )
+    colours = "#000000 #EE7733 #0077BB #EE3377 #009988 #777777 #33BBEE #AA5500".split()
     engines = enumerate(cost["engine"].unique())
     pens = {name: Style(colours[i % 8], "os^DvP<p"[i % 8]) for i, name in engines}
     charts = []
@@ -1184,7 +1166,6 @@ class Curves:
     lines: dict[str, pd.DataFrame]
     log: bool = False
     ylim: tuple[float, float] | None = None
-    named: bool = True
 
 
 def line_charts(
@@ -1213,7 +1194,7 @@ def line_charts(
         axis.set(title=chart.title, xlabel=chart.xlabel, ylim=chart.ylim)
         axis.margins(x=0.02)
         axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        if beside and chart.named:
+        if beside:
             _name_lines(axis, {name: text_of(name) for name in names}, height)
     return fig, axes
 

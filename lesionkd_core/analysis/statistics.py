@@ -129,7 +129,7 @@ def _require_same_cases(first: pd.DataFrame, second: pd.DataFrame, who: str) -> 
 # Means and intervals ------------------------------------------------------------------------------
 
 
-def _bootstrap(above: np.ndarray, below: np.ndarray, draws: int) -> tuple[float, float]:
+def _bootstrap(above: np.ndarray, below: np.ndarray, draws: int = 5000) -> tuple[float, float]:
     """95 % bootstrap interval of sum(above) / sum(below), both (groups, seeds).
 
     Groups and seeds are drawn with replacement. NaN with fewer than two groups.
@@ -463,7 +463,7 @@ def _between(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return (first.mean(axis=1) - second.mean(axis=1)).to_frame()
 
 
-def lengths(per_case: pd.DataFrame, draws: int = 5000) -> pd.DataFrame:
+def lengths(per_case: pd.DataFrame) -> pd.DataFrame:
     """What longer training adds: each arm against the same arm with fewer epochs; not tested.
 
     An arm has converged where training longer adds nothing.
@@ -479,7 +479,7 @@ def lengths(per_case: pd.DataFrame, draws: int = 5000) -> pd.DataFrame:
         arms = in_order(part, without=TEACHER)
         for shorter, longer in zip(arms, arms[1:]):
             if split_arm(shorter)[0] == split_arm(longer)[0]:
-                one = Comparison.of(part, (longer, shorter), draws=draws)
+                one = Comparison.of(part, (longer, shorter))
                 rows.append(setting | {"arm": longer, "other": shorter} | one.described())
     return as_table(rows, per_case)
 
@@ -531,9 +531,7 @@ def by_tertile(
     return as_table(rows, per_case)
 
 
-def accuracy_ratio(
-    per_case: pd.DataFrame, method: str = "method", draws: int = 5000
-) -> pd.DataFrame:
+def accuracy_ratio(per_case: pd.DataFrame, method: str = "method") -> pd.DataFrame:
     """Mean Dice of an arm over that of its teacher, on the same cases.
 
     95 % bootstrap interval over groups and the arm's seeds.
@@ -556,7 +554,7 @@ def accuracy_ratio(
         if below.any():
             repeated = np.repeat(below[:, None], above.shape[1], 1)  # groups drawn together
             row["ratio"] = above.mean(1).sum() / below.sum()
-            row["low"], row["high"] = _bootstrap(above, repeated, draws)
+            row["low"], row["high"] = _bootstrap(above, repeated)
         row |= {"dice": ours.mean().mean(), "teacher_dice": theirs.mean().mean()}
         rows.append(row | {"cases": len(ours), "groups": len(above), "seeds": ours.shape[1]})
     return as_table(rows, per_case)

@@ -16,17 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLUR_MAX = 1.0  # px
+SHIFT = (-0.06, 0.06)  # fraction of the side
+MOVES = {"angle": (-30, 30), "shear": (-8, 8), "zoom": (0.85, 1.15), "right": SHIFT, "down": SHIFT}
 FULL = (
-    (
-        0.5,
-        {
-            "angle": (-30, 30),
-            "shear": (-8, 8),
-            "zoom": (0.85, 1.15),
-            "right": (-0.06, 0.06),
-            "down": (-0.06, 0.06),
-        },
-    ),
+    (0.5, MOVES),
     (0.5, {"brightness": (-0.1, 0.1), "contrast": (0.75, 1.25), "gamma": (0.7, 1.4)}),
     (0.15, {"blur": (0.5, BLUR_MAX)}),
     (0.15, {"noise": (0.01, 0.06), "grain": (0, 2**32)}),

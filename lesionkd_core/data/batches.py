@@ -168,9 +168,8 @@ class TrainingSet:
 
     def _load(self, drawn: _Drawn, epoch: int, device: Device, rank: int, ranks: int) -> Batch:
         """One process's part of a batch, augmented and standardized, on a device."""
-        places = np.arange(len(drawn.rows))
-        with_masks, without = places[: drawn.masks], places[drawn.masks :]
-        with_masks, without = with_masks[rank::ranks], without[rank::ranks]
+        with_masks = np.arange(drawn.masks)[rank::ranks]
+        without = np.arange(drawn.masks, len(drawn.rows))[rank::ranks]
         mine = np.concatenate([with_masks, without])
         rows, copies = drawn.rows[mine], drawn.copies[mine]
         images, masks = self._arrays(rows)

@@ -101,7 +101,7 @@ def download(
             f"{error.filename or root}: {error.strerror or error}. Complete archives are kept.\n"
             "Check permissions and free space, or choose another folder (--to), and start again."
         ) from None
-    log.info(f"{name}: {len(release.cases(target))} of {release.count} images in {target}")
+    log.info(f"{name}: {len(release.listing(target).cases)} of {release.count} images in {target}")
     return target
 
 

@@ -222,11 +222,6 @@ def natural(path: Path) -> tuple[list[int | str], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
-def before_number(stem: str) -> str:
-    """A stem up to its last number: 'patient07_048' -> 'patient07', 'scan' -> 'scan'."""
-    return re.sub(r"[\W_]*[0-9]+[^0-9]*$", "", stem)
-
-
 def by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
     """Files of equal stem together: {'a': [a.png, a.jpg]}."""
     found: dict[str, list[Path]] = {}
@@ -269,12 +264,9 @@ def pair(
     asked = Counter(name.casefold() for _, name in named if name not in exact)
     cases, used = [], set()
     for path, name in named:
-        if name in exact:
-            found = files[name]
-        elif asked[name.casefold()] == 1:
+        found = files.get(name, [])
+        if not found and asked[name.casefold()] == 1:
             found = folded.get(name.casefold(), [])
-        else:
-            found = []
         used.update(found)
         case = Case(stem_of(path), path, tuple(found), label=label, split=split, one_mask=one_mask)
         cases.append(case)
@@ -337,7 +329,9 @@ def open_picture(path: Path, page: int | None = None) -> Picture:
 
 
 def count_pages(path: Path) -> int:
-    """Number of pages of a picture file."""
+    """Number of pages of a TIFF file; one of another file."""
+    if suffix_of(path) not in (".tif", ".tiff"):
+        return 1
     with reading(path, "an image"), Image.open(path) as image:
         return getattr(image, "n_frames", 1)
 

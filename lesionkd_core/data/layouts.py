@@ -24,7 +24,6 @@ from .images import (
     IMAGE_SUFFIXES,
     Case,
     Reading,
-    before_number,
     by_stem,
     composed,
     count_pages,
@@ -35,7 +34,6 @@ from .images import (
     pair,
     sources_in,
     stem_of,
-    suffix_of,
     unpacked,
     volume_reader,
 )
@@ -459,9 +457,7 @@ def images_alone(folder: Path) -> list[Case]:
 
 
 def _pages(file: Path) -> int:
-    """Pages of a TIFF file; 1 if it cannot be read, which reading the case will say."""
-    if suffix_of(file) not in (".tif", ".tiff"):
-        return 1
+    """Pages of a file; 1 if it cannot be read, which reading the case will say."""
     try:
         return count_pages(file)
     except LesionKDError:
@@ -811,15 +807,13 @@ class Release:
         layouts = (self.holds, *self.others)
         return any(all(os.path.exists(folder / name) for name in layout) for layout in layouts)
 
-    def cases(self, folder: Path) -> list[Case]:
-        """The cases of a folder."""
-        return LAYOUTS[self.layout](folder, **self.options)
-
     def listing(self, folder: Path, group_column: str = "group") -> Listing:
         """The cases of a folder or of a CSV manifest, and what is to be said about them."""
         if self.layout == "manifest":
             return manifest(folder, group_column)
-        return own_pairs(folder) if self.layout == "paired" else Listing(self.cases(folder))
+        if self.layout == "paired":
+            return own_pairs(folder)
+        return Listing(LAYOUTS[self.layout](folder, **self.options))
 
 
 _text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
@@ -938,15 +932,15 @@ def listing(cfg: PrepareConfig) -> Listing:
     return replace(found, folder=folder, release=release)
 
 
-def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
-    """A digest of the content of a data set, and its cases (none for the phantom).
+def fingerprint(cfg: PrepareConfig) -> str:
+    """A digest of the content of a data set.
 
     Masks count with their content, since annotations are corrected, and so do images of your own.
     Images of a release count with their name and size.
     """
     found = listing(cfg)
     if not found.release:
-        return f"{cfg.dataset} version {phantom.VERSION}", []
+        return f"{cfg.dataset} version {phantom.VERSION}"
     release, official = found.release, found.official
     about_release = f"{release.name} {release.window} {release.group_by}"
     digest = hashlib.sha256(about_release.encode() if official else b"own")
@@ -960,7 +954,7 @@ def fingerprint(cfg: PrepareConfig) -> tuple[str, list[Case]]:
                 stat = path.stat()
                 if os.access(path, os.R_OK):  # otherwise reading the case will say so
                     digest.update(_hash_file(path, stat.st_size, stat.st_mtime_ns))
-    return digest.hexdigest(), found.cases
+    return digest.hexdigest()
 
 
 def suggested_groups(cases: Sequence[Case], folder: Path) -> tuple[str, dict[str, str]] | None:
@@ -993,7 +987,8 @@ def _groups_by(rule: str, paths: dict[str, Path]) -> dict[str, str]:
     groups = {}
     for name, path in paths.items():
         if rule == "number":
-            groups[name] = f"{path.parent.as_posix()}/{before_number(stem_of(path))}"
+            before = re.sub(r"[\W_]*[0-9]+[^0-9]*$", "", stem_of(path))  # 'p07_048' -> 'p07'
+            groups[name] = f"{path.parent.as_posix()}/{before}"
         elif rule == "folder":
             groups[name] = path.parent.as_posix()
         else:
@@ -1014,11 +1009,6 @@ def _regrouped(cases: list[Case], folder: Path, rule: str) -> list[Case]:
             r"'patient(\d+)'"
         )
     return [replace(case, group=group) for case, group in zip(cases, groups.values())]
-
-
-def sequence_of(cfg: PrepareConfig, release: Release | None = None) -> bool:
-    """Whether consecutive images are frames of a video: the option `group_by`, or the release."""
-    return (cfg.group_by or (release.group_by if release else "")) == "sequence"
 
 
 def _files(path: Path) -> list[Path]:

@@ -54,14 +54,8 @@ def draw(seed: int, index: int, pixels: int = 128) -> tuple[np.ndarray, np.ndarr
     x, y = grid(pixels)
     outlines = lesion_outlines(shapes)
     border = np.minimum.reduce([border_of(o, x, y) for o in outlines] or [np.ones_like(x)])
-    amounts = np.stack(
-        [
-            _melanin(border, scene, pixels),
-            _blood(border, scene, pixels),
-            _shade(scene, pixels),
-            _ink(scene, pixels),
-        ]
-    )
+    melanin, blood = _melanin(border, scene, pixels), _blood(border, scene, pixels)
+    amounts = np.stack([melanin, blood, _shade(scene, pixels), _ink(scene, pixels)])
     _add_stain(amounts, scene, pixels)
     _add_hairs(amounts, scene, pixels)
     absorbed = np.tensordot(amounts, PIGMENTS, axes=(0, 0))  # Beer-Lambert law
@@ -108,12 +102,9 @@ def _shade(rng: Generator, pixels: int) -> np.ndarray:
 def _ink(rng: Generator, pixels: int) -> np.ndarray:
     """A pen mark near the left or right side, in a quarter of the cases."""
     x, y = grid(pixels)
-    across, down, length = (
-        rng.choice([-0.42, 0.42]),
-        rng.uniform(-0.4, 0.4),
-        rng.uniform(0.04, 0.12),
-    )
-    half_width, shown = rng.uniform(0.01, 0.025), rng.uniform() < 0.25
+    across, down = rng.choice([-0.42, 0.42]), rng.uniform(-0.4, 0.4)
+    length, half_width = rng.uniform(0.04, 0.12), rng.uniform(0.01, 0.025)
+    shown = rng.uniform() < 0.25
     past_the_end = np.clip(np.abs(y - np.float32(down)) - length, 0, None)
     distance = np.hypot(x - np.float32(across), past_the_end) - half_width
     return 1.1 * shown * coverage(distance, 0.006)

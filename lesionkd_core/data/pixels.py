@@ -123,17 +123,11 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     return np.asarray(grey.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
 
 
-def perceptual_hash(image: np.ndarray) -> np.ndarray:
-    """Signs of the low DCT frequencies of a 32 px grey thumbnail, to find near-duplicates.
-
-    (H, W, 3) uint8 -> (63,) bool; all False for a flat image. Source: pHash (Zauner 2010).
-    """
-    hashed: np.ndarray = hash_thumbnails(thumbnail(image)[None])[0]
-    return hashed
-
-
 def hash_thumbnails(thumbnails: np.ndarray) -> np.ndarray:
-    """`perceptual_hash` of many images from their thumbnails: (N, 64, 64) uint8 -> (N, 63) bool."""
+    """Perceptual hashes: signs of the low DCT frequencies of thumbnails, to find near-duplicates.
+
+    (N, 64, 64) uint8 -> (N, 63) bool; all False for a flat image. Source: pHash (Zauner 2010).
+    """
     from scipy.fft import dctn
 
     small = thumbnails.reshape(-1, 32, THUMBNAIL // 32, 32, THUMBNAIL // 32).mean((2, 4))

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,15 +25,7 @@ from ..edges import edge_label
 from ..results import Progress, log
 from . import phantom
 from .images import Case, Reading, UnreadableFile, is_volume
-from .layouts import (
-    Listing,
-    fingerprint,
-    listing,
-    read,
-    sequence_of,
-    suggested_groups,
-    window_of,
-)
+from .layouts import Listing, fingerprint, listing, read, suggested_groups, window_of
 from .masks import UPRIGHT, decided
 from .pixels import (
     THUMBNAIL,
@@ -143,7 +136,7 @@ def prepare(cfg: PrepareConfig) -> Prepared:
         prepare(_unlabelled(cfg))
     if not isinstance(cfg, UnlabelledConfig):
         cfg = cfg.upstream(PrepareConfig)
-    upstream, _ = fingerprint(cfg)
+    upstream = fingerprint(cfg)
 
     def make(missing: dict[Path, PrepareConfig]) -> None:
         for path in missing:
@@ -226,32 +219,28 @@ def _read_all(folder: Path, cfg: PrepareConfig, raw: list[Case]) -> list[Path]:
     return paths
 
 
-def _jobs(cfg: PrepareConfig, raw: list[Case]) -> list[tuple[Case | int, str]]:
-    """Cases of the data set or indices of the phantom, each with a reason to drop it or ''."""
+def _jobs(cfg: PrepareConfig, raw: list[Case]) -> list[Case] | list[int]:
+    """Cases of the data set, or indices of the phantom."""
     if not raw:
-        return [(index, "") for index in range(cfg.cases or phantom.CASES)]
-    ids = pd.Series([f"problem {n}" if case.problem else case.id for n, case in enumerate(raw)])
-    twice = ids.duplicated(keep=False)
-    jobs: list[tuple[Case | int, str]] = [
-        (case, f"two images are called {case.id!r}; rename one" if again else case.problem)
-        for case, again in zip(raw, twice)
-    ]
+        return list(range(cfg.cases or phantom.CASES))
+    named = Counter(case.id for case in raw if not case.problem)
+    jobs = []
+    for case in raw:
+        twice = f"two images are called {case.id!r}; rename one" if named[case.id] > 1 else ""
+        jobs.append(replace(case, problem=case.problem or twice))
     if cfg.cases and cfg.cases < len(raw):
         order = np.random.default_rng(cfg.split_seed).permutation(len(raw))
         jobs = [jobs[i] for i in np.sort(order[: cfg.cases])]
     return jobs
 
 
-def _prepare_case(job: tuple[Case | int, str], cfg: PrepareConfig) -> list[Row]:
+def _prepare_case(case: Case | int, cfg: PrepareConfig) -> list[Row]:
     """A prepared case (several of a volume), or the row of a case that cannot be used."""
-    case, problem = job
     if isinstance(case, int):
         image, mask = phantom.draw(cfg.split_seed, case, cfg.pixels)
         drawn = Case("", Path(), ())
         return [_row(Reading(f"{case:05d}", image, mask), image, mask, drawn, cfg)]
     try:
-        if problem:
-            raise UnreadableFile(problem)
         return [
             _row(r, prepare_image(r.image, cfg), prepare_mask(r.mask, cfg), case, cfg)
             for r in read(case, window_of(cfg))
@@ -318,8 +307,8 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing
     cases = rows[used].reset_index(drop=True).astype({"empty": bool, "height": int, "width": int})
     small = np.concatenate([np.load(part)["thumbnails"] for part in parts])
     compared = small if source.cases else None  # the phantom repeats nothing
-    sequence = sequence_of(cfg, source.release)
-    groups = group_cases(cases["group"], compared, cfg.join_copies, sequence)
+    rule = cfg.group_by or (source.release.group_by if source.release else "")
+    groups = group_cases(cases["group"], compared, cfg.join_copies, sequence=rule == "sequence")
     cases = cases.assign(named=cases["group"], group=groups.codes, joined=groups.joined)
     try:
         cases["split"] = split_cases(cases, cfg)
@@ -327,7 +316,8 @@ def _assemble(path: Path, cfg: PrepareConfig, parts: list[Path], source: Listing
         raise SplitError(f"{error}{dropped}") from None
     chosen = (cases["split"] != "").to_numpy()
     rows.loc[rows.index[used][~chosen], "problem"] = "not in the split file"
-    warnings = _warnings(cases, chosen, groups, source, cfg, _mask_agreement(parts, chosen))
+    agreement = _mask_agreement(parts, chosen)
+    warnings = list(_warnings(cases, chosen, groups, source, cfg, agreement))
     cases = cases[chosen].reset_index(drop=True)
     joined = _joined(cases)
     if dropped:
@@ -406,64 +396,60 @@ def _warnings(
     source: Listing,
     cfg: PrepareConfig,
     agreement: float,
-) -> list[str]:
+) -> Iterator[str]:
     """What may be wrong with the data, and the option that cures it."""
     files, cases = cases["file"].tolist(), cases[chosen]
-    found = list(source.doubts)
+    yield from source.doubts
     if source.release and source.release.caution and cfg.split != "test" and not cfg.group_by:
-        found.append(source.release.caution)
+        yield source.release.caution
     if not source.official:
-        found += _warned_reading(cases, cfg)
-    found += _warned_groups(cases, groups, files)
-    found += _warned_names(cases, source) or _warned_labels(cases)
+        yield from _warned_reading(cases, cfg)
+    yield from _warned_groups(cases, groups, files)
+    yield from _warned_names(cases, source) or _warned_labels(cases)
     if agreement > ALIKE:
-        found.append(
+        yield (
             f"the masks of different images hardly differ (correlation {agreement:.2f}), as fields "
             "of view do and lesions do not. Look at the contours in notebook 01"
         )
     elif not source.official:  # a known release is not inverted
-        found += _warned_inverted(cases[~cases["empty"] & (cases["volume"] == "")])
-    return found
+        yield from _warned_inverted(cases[~cases["empty"] & (cases["volume"] == "")])
 
 
-def _warned_reading(cases: pd.DataFrame, cfg: PrepareConfig) -> list[str]:
+def _warned_reading(cases: pd.DataFrame, cfg: PrepareConfig) -> Iterator[str]:
     """What the user's own data may mean otherwise than they were read."""
-    found = []
     if cfg.split == "groups" and not (cfg.folds or cfg.split_file) and cases["official"].any():
-        found.append(
+        yield (
             "the data name a split (sub-folders or a column), and another one was drawn; give "
             "split = 'official' to use theirs"
         )
     upright = cases["notes"].map(lambda notes: UPRIGHT in notes)
     if upright.any():
-        found.append(
+        yield (
             f"{upright.sum()} images were turned as their EXIF data say, and their masks, which "
             f"have none, were not, such as that of {cases.loc[upright, 'file'].iloc[0]}. Look at "
             "the contours in notebook 01; if they do not fit, save the images upright"
         )
     if (lines := cases.loc[~cases["empty"], "filled"]).median() > OUTLINED:
-        found.append(
+        yield (
             f"the masks look like outlines: filled, the median lesion is {lines.median():.0f} "
             "times as large. Fill them if the whole lesion is meant"
         )
-    return found
 
 
-def _warned_groups(cases: pd.DataFrame, groups: Groups, files: list[str]) -> list[str]:
-    found, across = [], crossing(cases)
+def _warned_groups(cases: pd.DataFrame, groups: Groups, files: list[str]) -> Iterator[str]:
+    across = crossing(cases)
     if any(across.values()):
-        found.append(
+        yield (
             f"{across['test']} test and {across['val']} validation cases share a group (video, "
             "patient, near-duplicate) with a training case"
         )
     if groups.apart:
         i, j = groups.apart[0]
-        found.append(
+        yield (
             f"{len(groups.apart)} pairs of images show the same and are of groups with different "
             f"names, such as {files[i]} and {files[j]}. Names decide, so they stay apart; if the "
             "names are wrong, give one group to both"
         )
-    return found
 
 
 def _warned_names(cases: pd.DataFrame, source: Listing) -> list[str]:
@@ -505,23 +491,22 @@ def _warned_labels(cases: pd.DataFrame) -> list[str]:
     ]
 
 
-def _warned_inverted(lesions: pd.DataFrame) -> list[str]:
+def _warned_inverted(lesions: pd.DataFrame) -> Iterator[str]:
     """Masks that may show the lesion black on white: all of them, or a few."""
     share = lesions["lesion_fraction"]
+    around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
     if (median := share.median()) > 0.5:
-        return [
+        yield (
             f"the median lesion covers {median:.0%} of its image. If the masks show the lesion "
             "dark on a brighter background, give invert_masks = True; if it has several values, "
             "name all of them with lesion_values"
-        ]
-    around = lesions.loc[(lesions["border"] > AROUND) & (share < 1), "file"].tolist()
-    if not around:
-        return []
-    return [
-        f"{len(around)} masks are lesion along the border and nearly everywhere, those of "
-        f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
-        "invert these files (invert_masks = True would invert all)"
-    ]
+        )
+    elif around:
+        yield (
+            f"{len(around)} masks are lesion along the border and nearly everywhere, those of "
+            f"{', '.join(around[:5])}. If they show the lesion black on white, unlike the others, "
+            "invert these files (invert_masks = True would invert all)"
+        )
 
 
 def _report(rows: pd.DataFrame) -> pd.DataFrame:

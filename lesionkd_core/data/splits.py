@@ -141,14 +141,9 @@ def detail_correlation(
             areas.append(seen.sum((1, 2))[where])
             spectra.append([rfft2(x, (size, size))[where] for x in (detail, detail**2, seen)])
         (detail1, squares1, seen1), (detail2, squares2, seen2) = spectra
+        both = ((detail1, detail2), (squares1, seen2), (seen1, squares2), (seen1, seen2))
         product, energy1, energy2, common = (  # at every shift, sums over what both images show
-            irfft2(one * two.conj(), (size, size))[:, steps][:, :, steps]
-            for one, two in (
-                (detail1, detail2),
-                (squares1, seen2),
-                (seen1, squares2),
-                (seen1, seen2),
-            )
+            irfft2(one * two.conj(), (size, size))[:, steps][:, :, steps] for one, two in both
         )
         correlation = product / np.sqrt(np.maximum(energy1 * energy2, 1e-3))
         least = np.maximum(*areas) / 2
@@ -436,13 +431,11 @@ def allot(
     placed, total = {}, dict.fromkeys(parts, 0)
     for _, stratum in table.groupby("stratum"):
         filled = dict.fromkeys(parts, 0)
-        for unit, row in stratum.sort_values(
-            ["octave", "order"], ascending=[False, True]
-        ).iterrows():
-            size = row["size"]
+        ordered = stratum.sort_values(["octave", "order"], ascending=[False, True])
+        for unit, size in ordered["size"].items():
             part = min(parts, key=lambda n: ((filled[n] + size) / parts[n], total[n] / parts[n]))
-            filled[part] += row["size"]
-            total[part] += row["size"]
+            filled[part] += size
+            total[part] += size
             placed[unit] = part
     for part in parts:  # a small fraction of few units
         counts = Counter(placed.values())

@@ -160,11 +160,6 @@ def read_volume(path: Path) -> Volume:
     return _open(path).read()
 
 
-def space_of(path: Path) -> Space:
-    """Where the slices of `read_volume` are, from headers alone."""
-    return _open(path).space
-
-
 def write_mask(path: Path, mask: np.ndarray, like: Path) -> None:
     """Write slices as NIfTI in the space of the volume that they belong to.
 

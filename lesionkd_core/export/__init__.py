@@ -22,7 +22,7 @@ from ..data.phantom import draw
 from ..data.pixels import prepare_image, prepare_mask
 from ..data.prepare import prepare
 from ..models import parameter_count
-from ..predict import TrainedNetwork
+from ..predict import TrainedNetwork, save_png
 from ..results import log
 from . import coreml, executorch, native, onnx, page  # noqa: F401  (registers them)
 from .card import facts, model_card
@@ -107,8 +107,7 @@ def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path:
     about, samples = facts(student), _samples(student)
     job = Job(student, network, path, samples, sizes, cfg.threshold, about)
     for name, pixels in zip(("golden.png", "golden_mask.png"), job.golden):
-        with results.replacing(path / name) as partial:
-            Image.fromarray(pixels).save(partial, format="PNG")
+        save_png(path / name, pixels)
     compared: list[Compared] = []
     for name in cfg.formats:
         log.info(f"writing {name}")
@@ -145,9 +144,9 @@ def _drawn(student: TrainedNetwork) -> Samples:
     )
     cfg, images, masks = student.cfg, [], []
     for i in range(DRAWN):
-        picture, mask = draw(0, i, cfg.pixels)[:2]
+        picture, mask = draw(0, i, cfg.pixels)
         images.append(prepare_image(picture, cfg))
-        masks.append(prepare_mask(mask > 0, cfg))
+        masks.append(prepare_mask(mask, cfg))
     own = student.path.with_name(f"{student.path.stem}-input.png")
     if own.is_file():
         picture = read_image(own)
@@ -162,10 +161,10 @@ def _settings(job: Job, formats: tuple[str, ...]) -> dict[str, object]:
     packages = {package for name in formats for package in FORMATS[name].packages}
     sums = results.checksums(job.folder)
     files: dict[str, object] = {}
-    for file, size in _written(job.folder):
+    for file in _written(job.folder):
         name = file.relative_to(job.folder).as_posix()
-        note = job.notes.get(file.name, "")
-        files[name] = {"bytes": size, "sha256": sums.get(name), "note": note}
+        about = {"bytes": results.size_of(file), "sha256": sums.get(name)}
+        files[name] = about | {"note": job.notes.get(file.name, "")}
     return {
         "network": {
             "width": cfg.width,
@@ -201,14 +200,13 @@ def _settings(job: Job, formats: tuple[str, ...]) -> dict[str, object]:
     }
 
 
-def _written(folder: Path) -> Iterator[tuple[Path, int]]:
-    """What the formats wrote, with bytes; an .mlpackage is a folder and counts as one file."""
+def _written(folder: Path) -> Iterator[Path]:
+    """What the formats wrote; an .mlpackage is a folder and counts as one file."""
     for path in sorted(folder.rglob("*")):
-        inside = any(parent.suffix == ".mlpackage" for parent in path.parents)
-        if path.suffix == ".mlpackage":
-            yield path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        elif path.is_file() and not inside and path.name not in OWN:
-            yield path, path.stat().st_size
+        inside = ".mlpackage" in {parent.suffix for parent in path.parents}
+        written = path.suffix == ".mlpackage" or (path.is_file() and path.name not in OWN)
+        if written and not inside:
+            yield path
 
 
 OWN = {"config.json", "env.json", "parity.csv", "model_card.md", "golden.png", "golden_mask.png"}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models import Network, channels_of, match_levels
+from ..models import Network, match_levels
 from .feature_refinement import Connector
 from .segmentation import SegmentationLoss
 from .terms import LossTerm, Setup, Step, register, require_same_size
@@ -306,12 +306,12 @@ class Hint(LossTerm):
     """
 
     LEVEL = "encoder.stride16"
-    teacher_maps = (LEVEL,)
 
     def __init__(self, student: Network, teacher: Network) -> None:
         super().__init__()
-        [(s, t)] = match_levels(student, teacher, (self.LEVEL,))
-        self.regressor = Connector(channels_of(student, s), channels_of(teacher, t))
+        match_levels(student, teacher, (self.LEVEL,))
+        ours, theirs = student.feature_channels(), teacher.feature_channels()
+        self.regressor = Connector(ours[self.LEVEL], theirs[self.LEVEL])
 
     @classmethod
     def build(cls, setup: Setup) -> Self:
@@ -326,7 +326,7 @@ class Hint(LossTerm):
 class AttentionTransfer(LossTerm):
     """`attention_loss`, summed over the encoder maps at strides 4, 8 and 16."""
 
-    LEVELS = teacher_maps = ("encoder.stride4", "encoder.stride8", "encoder.stride16")
+    LEVELS = ("encoder.stride4", "encoder.stride8", "encoder.stride16")
 
     def __init__(self, student: Network, teacher: Network) -> None:
         super().__init__()

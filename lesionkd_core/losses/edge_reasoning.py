@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import GraphConfig
 from ..edges import edge_at_stride
-from ..models import Network, channels_of, match_levels, stride_of
+from ..models import Network, match_levels, stride_of
 from .feature_refinement import Connector
 from .terms import LossTerm, Setup, Step, register, require_same_size
 
@@ -162,11 +162,9 @@ class EdgeHead(nn.Module):
         self.head = nn.Conv2d(states, 1, 1)
 
     def forward(self, graph: EdgeGraph, x: Tensor, edge: Tensor) -> Tensor:
-        """BCE of the predicted edge against Label_edge, over images that have one -> ()."""
+        """BCE of the predicted edge against Label_edge, over the images that have one -> ()."""
         has_edge = edge.flatten(1).amax(1) > 0
         x, edge = x[has_edge], edge[has_edge]
-        if not len(x):
-            return self.head.weight.sum() * 0.0
         states, projection = graph.project(x, edge)
         reasoned = graph.reason(graph.build_graph(states, projection)).relu()
         logits = self.head((reasoned @ projection).unflatten(2, x.shape[-2:]))
@@ -234,10 +232,9 @@ class EdgeReasoning(LossTerm):
     ) -> None:
         super().__init__()
         [(self.student_map, self.teacher_map)] = match_levels(student, teacher, (level,))
-        self.teacher_maps = (self.teacher_map,)
         self.stride = stride_of(self.teacher_map)
-        channels = channels_of(student, self.student_map), channels_of(teacher, self.teacher_map)
-        self.connector = Connector(*channels)
+        ours, theirs = student.feature_channels(), teacher.feature_channels()
+        self.connector = Connector(ours[self.student_map], theirs[self.teacher_map])
         self.graph = graph.requires_grad_(False)
         self.register_buffer("std", std.clamp_min(1e-6))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DistillConfig, LesionKDError
-from ..models import Network, channels_of, match_levels, stride_of
+from ..models import Network, match_levels, stride_of
 from .terms import LossTerm, Setup, Step, register, require_same_size
 
 
@@ -168,11 +168,9 @@ class FeatureRefinement(LossTerm):
         super().__init__()
         pairs = match_levels(student, teacher, levels)
         self.pairs = sorted(pairs, key=lambda pair: stride_of(pair[0]))  # shallowest first
-        self.teacher_maps = tuple(t for _, t in self.pairs)
         self.level_weights = level_weights
-        self.connectors = nn.ModuleList(
-            Connector(channels_of(student, s), channels_of(teacher, t)) for s, t in self.pairs
-        )
+        ours, theirs = student.feature_channels(), teacher.feature_channels()
+        self.connectors = nn.ModuleList(Connector(ours[s], theirs[t]) for s, t in self.pairs)
         for i, (_, name) in enumerate(self.pairs):
             margin = margins[name] if margins else _margin_of(teacher, name)
             self.register_buffer(f"margin{i}", margin)

@@ -67,13 +67,10 @@ class LossTerm(nn.Module):
     ----------
     needs_teacher, needs_graph : bool
         Whether it reads the frozen teacher, or the graph that was fitted on it.
-    teacher_maps : tuple of str
-        Names of the teacher's maps that it reads.
     """
 
     needs_teacher: ClassVar[bool] = True
     needs_graph: ClassVar[bool] = False
-    teacher_maps: tuple[str, ...] = ()
 
     @classmethod
     def build(cls, setup: Setup) -> Self:
