@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -15,8 +16,8 @@ import re
 import sys
 from collections.abc import Collection
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
@@ -124,15 +125,28 @@ def _with_code(network: str) -> str:
     module, colon, _ = network.partition(":")
     if not colon or module == "timm":
         return network
+    return f"{network} {content_of(str(own_module(module).__file__))}"
+
+
+def own_module(name: str) -> ModuleType:
+    """A module of networks or loss terms of your own, beside the notebook or on the path."""
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a module beside the notebook
+        sys.path.append(os.getcwd())
+    importlib.invalidate_caches()  # the file may have been written a moment ago
     try:
-        found = find_spec(module)
-    except ImportError:
-        found = None
-    if found is None or found.origin is None:
-        raise ConfigError(f"network {network!r}: there is no module {module!r}")
-    return f"{network} {content_of(found.origin)}"
+        return importlib.import_module(name)
+    except (ImportError, TypeError) as error:  # TypeError: a name that begins with a dot
+        raise ConfigError(
+            f"{name!r} cannot be imported: {error}. Give 'mine:name' for what mine.py holds, and "
+            "start in the folder of mine.py or name that folder in PYTHONPATH"
+        ) from None
+
+
+def _registered(terms: str) -> str:
+    """'feat+mine:sp*2' -> 'feat+sp*2', when mine.py, which registers `sp`, has been imported."""
+    for module in re.findall(r"([^:+,]+):", terms):
+        own_module(module)
+    return re.sub(r"[^:+,]+:", "", terms)
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -206,11 +220,11 @@ def _losses(value: object) -> object:
     """'feat=1, edge' -> {'feat': 1.0, 'edge': None}; None is the term's default weight."""
     given: dict[str, float | None] = {}
     if isinstance(value, dict):
-        given |= value
+        given |= {_registered(name): weight for name, weight in value.items()}
     else:
         listed = value if isinstance(value, list | tuple) else _parts(str(value))
         for part in listed:
-            name, equals, number = (text.strip() for text in str(part).partition("="))
+            name, equals, number = (text.strip() for text in _registered(str(part)).partition("="))
             if name in given:
                 raise ValueError(f"names {name!r} twice")
             try:
@@ -233,6 +247,12 @@ Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 Values = Annotated[Text, BeforeValidator(_joined), AfterValidator(_values)]
 DISTINCT = AfterValidator(_distinct)
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed), DISTINCT]
+Arms = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_listed),
+    AfterValidator(lambda arms: tuple(map(_registered, arms))),
+    DISTINCT,
+]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_seeds), DISTINCT, Field(min_length=1)]
 Size = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
@@ -345,9 +365,12 @@ class StageConfig(BaseModel):
         for name in self.options(Role.FILE) & values.keys():
             if values[name] not in ("", "random"):
                 values[name] = content_of(values[name])
-        for name in {"teacher", "student"} & values.keys():
-            values[name] = _with_code(values[name])
-        return values
+        return values | {name: code for name, code in self.networks().items() if name in values}
+
+    def networks(self) -> dict[str, str]:
+        """The options that name networks; one of your own with the SHA-256 of its file."""
+        named = {"teacher", "student"} & type(self).model_fields.keys()
+        return {name: _with_code(getattr(self, name)) for name in sorted(named)}
 
     def digest(self, upstream: str, unused: Collection[str] = ()) -> str:
         """SHA-256 of the stage, its options and the digest of what it is made from."""
@@ -552,8 +575,8 @@ class DistillConfig(GraphConfig):
     stage = "distill"
     seed_field = "seed"
     losses: Annotated[Losses, Role.OWN] = "feat, edge"  # type: ignore[assignment]
-    """loss terms besides seg with optional weights, such as 'feat=1, edge'; empty trains the
-    student alone"""
+    """loss terms besides seg with optional weights, such as 'feat=1, edge' or 'mine:name'; empty
+    trains the student alone"""
     seed: Seed = 0
     """seed of the student's weights and batches"""
     student: Annotated[str, Role.OWN] = "unet"
@@ -594,11 +617,11 @@ class AblationConfig(DistillConfig):
     stage = "ablation"
     losses: Annotated[Losses, Role.OWN] = ""  # type: ignore[assignment]
     """weights that replace the defaults, such as 'feat=1, kd=3'"""
-    arms: Names = Field(
+    arms: Arms = Field(
         ("alone", "feat", "edge", "method", "shuffled", "kd", "cwd", "dist"), min_length=1
     )
-    """arms, comma-separated: alone, feat, edge, method, shuffled, or any loss term; 'alone*2'
-    trains twice as many epochs"""
+    """arms, comma-separated: alone, feat, edge, method, shuffled, or any loss term, also your
+    own 'mine:name'; 'alone*2' trains twice as many epochs"""
     seeds: Seeds = (0,)
     """3 is the seeds 0, 1, 2; '7' is seed 7; '0, 7' is both"""
 

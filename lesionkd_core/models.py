@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MEAN, STD, ConfigError, LesionKDError, nearest
+from .config import MEAN, STD, ConfigError, LesionKDError, nearest, own_module
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -536,19 +534,36 @@ def build_network(name: str, **options: Any) -> Network:
         if name not in NETWORKS:
             raise ConfigError(f"no network {name!r}: {nearest(name, NETWORKS)}")
         return NETWORKS[name](**options)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a module beside the notebook
     try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"network {name!r} cannot be imported: {error}") from None
-    network = build(**options)
+        network = getattr(own_module(module), function)(**options)
+    except (AttributeError, TypeError) as error:
+        given = f"called with {options}" if options else "called without arguments"
+        raise ConfigError(f"network {name!r}, {given}: {error}") from None
     if not isinstance(network, Network):
         raise ConfigError(
             f"network {name!r} is a {type(network).__name__}; derive it from "
             "lesionkd_core.models.Network"
         )
+    require_shapes(network, name)
     return network
+
+
+@torch.no_grad()
+def require_shapes(network: Network, name: str) -> None:
+    """Refuse a network of your own whose logits or maps do not have the shapes of `Network`."""
+    training = network.training
+    logits, maps = network.eval().forward_features(torch.zeros(1, 3, 64, 64))
+    network.train(training)
+    expected = {"logits": (1, 1, 64, 64)}
+    for level, channels in network.feature_channels().items():
+        expected[level] = (1, channels, 64 // stride_of(level), 64 // stride_of(level))
+    found = {what: tuple(x.shape) for what, x in {"logits": logits, **maps}.items()}
+    for what, shape in expected.items():
+        if found.get(what) != shape:
+            raise ConfigError(
+                f"network {name!r}: for an image of 64 x 64 px forward_features must give {what} "
+                f"of shape {shape}, got {found.get(what, 'none')}"
+            )
 
 
 def parameter_count(network: nn.Module) -> int:

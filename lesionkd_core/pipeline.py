@@ -42,6 +42,7 @@ from .losses import (
     build_terms,
     needs_graph,
     needs_teacher,
+    own_code,
     resolve,
     unused_options,
 )
@@ -393,7 +394,7 @@ class _Given:
         OtherOptions
             It was made from something else, or with other options.
         """
-        further = self.unlabelled.digest if self.unlabelled else ""
+        further = (self.unlabelled.digest if self.unlabelled else "") + own_code(cfg.losses)
         if not needs_teacher(cfg.losses):
             return self.data.digest + further
         losses = ", ".join(cfg.terms)

@@ -175,6 +175,11 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
     if not results.is_done(path):
         raise results.UnfinishedRun(f"{path} is not finished (no DONE); run it again to resume.")
     summary = results.summary_of(path)
+    field = "student" if isinstance(cfg, DistillConfig) else "teacher"
+    if made.get("networks", {}).get(field, now := cfg.networks()[field]) != now:
+        results.log.warning(
+            f"warning: the file of {now.split()[0]} has changed since {run} was trained"
+        )
     try:
         weights = results.read_checkpoint(path / "checkpoint_best")["network"]
         return _trained(cfg, weights, path, summary, made.get("digest", ""))

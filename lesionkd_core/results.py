@@ -234,7 +234,7 @@ def _begin(path: Path, wanted: Wanted[C], resume: bool) -> None:
         partial.unlink()
     cfg = wanted.cfg
     identity = {"stage": cfg.stage, "version": cfg.version, "upstream": wanted.upstream}
-    identity["digest"] = wanted.digest
+    identity |= {"digest": wanted.digest, "networks": cfg.networks()}
     env = path / "env.json"
     before = [read_json(env)] if env.exists() else []
     write_json(path / "config.json", identity | cfg.model_dump(mode="json"))

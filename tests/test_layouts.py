@@ -14,6 +14,7 @@ from lesionkd_core.data.layouts import (
     CATALOGUE,
     DatasetNotFound,
     ManifestError,
+    Release,
     find,
     fingerprint,
     listing,
@@ -402,13 +403,31 @@ def test_several_kinds_of_volume_for_a_mask_are_refused_with_the_way_out(data):
         cases_of("mine")
 
 
+def test_a_release_whose_group_is_the_folder_is_grouped_so_by_its_entry_alone(data, monkeypatch):
+    for video in "ab":
+        for k in range(3):
+            save(data / "mine" / "images" / video / f"{k}.png", picture(k))
+            save(data / "mine" / "masks" / video / f"{k}.png", lesion(9))
+    entry = Release("mine", "any", "mine", ["images", "masks"], "paired", group_by="folder")
+    monkeypatch.setitem(CATALOGUE, "mine", entry)
+    groups = Counter(case.group for case in cases_of("mine").values())
+    assert sorted(groups.values()) == [3, 3]
+
+
+def test_test_folders_of_nnunet_that_are_not_read_are_named(data):
+    pairs(data / "nn", "imagesTr/{}.png", "labelsTr/{}.png", "abcdef")
+    pairs(data / "nn", "imagesTs/{}.png", "labelsTs/{}.png", "g")
+    [doubt] = listing(PrepareConfig(dataset="nn")).doubts
+    assert "imagesTs/ (1 files), labelsTs/ (1 files) is not read" in doubt
+
+
 def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too(data, runs):
     for k in range(12):
         save(data / "eyes" / "images" / f"{k:02d}_test.png", picture(k))
         save(data / "eyes" / "mask" / f"{k:02d}_test_mask.png", lesion(30 + k % 2, 5, 5))
         save(data / "eyes" / "1st_manual" / f"{k:02d}_manual1.png", lesion(3 + k))
     view, manual = prepare(PrepareConfig(dataset="eyes", pixels=32)).summary["warnings"]
-    assert "read from mask/, and 1st_manual/ (12 pictures) is not read" in view
+    assert "read from mask/, and 1st_manual/ (12 files) is not read" in view
     assert "CSV table" in view and "hardly differ (correlation 0.9" in manual
     rows = [f"images/{k:02d}_test.png,1st_manual/{k:02d}_manual1.png" for k in range(12)]
     (data / "eyes" / "list.csv").write_text("\n".join(["image,mask", *rows]))

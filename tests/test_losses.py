@@ -1,5 +1,6 @@
 """L_seg, L_feat and the registry of loss terms, by hand; numbers of the originals: test_oracles."""
 
+import hashlib
 import math
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from lesionkd_core.losses import (
     bce,
     bce_dice,
     build_terms,
+    own_code,
     register,
     resolve,
     unused_options,
@@ -38,7 +40,7 @@ from lesionkd_core.losses.feature_refinement import (
 )
 from lesionkd_core.models import ResNet34UNet, UNet
 from lesionkd_core.pipeline import arm_config
-from lesionkd_core.results import Wanted
+from lesionkd_core.results import CHECKOUT, Wanted
 from tests.tiny import drawn, step_of
 
 # L_seg --------------------------------------------------------------------------------------------
@@ -277,6 +279,38 @@ def student_digest(**options):
     cfg = DistillConfig(**options)
     cfg = cfg.with_values(losses=resolve(cfg.losses))
     return Wanted(cfg, "u", unused_options(cfg.losses)).digest
+
+
+def test_a_term_in_a_file_of_its_own_is_named_by_the_file_and_counts_with_it(
+    toy, pair, tmp_path, monkeypatch
+):
+    cfg = AblationConfig(arms="examples.losses:attention*2", losses="examples.losses:attention=2")
+    assert cfg.arms == ("attention*2",) and cfg.losses == {"attention": 2.0}
+    step = step_of(*pair)
+    term = build_terms(DistillConfig(losses="attention"), *pair)["attention"]
+    expected = 0.0
+    for level in DistillConfig().levels:
+        ours, theirs = (
+            x.square().mean(1).flatten(1) for x in (step.maps[level], step.teacher_maps[level])
+        )
+        difference = ours / ours.norm(dim=1, keepdim=True) - theirs / theirs.norm(
+            dim=1, keepdim=True
+        )
+        expected += difference.square().mean().item()
+    assert term(step).item() == pytest.approx(expected)
+    assert own_code(("feat", "kd", "seg")) == ""
+    content = (CHECKOUT / "examples" / "losses.py").read_bytes()
+    assert own_code(("seg", "attention")) == hashlib.sha256(content).hexdigest()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "terms_of_mine.py").write_text(
+        "from lesionkd_core.losses import LossTerm, register\n"
+        "@register('kd', label='mine', weight=1)\n"
+        "class Mine(LossTerm): pass"
+    )
+    with pytest.raises(
+        ConfigError, match="the term 'kd' of terms_of_mine has the name of one in lesionkd"
+    ):
+        DistillConfig(losses="terms_of_mine:kd")
 
 
 def test_an_option_of_loss_terms_counts_with_these_terms_alone(toy):

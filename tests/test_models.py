@@ -339,6 +339,22 @@ def test_a_network_is_built_from_a_module_beside_the_notebook(tmp_path):
     assert done.stdout.strip() == "58629", done.stderr
 
 
+MINE = """
+from lesionkd_core.models import Network, UNet
+class Half(UNet):
+    def forward_features(self, x):
+        return super().forward_features(x[..., ::2, ::2])
+class Wrong(UNet):
+    def feature_channels(self):
+        return {"encoder.stride2": 3}
+    def forward_features(self, x):
+        return super().forward_features(x)[0], {}
+def half(): return Half(width=2)
+def wrong(): return Wrong(width=2)
+def three(width): return UNet(width=width)
+"""
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("name", "words"),
@@ -346,8 +362,15 @@ def test_a_network_is_built_from_a_module_beside_the_notebook(tmp_path):
         ("resnet34_une", "did you mean 'resnet34_unet'"),
         ("no_such_module:build", "cannot be imported: No module named 'no_such_module'"),
         ("torch.nn:Identity", "is a Identity; derive it from lesionkd_core.models.Network"),
+        ("./mine:build", r"'\./mine' cannot be imported.*Give 'mine:name' for what mine\.py holds"),
+        ("mine:three", "called without arguments: .*missing 1 required positional argument"),
+        ("mine:half", r"give logits of shape \(1, 1, 64, 64\), got \(1, 1, 32, 32\)"),
+        ("mine:wrong", r"give encoder\.stride2 of shape \(1, 3, 32, 32\), got none"),
     ],
 )
-def test_a_network_that_cannot_be_built_is_refused(name, words):
+def test_a_network_that_cannot_be_built_is_refused(name, words, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     with pytest.raises(ConfigError, match=words):
         build_network(name)

@@ -344,6 +344,23 @@ def test_a_run_from_before_an_option_existed_has_its_default(runs):
     assert np.array_equal(before.predict([picture(0)])[0], now.predict([picture(0)])[0])
 
 
+def test_a_network_whose_file_has_changed_since_the_training_is_named(
+    runs, tmp_path, monkeypatch, messages
+):
+    """Its weights may fit the new code and mean something else."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "changing.py"
+    code = "from lesionkd_core.models import UNet\ndef tiny(width): return UNet(width=2)"
+    file.write_text(code)
+    path = finished(runs, CFG.with_values(student="changing:tiny"))
+    load_student(path)
+    assert not any("changed" in line for line in messages())
+    file.write_text(code + "  # another activation")
+    load_student(path)
+    words = "warning: the file of changing:tiny has changed since"
+    assert any(words in line for line in messages())
+
+
 def holding(content):
     return lambda path: results.write_checkpoint(path, content)
 

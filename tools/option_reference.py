@@ -136,7 +136,7 @@ def losses() -> str:
         for name, term in TERMS.items()
     ]
     text = (
-        "For `losses`, and as arms of an ablation. A new one is a class in `losses/` "
+        "For `losses`, and as arms of an ablation. One of your own is `module:name` "
         "([design.md](design.md))."
     )
     head = "| term | label | default weight | options that it uses |\n|---|---|---|---|"

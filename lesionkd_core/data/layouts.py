@@ -365,7 +365,7 @@ def own_pairs(folder: Path) -> Listing:
             "(data/own.md)"
         )
     how = ", ".join(sorted(said - {""}))
-    return Listing(cases, how, _not_read_beside(folder, places, len(images_read)))
+    return Listing(cases, how, _not_read_beside(folder, places))
 
 
 def _annotations(folder: Path, stems: set[str]) -> str:
@@ -418,18 +418,17 @@ def _places(folder: Path) -> list[_Place]:
     return places
 
 
-def _not_read_beside(folder: Path, places: list[_Place], count: int) -> tuple[str, ...]:
-    """Names the folders beside images and masks that may be the masks instead."""
+def _not_read_beside(folder: Path, places: list[_Place]) -> tuple[str, ...]:
+    """Names the folders beside images and masks: other masks, or further cases (nnU-Net)."""
     if len(places) != 1 or places[0].images == places[0].masks:
         return ()
     read = places[0].masks
-    beside = [p for p in _folders(folder) if p not in (places[0].images, read)]
-    beside = [p for p in beside if len(images_in(p)) >= count / 2]
+    beside = [p for p in _folders(folder) if p not in (places[0].images, read) and sources_in(p)]
     if not beside or not read:
         return ()
-    held = ", ".join(f"{path.name}/ ({len(images_in(path))} pictures)" for path in beside)
+    held = ", ".join(f"{path.name}/ ({len(sources_in(path))} files)" for path in beside)
     return (
-        f"the masks are read from {read.name}/, and {held} is not read. If the lesions are "
+        f"the masks are read from {read.name}/, and {held} is not read. If lesions or cases are "
         "there, list images and masks in a CSV table and give that as dataset (data/own.md)",
     )
 
@@ -927,8 +926,9 @@ def listing(cfg: PrepareConfig) -> Listing:
             f"{cfg.dataset}: no images with masks in {folder}, which holds {held}. Put your own "
             "data there as images/a.jpg with masks/a.png; data/own.md names the formats."
         )
-    if cfg.group_by not in ("", "sequence") and not column:
-        found = replace(found, cases=_regrouped(found.cases, folder, cfg.group_by))
+    rule = cfg.group_by or release.group_by
+    if rule not in ("", "sequence") and not column:
+        found = replace(found, cases=_regrouped(found.cases, folder, rule))
     return replace(found, folder=folder, release=release)
 
 

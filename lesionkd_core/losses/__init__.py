@@ -1,7 +1,7 @@
 """The terms of L_total = sum over terms of weight x term (step S6), and their registry.
 
-To add a term: derive a class from `LossTerm` in a file of this folder, decorate it with
-``register`` and import it here. Notebook 05, docs/options.md and the sweep find it by its name.
+To add a term: derive a class from `LossTerm` in a file of your own and decorate it with
+``register``, as in examples/losses.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .terms import (
     Term,
     needs_graph,
     needs_teacher,
+    own_code,
     register,
     resolve,
     unused_options,

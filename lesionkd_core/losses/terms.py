@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
@@ -107,6 +111,11 @@ class Term:
 
 
 TERMS: dict[str, Term] = {}
+SHIPPED = {
+    f"{__package__}.{module}"
+    for module in ("segmentation", "feature_refinement", "edge_reasoning", "baselines")
+}
+"""Modules whose terms come with the package: `StageConfig.version` changes with them."""
 
 
 def register(
@@ -118,7 +127,8 @@ def register(
 ) -> Callable[[T], T]:
     """Class decorator: make a loss term available as `-p losses "name=weight"` and as an arm.
 
-    The class derives from `LossTerm`.
+    The class derives from `LossTerm`. A term in a file of your own, mine.py, is named
+    `-p losses "mine:name=weight"`.
     """
     for option in options:
         if option not in DistillConfig.model_fields:
@@ -126,6 +136,11 @@ def register(
             raise ConfigError(f"term {name!r} names the option {option!r}: {hint}")
 
     def add(module: T) -> T:
+        if name in TERMS and TERMS[name].module.__module__ != module.__module__:
+            raise ConfigError(
+                f"the term {name!r} of {module.__module__} has the name of one in "
+                f"{TERMS[name].module.__module__}; choose another name"
+            )
         TERMS[name] = Term(name, module, label, weight, sweep, options)
         return module
 
@@ -177,6 +192,26 @@ def needs_teacher(terms: Collection[str]) -> bool:
 def needs_graph(terms: Collection[str]) -> bool:
     """Whether one of the terms needs the fitted graph."""
     return any(registered(name).module.needs_graph for name in terms)
+
+
+def own_code(terms: Collection[str]) -> str:
+    """SHA-256 of the files of loss terms that do not come with the package; '' if there is none.
+
+    Of a term that is defined in a notebook, of its `forward`.
+    """
+    code = ""
+    for term in map(registered, terms):
+        module = term.module.__module__
+        if module in SHIPPED:
+            continue
+        file = getattr(sys.modules[module], "__file__", None)
+        text = (
+            Path(file).read_text(encoding="utf-8")
+            if file
+            else inspect.getsource(term.module.forward)
+        )
+        code += hashlib.sha256(text.encode()).hexdigest()
+    return code
 
 
 def unused_options(terms: Collection[str]) -> frozenset[str]:
