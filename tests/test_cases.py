@@ -203,7 +203,7 @@ def test_pictures_that_show_nothing_are_reported(mine):
 def test_an_image_of_another_letter_case_does_not_get_the_mask(mine):
     save(mine / "images" / "CASE_000.png", picture(99))
     data = prepared(mine)
-    assert reason(data, "CASE_000") == "CASE_000.png: no mask belongs to this image"
+    assert reason(data, "CASE_000").startswith("CASE_000.png: no mask belongs to this image")
     assert len(data.cases) == 12
 
 

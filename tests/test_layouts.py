@@ -606,7 +606,7 @@ def test_a_missing_file_drops_only_its_own_case_and_says_where_it_was_looked_for
 
 WRONG = {  # a manifest and words of its error
     "image,mask,grup\nS0,D0,a\n": "column 'grup' is unknown; did you mean 'group'?",
-    "image,group\nS0,a\n": "no column 'mask'; columns are image, mask, group, split, label, id",
+    "image,group\nS0,a\n": "no column 'mask' among image, group; a list has image, mask",
     "image,mask\n": "no rows below the header",
     "": "cannot be read as a CSV table (No columns to parse from file)",
     "image,mask,split\nS0,D0,train\nS1,D1,tset\n": "line 3: split = 'tset'; it must be train, ",

@@ -445,6 +445,11 @@ UNDECIDED = {  # words of the error; files; options
         BINARY,
         "over 300",
     ),
+    "a colour that nearly is one of theirs": (
+        "masks: values 0, #ff0000; lesion_values names #ff0001, which no mask has",
+        many(*[(painted((A, RED)), A)] * 2),
+        "#ff0001",
+    ),
 }
 
 

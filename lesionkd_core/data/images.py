@@ -87,7 +87,10 @@ class Case:
         if self.problem:
             raise UnreadableFile(self.problem)
         if not self.masks and not self.unlabelled:
-            raise UnreadableFile(f"{self.image.name}: no mask belongs to this image")
+            raise UnreadableFile(
+                f"{self.image.name}: no mask belongs to this image; without a lesion it needs a "
+                "black one"
+            )
         if self.one_mask and len(self.masks) > 1:
             names = ", ".join(path.name for path in self.masks)
             raise UnreadableFile(f"{self.image.name}: {names} have the same name; keep one mask")

@@ -723,8 +723,10 @@ def _rows(path: Path, group_column: str) -> tuple[list[tuple[int, dict[str, str]
     table.columns = [name.strip().lower() for name in table.columns]
     columns = {*COLUMNS, group_column}
     for name in sorted({"image", "mask", group_column} - {"group", *table.columns}):
-        known = f"columns are {', '.join(COLUMNS)} (data/own.md)"
-        raise ManifestError(f"{path.name}: no column {name!r}; {known}")
+        raise ManifestError(
+            f"{path.name}: no column {name!r} among {', '.join(table.columns)}; a list has "
+            f"{', '.join(COLUMNS)} (data/own.md)"
+        )
     unread = [n for n in table.columns if n not in columns and not n.startswith("unnamed: ")]
     for name in unread:
         if difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.8):

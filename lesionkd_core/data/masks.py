@@ -399,7 +399,7 @@ def _given(looks: dict[Key, Look], text: str) -> Attempt:
     if rule.how == "over":
         if len(np.unique(values > rule.values[0])) < 2:
             wrong = f"'{rule}' selects all or none"
-    elif absent := [v for v in rule.values if not np.isclose(values, v).any()]:
+    elif absent := [v for v in rule.values if not Rule("", (v,))(values).any()]:
         wrong = f"names {', '.join(map(_name, absent))}, which no mask has"
     if wrong and len(values):
         raise UnclearMasks(f"masks: {_listed(values)}; lesion_values {wrong}")

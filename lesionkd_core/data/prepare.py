@@ -363,7 +363,8 @@ def _dropped(path: Path, rows: pd.DataFrame) -> str:
 
 
 def _check_count(cfg: PrepareConfig, count: int, dropped: str) -> None:
-    needed, why = (1, "") if cfg.split == "test" else (10, " to split into train, val and test")
+    why = " to split into train, val and test (split = 'test' needs one)"
+    needed, why = (1, "") if cfg.split == "test" else (10, why)
     if count < needed:
         raise LesionKDError(
             f"{cfg.dataset}: {count} usable cases; at least {needed} are needed{why}.{dropped}"
