@@ -329,11 +329,14 @@ def open_picture(path: Path, page: int | None = None) -> Picture:
 
 
 def count_pages(path: Path) -> int:
-    """Number of pages of a TIFF file; one of another file."""
+    """Pages of a TIFF file; 1 of another file, and of one that reading will refuse."""
     if suffix_of(path) not in (".tif", ".tiff"):
         return 1
-    with reading(path, "an image"), Image.open(path) as image:
-        return getattr(image, "n_frames", 1)
+    try:
+        with reading(path, "an image"), Image.open(path) as image:
+            return getattr(image, "n_frames", 1)
+    except LesionKDError:
+        return 1
 
 
 def read_image(path: Path, window: str = "") -> np.ndarray:

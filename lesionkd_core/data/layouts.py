@@ -447,21 +447,13 @@ def images_alone(folder: Path) -> list[Case]:
     cases = []
     for file in sources:
         name = "-".join([*file.relative_to(folder).parts[:-1], stem_of(file)])
-        pages = _pages(file)
+        pages = count_pages(file)
         if pages == 1:
             cases.append(Case(name, file, (), unlabelled=True))
             continue
         for page in range(pages):
             cases.append(Case(f"{name}_page{page:03d}", file, (), page=page, unlabelled=True))
     return cases + unread(folders)
-
-
-def _pages(file: Path) -> int:
-    """Pages of a file; 1 if it cannot be read, which reading the case will say."""
-    try:
-        return count_pages(file)
-    except LesionKDError:
-        return 1
 
 
 def sources_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Path], list[Path]]:
