@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif"}
 VOLUME_SUFFIXES = {".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm"}
+FORMATS = ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES)) + ", or folders of DICOM series"
 MODES = {"1", "L", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "F"}
 PERCENTILES = (0.5, 99.5)
 """Shown as black and white if neither the user nor the file gives a window."""

@@ -21,6 +21,7 @@ from ..config import ConfigError, LesionKDError, PrepareConfig, UnlabelledConfig
 from ..results import CHECKOUT
 from . import phantom
 from .images import (
+    FORMATS,
     IMAGE_SUFFIXES,
     Case,
     Reading,
@@ -436,14 +437,7 @@ def _not_read_beside(folder: Path, places: list[_Place], count: int) -> tuple[st
 
 def images_alone(folder: Path) -> list[Case]:
     """Images, volumes and DICOM series of a folder and its sub-folders, which have no masks."""
-    sources, folders = sources_below(folder)
-    if masks := named_after_others(sources):
-        raise DatasetNotFound(
-            f"unlabelled: {folder} holds masks, such as {min(masks).name}; give a folder of images "
-            "alone"
-        )
-    if not sources:
-        raise DatasetNotFound(f"unlabelled: no images in {folder}; give a folder of images")
+    sources, others = images_below(folder)
     cases = []
     for file in sources:
         name = "-".join([*file.relative_to(folder).parts[:-1], stem_of(file)])
@@ -453,10 +447,40 @@ def images_alone(folder: Path) -> list[Case]:
             continue
         for page in range(pages):
             cases.append(Case(f"{name}_page{page:03d}", file, (), page=page, unlabelled=True))
-    return cases + unread(folders)
+    return cases + others
 
 
-def sources_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Path], list[Path]]:
+def images_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Path], list[Case]]:
+    """Pictures, volume files and DICOM series of a folder and its sub-folders, without masks.
+
+    Returns
+    -------
+    sources, others
+        `others` are cases with a problem, of images in a format that is not read.
+
+    Raises
+    ------
+    DatasetNotFound
+        The folder also holds masks, or no images.
+    """
+    inner, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
+    if inner and masks and not images_in(folder):
+        raise DatasetNotFound(
+            f"{folder} has images and masks in folders of their own; give {inner}"
+        )
+    sources, folders = _sources_below(folder, leave_out)
+    others = unread(folders)
+    if named := named_after_others(sources):
+        raise DatasetNotFound(
+            f"{folder} holds masks, such as {min(named).name}; give a folder of images alone"
+        )
+    if not sources:
+        problems = "".join(f"\n{case.problem}" for case in others[:5])
+        raise DatasetNotFound(f"{folder} has no images ({FORMATS}){problems}")
+    return sources, others
+
+
+def _sources_below(folder: Path, leave_out: Path | None) -> tuple[list[Path], list[Path]]:
     """Pictures, volume files and DICOM series of a folder and its sub-folders, and these folders.
 
     A folder that holds one DICOM series is one source.
@@ -468,16 +492,10 @@ def sources_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Pat
     above = (leave_out, folder.resolve(), *folder.resolve().parents)  # a link may lead there
     for inner in sorted(_folders(folder), key=natural):
         if inner.resolve() not in above:
-            found, below = sources_below(inner, leave_out)
+            found, below = _sources_below(inner, leave_out)
             sources += found
             folders += below
     return sources, folders
-
-
-def images_beside_masks(folder: Path) -> Path | None:
-    """The folder of images, if `folder` holds one and one of masks."""
-    images, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
-    return images if images and masks and not images_in(folder) else None
 
 
 def _sources(folder: Path) -> list[Path]:
