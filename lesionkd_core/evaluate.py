@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 from . import results
-from .config import ExternalConfig, LesionKDError
+from .config import ExternalConfig, LesionKDError, name_of_dataset
 from .data.prepare import Prepared, prepare
 from .data.splits import copies
 from .predict import TrainedNetwork, load_network, probabilities
@@ -234,33 +234,30 @@ def score_external(run: Result | TrainedNetwork, datasets: tuple[str, ...]) -> d
     that are near-duplicates of a training image are scored, counted (`near_training` in the
     summary; empty if the prepared training images are gone) and reported.
     """
-    found, trained = {}, run if isinstance(run, TrainedNetwork) else load_network(run)
-    for dataset in datasets:
-        other = trained.cfg.for_testing(dataset)
-        if other.dataset_name == trained.cfg.dataset_name:
-            raise LesionKDError(f"{results.short(trained.path)} was trained on {dataset}")
-        data = prepare(other)
-
-        def make(missing: dict[Path, ExternalConfig], data: Prepared = data) -> None:
-            for path in missing:
-                _score_external(path, trained, data)
-
-        wanted = results.Wanted(other, f"{trained.digest}|{data.digest}")
-        [scored] = results.find_or_make([wanted], make, External)
-        found[other.dataset_name] = scored
-    return found
+    trained = run if isinstance(run, TrainedNetwork) else load_network(run)
+    return {name_of_dataset(dataset): _score_on(trained, dataset) for dataset in datasets}
 
 
-def _score_external(path: Path, trained: TrainedNetwork, data: Prepared) -> None:
-    per_case = score_network(trained.network, data, splits=("test",))
-    own = results.with_digest("prepare", trained.summary.get("data", ""))
-    near = near_training(Prepared(own), data) if own else None
-    if near:
-        counted = f"{near} of {len(per_case)} cases of {data.path.name}"
-        log.warning(f"warning: {counted} are near-duplicates of a training case")
-    results.write_table(path / "per_case.csv", per_case)
-    about = {"test": summarize(per_case), "near_training": near}
-    results.write_json(path / "summary.json", about | {"run": results.short(trained.path)})
+def _score_on(trained: TrainedNetwork, dataset: str) -> External:
+    other = trained.cfg.for_testing(dataset)
+    if other.dataset_name == trained.cfg.dataset_name:
+        raise LesionKDError(f"{results.short(trained.path)} was trained on {dataset}")
+    data = prepare(other)
+
+    def make(missing: dict[Path, ExternalConfig]) -> None:
+        for path in missing:
+            per_case = score_network(trained.network, data, splits=("test",))
+            own = results.with_digest("prepare", trained.summary.get("data", ""))
+            near = near_training(Prepared(own), data) if own else None
+            if near:
+                counted = f"{near} of {len(per_case)} cases of {data.path.name}"
+                log.warning(f"warning: {counted} are near-duplicates of a training case")
+            results.write_table(path / "per_case.csv", per_case)
+            about = {"test": summarize(per_case), "near_training": near}
+            results.write_json(path / "summary.json", about | {"run": results.short(trained.path)})
+
+    wanted = results.Wanted(other, f"{trained.digest}|{data.digest}")
+    return results.find_or_make([wanted], make, External)[0]
 
 
 def near_training(own: Prepared, other: Prepared) -> int:

@@ -603,25 +603,19 @@ def match_levels(
     Raises
     ------
     LesionKDError
-        A map does not exist, or the strides of a pair differ; the error names both shapes.
+        A map does not exist, or the strides of a pair differ.
     """
     pairs = []
     for level in levels:
         ours, _, theirs = level.partition(":")
         theirs = theirs or ours
-        shapes = []
         for who, network, name in (("student", student, ours), ("teacher", teacher, theirs)):
             channels = network.feature_channels()
             if name not in channels:
                 hint = nearest(name, channels)
                 raise LesionKDError(f"level {level!r}: the {who} has no map {name!r}; {hint}")
-            stride = stride_of(name)
-            shapes.append(f"({channels[name]}, H/{stride}, W/{stride})")
         if stride_of(ours) != stride_of(theirs):
-            raise LesionKDError(
-                f"level {level!r}: the student's map is {shapes[0]}, the teacher's "
-                f"{shapes[1]}; choose maps of equal stride"
-            )
+            raise LesionKDError(f"level {level!r}: choose maps of equal stride")
         pairs.append((ours, theirs))
     return pairs
 

@@ -24,6 +24,7 @@ from . import results
 from .config import DistillConfig, LesionKDError, TeacherConfig
 from .data.batches import normalize
 from .data.images import (
+    FORMATS,
     IMAGE_SUFFIXES,
     VOLUME_SUFFIXES,
     Case,
@@ -36,7 +37,7 @@ from .data.images import (
     suffix_of,
     volume_reader,
 )
-from .data.layouts import images_beside_masks, named_after_others, sources_below, unread, window_of
+from .data.layouts import images_below, window_of
 from .data.pixels import prepare_image, restore, unseen
 from .edges import edge_label
 from .models import Network, build_network, parameter_count, start_at_prior
@@ -317,26 +318,11 @@ def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
     """Pictures, volume files and DICOM series, and a case with a problem for what is not read."""
     if images.is_file():
         if suffix_of(images) not in IMAGE_SUFFIXES | VOLUME_SUFFIXES:
-            raise LesionKDError(f"{images} is no image of a format that is read: {_formats()}")
+            raise LesionKDError(f"{images} is no image of a format that is read: {FORMATS}")
         return [images], []
     if not images.is_dir():
         raise LesionKDError(f"{images} does not exist; give a folder of images, or one image")
-    if beside := images_beside_masks(images):
-        raise LesionKDError(f"{images} has images and masks in folders of their own; give {beside}")
-    paths, folders = sources_below(images, leave_out=out.resolve())
-    others = unread(folders)
-    if masks := named_after_others(paths):
-        raise LesionKDError(
-            f"{images} holds masks, such as {min(masks).name}; give a folder of images alone"
-        )
-    if not paths:
-        problems = "".join(f"\n{case.problem}" for case in others[:5])
-        raise LesionKDError(f"{images} has no images ({_formats()}){problems}")
-    return paths, others
-
-
-def _formats() -> str:
-    return ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES)) + ", or folders of DICOM series"
+    return images_below(images, leave_out=out.resolve())
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:

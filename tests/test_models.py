@@ -275,15 +275,14 @@ def test_levels_pair_by_name_or_by_colon():
 @pytest.mark.parametrize(
     ("level", "words"),
     [
-        ("decoder.stride1", ["teacher has no map 'decoder.stride1'"]),
-        ("decoder.strid8", ["did you mean 'decoder.stride8'"]),
-        ("encoder.stride2:encoder.stride4", ["(4, H/2, W/2)", "(64, H/4, W/4)"]),
+        ("decoder.stride1", "teacher has no map 'decoder.stride1'"),
+        ("decoder.strid8", "did you mean 'decoder.stride8'"),
+        ("encoder.stride2:encoder.stride4", "encoder.stride4': choose maps of equal stride"),
     ],
 )
-def test_levels_that_do_not_fit_are_refused_with_both_shapes(level, words):
-    with pytest.raises(LesionKDError) as error:
+def test_levels_that_do_not_fit_are_refused(level, words):
+    with pytest.raises(LesionKDError, match=words):
         match_levels(UNet(width=2), ResNet34UNet(), (level,))
-    assert all(word in str(error.value) for word in words)
 
 
 # Published tiny networks --------------------------------------------------------------------------

@@ -357,15 +357,17 @@ def test_images_without_masks_train_the_student_through_its_teacher(
 
 @pytest.mark.fault
 def test_a_wrong_folder_of_images_without_masks_is_named_before_anything_is_made(runs, tmp_path):
-    empty, mixed = tmp_path / "empty", tmp_path / "mixed"
-    empty.mkdir()
+    empty, mixed, both = (tmp_path / name for name in ("empty", "mixed", "both"))
+    for folder in (empty, both / "images", both / "masks"):
+        folder.mkdir(parents=True)
     image, mask = phantom.draw(3, 0, 32)
     for name, pixels in (("lesion_1", image), ("lesion_1_mask", mask * np.uint8(255))):
         mixed.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(mixed / f"{name}.png")
     for folder, words in (
         (tmp_path / "absent", "unlabelled = .*absent.*there is no such folder; give a folder"),
-        (empty, "no images in .*empty"),
+        (empty, "empty has no images"),
+        (both, "images and masks in folders of their own; give .*both/images"),
         (mixed, "mixed holds masks, such as lesion_1_mask.png; give a folder of images alone"),
     ):
         with pytest.raises(LesionKDError, match=words):

@@ -339,9 +339,7 @@ FIRST = [
 """Columns of data/results/per_case.csv."""
 
 
-def cost_points(
-    per_case: pd.DataFrame, cost: pd.DataFrame, arms: tuple[str, ...] = ("alone", "method")
-) -> pd.DataFrame:
+def cost_points(per_case: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     """Dice of a study's teachers and students of width 4 beside the cost of their networks.
 
     Parameters
@@ -361,7 +359,7 @@ def cost_points(
     at_128 = cost[cost["pixels"] == 128].drop_duplicates("model").set_index("model")
     rows = []
     for setting, part in settings(per_case):
-        for arm in (arm for arm in (TEACHER, *arms) if arm in set(part["arm"])):
+        for arm in (arm for arm in (TEACHER, "alone", "method") if arm in set(part["arm"])):
             network = str(setting["teacher"]) if arm == TEACHER else "student"
             if network not in at_128.index:
                 continue  # its cost was not measured

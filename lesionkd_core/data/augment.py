@@ -86,7 +86,7 @@ def augment(images: Tensor, masks: Tensor, changes: Sequence[Change]) -> tuple[T
     images : (N, C, S, S) float32, grey values 0..1
     masks : (N, 1, S, S) float32, 0 or 1
     """
-    change = columns_of(changes)
+    change = dict(zip(Change._fields, np.array(changes, dtype=np.float64).T))
     planes = turn(torch.cat([images, masks], 1).contiguous(), changes)
     planes = torch.cat([tone(planes[:, :-1], change), planes[:, -1:].float()], 1)
     moves = matrices(change)
@@ -95,11 +95,6 @@ def augment(images: Tensor, masks: Tensor, changes: Sequence[Change]) -> tuple[T
     _apply(images, change["blur"] > 0, blur, change["blur"])
     _apply(images, change["noise"] > 0, add_noise, change["noise"], change["grain"])
     return images, (planes[:, -1:] > 0.5).float()
-
-
-def columns_of(changes: Sequence[Change]) -> Columns:
-    """Changes of several cases, field by field."""
-    return dict(zip(Change._fields, np.array(changes, dtype=np.float64).T))
 
 
 def _apply(

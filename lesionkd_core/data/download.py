@@ -225,31 +225,29 @@ def _unpack(release: Release, files: list[Path], root: Path) -> None:
 
 def _extract(file: Path, into: Path, release: Release, target: Path) -> None:
     """Unpack a zip or tar archive; nothing in it can be written elsewhere."""
+
+    def place(names: list[str]) -> Path:
+        tops = {name.removeprefix("./").partition("/")[0] for name in names}
+        loose = file.stem in release.holds and file.stem not in tops  # files of images.zip
+        return into / file.stem if loose else into
+
     into.mkdir(parents=True, exist_ok=True)
     try:
-        with _opened(file) as archive:
-            if isinstance(archive, tarfile.TarFile):
-                names = archive.getnames()
-            else:
-                names = archive.namelist()
-            tops = {name.removeprefix("./").partition("/")[0] for name in names}
-            if file.stem in release.holds and file.stem not in tops:  # loose files of images.zip
-                into = into / file.stem
-            if isinstance(archive, tarfile.TarFile):
-                archive.extractall(into, filter="data")  # no device, no link to the outside
-                while archive.fileobj and archive.fileobj.read(1 << 20):
+        if tarfile.is_tarfile(file):
+            with tarfile.open(file) as tar:
+                into = place(tar.getnames())
+                tar.extractall(into, filter="data")  # no device, no link to the outside
+                while tar.fileobj and tar.fileobj.read(1 << 20):
                     pass  # to the checksum at the end of a .gz
-            else:
-                archive.extractall(into)  # drops '..' and a leading '/'
+        else:
+            with zipfile.ZipFile(file) as packed:
+                into = place(packed.namelist())
+                packed.extractall(into)  # drops '..' and a leading '/'
     except Exception as error:  # damaged bytes make zipfile and tarfile raise almost anything
         if getattr(error, "errno", None):
             raise  # of the disk
         raise _unreadable(file, error, release, target) from None
     shutil.rmtree(into / "__MACOSX", ignore_errors=True)
-
-
-def _opened(file: Path) -> tarfile.TarFile | zipfile.ZipFile:
-    return tarfile.open(file) if tarfile.is_tarfile(file) else zipfile.ZipFile(file)
 
 
 def _unreadable(file: Path, error: Exception, release: Release, target: Path) -> DownloadError:

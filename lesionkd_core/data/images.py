@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".jfif"}
 VOLUME_SUFFIXES = {".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".dcm"}
+FORMATS = ", ".join(sorted(IMAGE_SUFFIXES | VOLUME_SUFFIXES)) + ", or folders of DICOM series"
 MODES = {"1", "L", "P", "RGB", "LA", "PA", "RGBA", "CMYK", "F"}
 PERCENTILES = (0.5, 99.5)
 """Shown as black and white if neither the user nor the file gives a window."""
@@ -332,11 +333,14 @@ def open_picture(path: Path, page: int | None = None) -> Picture:
 
 
 def count_pages(path: Path) -> int:
-    """Number of pages of a TIFF file; one of another file."""
+    """Pages of a TIFF file; 1 of another file, and of one that reading will refuse."""
     if suffix_of(path) not in (".tif", ".tiff"):
         return 1
-    with reading(path, "an image"), Image.open(path) as image:
-        return getattr(image, "n_frames", 1)
+    try:
+        with reading(path, "an image"), Image.open(path) as image:
+            return getattr(image, "n_frames", 1)
+    except LesionKDError:
+        return 1
 
 
 def read_image(path: Path, window: str = "") -> np.ndarray:

@@ -21,6 +21,7 @@ from ..config import ConfigError, LesionKDError, PrepareConfig, UnlabelledConfig
 from ..results import CHECKOUT
 from . import phantom
 from .images import (
+    FORMATS,
     IMAGE_SUFFIXES,
     Case,
     Reading,
@@ -435,35 +436,50 @@ def _not_read_beside(folder: Path, places: list[_Place]) -> tuple[str, ...]:
 
 def images_alone(folder: Path) -> list[Case]:
     """Images, volumes and DICOM series of a folder and its sub-folders, which have no masks."""
-    sources, folders = sources_below(folder)
-    if masks := named_after_others(sources):
-        raise DatasetNotFound(
-            f"unlabelled: {folder} holds masks, such as {min(masks).name}; give a folder of images "
-            "alone"
-        )
-    if not sources:
-        raise DatasetNotFound(f"unlabelled: no images in {folder}; give a folder of images")
+    sources, others = images_below(folder)
     cases = []
     for file in sources:
         name = "-".join([*file.relative_to(folder).parts[:-1], stem_of(file)])
-        pages = _pages(file)
+        pages = count_pages(file)
         if pages == 1:
             cases.append(Case(name, file, (), unlabelled=True))
             continue
         for page in range(pages):
             cases.append(Case(f"{name}_page{page:03d}", file, (), page=page, unlabelled=True))
-    return cases + unread(folders)
+    return cases + others
 
 
-def _pages(file: Path) -> int:
-    """Pages of a file; 1 if it cannot be read, which reading the case will say."""
-    try:
-        return count_pages(file)
-    except LesionKDError:
-        return 1
+def images_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Path], list[Case]]:
+    """Pictures, volume files and DICOM series of a folder and its sub-folders, without masks.
+
+    Returns
+    -------
+    sources, others
+        `others` are cases with a problem, of images in a format that is not read.
+
+    Raises
+    ------
+    DatasetNotFound
+        The folder also holds masks, or no images.
+    """
+    inner, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
+    if inner and masks and not images_in(folder):
+        raise DatasetNotFound(
+            f"{folder} has images and masks in folders of their own; give {inner}"
+        )
+    sources, folders = _sources_below(folder, leave_out)
+    others = unread(folders)
+    if named := named_after_others(sources):
+        raise DatasetNotFound(
+            f"{folder} holds masks, such as {min(named).name}; give a folder of images alone"
+        )
+    if not sources:
+        problems = "".join(f"\n{case.problem}" for case in others[:5])
+        raise DatasetNotFound(f"{folder} has no images ({FORMATS}){problems}")
+    return sources, others
 
 
-def sources_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Path], list[Path]]:
+def _sources_below(folder: Path, leave_out: Path | None) -> tuple[list[Path], list[Path]]:
     """Pictures, volume files and DICOM series of a folder and its sub-folders, and these folders.
 
     A folder that holds one DICOM series is one source.
@@ -475,16 +491,10 @@ def sources_below(folder: Path, leave_out: Path | None = None) -> tuple[list[Pat
     above = (leave_out, folder.resolve(), *folder.resolve().parents)  # a link may lead there
     for inner in sorted(_folders(folder), key=natural):
         if inner.resolve() not in above:
-            found, below = sources_below(inner, leave_out)
+            found, below = _sources_below(inner, leave_out)
             sources += found
             folders += below
     return sources, folders
-
-
-def images_beside_masks(folder: Path) -> Path | None:
-    """The folder of images, if `folder` holds one and one of masks."""
-    images, masks = _inside(folder, IMAGE_FOLDERS), _inside(folder, MASK_FOLDERS)
-    return images if images and masks and not images_in(folder) else None
 
 
 def _sources(folder: Path) -> list[Path]:

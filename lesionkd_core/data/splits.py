@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +42,7 @@ def turned(pixels: np.ndarray, turn: int) -> np.ndarray:
     return quarter[:, :, ::-1] if turn >= 4 else quarter
 
 
-def near_pairs(
-    hashes: np.ndarray, others: np.ndarray, bits: int, across: int = 0
-) -> Iterator[np.ndarray]:
+def near_pairs(hashes: np.ndarray, others: np.ndarray, bits: int, across: int = 0) -> np.ndarray:
     """Pairs of images whose hashes (N, 63) differ in at most `bits` bits.
 
     A hash without any bit (a flat image, a slice of a volume) matches nothing.
@@ -57,13 +54,12 @@ def near_pairs(
     across : int
         If it is not 0, one image of a pair is before this row, the other is not.
 
-    Yields
-    ------
+    Returns
+    -------
     (M, 3) int
         Row i of `hashes`, row j > i of `others`, and their distance in bits.
     """
-    yield np.empty((0, 3), int)
-    rows = np.flatnonzero(hashes.any(1))
+    rows, found = np.flatnonzero(hashes.any(1)), [np.empty((0, 3), int)]
     first, second = hashes[rows].astype(np.float32), others[rows].astype(np.float32)
     firsts = np.searchsorted(rows, across) if across else len(rows)
     for start in range(0, firsts, 256):  # in blocks, so that memory grows with N only
@@ -71,7 +67,8 @@ def near_pairs(
         apart = block @ (1 - second.T) + (1 - block) @ second.T
         i, j = np.nonzero(apart <= bits)
         later = (j > i + start) & (rows[j] >= across)
-        yield np.stack([rows[i + start], rows[j], apart[i, j]], 1).astype(int)[later]
+        found.append(np.stack([rows[i + start], rows[j], apart[i, j]], 1).astype(int)[later])
+    return np.concatenate(found)
 
 
 def common_places(thumbnails: np.ndarray) -> np.ndarray:
@@ -232,8 +229,7 @@ def compare_pairs(
     for turn in range(8):
         others = turned(thumbnails, turn)
         limit = NEAR if turn == 0 else NEAR_TURNED
-        near = near_pairs(hashes, hash_thumbnails(others), limit, across)
-        i, j, bits = np.concatenate([*near]).T
+        i, j, bits = near_pairs(hashes, hash_thumbnails(others), limit, across).T
         if names is not None:
             apart = (names[i] != names[j]) | (names[i] < 0)
             i, j, bits = i[apart], j[apart], bits[apart]

@@ -328,13 +328,10 @@ class AttentionTransfer(LossTerm):
 
     LEVELS = ("encoder.stride4", "encoder.stride8", "encoder.stride16")
 
-    def __init__(self, student: Network, teacher: Network) -> None:
-        super().__init__()
-        match_levels(student, teacher, self.LEVELS)
-
     @classmethod
     def build(cls, setup: Setup) -> Self:
-        return cls(setup.student, setup.teacher)
+        match_levels(setup.student, setup.teacher, cls.LEVELS)
+        return cls()
 
     def forward(self, step: Step) -> Tensor:
         maps = [(F.relu(step.maps[n]), F.relu(step.teacher_maps[n])) for n in self.LEVELS]
