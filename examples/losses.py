@@ -1,9 +1,9 @@
 """A loss term of your own, in a file that is not part of the package.
 
-    lesionkd ablate -p arms "alone, method, examples.losses:attention, feat=1+attention"
+    lesionkd ablate -p arms "alone, method, examples.losses:similarity, feat=1+similarity"
 
-in the folder that holds `examples`. From then on it is known as `attention`: in tables, figures,
-and in `losses`, with a weight: `-p losses "examples.losses:attention=500"`. Its file counts with
+in the folder that holds `examples`. From then on it is known as `similarity`: in tables, figures,
+and in `losses`, with a weight: `-p losses "examples.losses:similarity=300"`. Its file counts with
 its content: students are trained again when it has changed.
 """
 
@@ -18,17 +18,16 @@ from lesionkd_core.models import match_levels
 
 
 @register(
-    "attention",
-    label="attention transfer",
-    weight=500.0,
-    sweep=(100.0, 500.0, 2000.0),
+    "similarity",
+    label="similarity-preserving",
+    weight=3000.0,
+    sweep=(300.0, 1000.0, 3000.0),
     options=("levels",),
 )
-class AttentionTransfer(LossTerm):
-    """Where the maps of both networks are large should agree.
+class SimilarityPreserving(LossTerm):
+    """Images that are alike for the teacher should be alike for the student.
 
-    Source: Zagoruyko & Komodakis 2017, "Paying more attention to attention", equation 2 with p = 2;
-    the weight is that of the authors' experiments on CIFAR, beta / 2.
+    Source: Tung & Mori 2019, "Similarity-preserving knowledge distillation"; the weight is theirs.
     """
 
     def __init__(self, pairs: list[tuple[str, str]]) -> None:
@@ -36,20 +35,21 @@ class AttentionTransfer(LossTerm):
         self.pairs = pairs
 
     @classmethod
-    def build(cls, setup: Setup) -> AttentionTransfer:
-        """One for each level of L_feat."""
+    def build(cls, setup: Setup) -> SimilarityPreserving:
+        """One for the levels of L_feat."""
         assert isinstance(setup.cfg, DistillConfig)
         return cls(match_levels(setup.student, setup.teacher, setup.cfg.levels))
 
     def forward(self, step: Step) -> Tensor:
-        """Mean squared difference of the normalized attention maps -> ()."""
+        """Sum over the levels of the mean squared difference of similarities -> ()."""
         total = step.logits.new_zeros(())
         for ours, theirs in self.pairs:
-            difference = attention(step.maps[ours]) - attention(step.teacher_maps[theirs])
+            difference = similarity(step.maps[ours]) - similarity(step.teacher_maps[theirs])
             total = total + difference.square().mean()
         return total
 
 
-def attention(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H W): mean of the squares over the channels, of length 1."""
-    return F.normalize(x.square().mean(1).flatten(1), dim=1)
+def similarity(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, N): products of the images' maps, each row of length 1."""
+    flat = x.float().flatten(1)
+    return F.normalize(flat @ flat.T, dim=1)

@@ -284,23 +284,22 @@ def student_digest(**options):
 def test_a_term_in_a_file_of_its_own_is_named_by_the_file_and_counts_with_it(
     toy, pair, tmp_path, monkeypatch
 ):
-    cfg = AblationConfig(arms="examples.losses:attention*2", losses="examples.losses:attention=2")
-    assert cfg.arms == ("attention*2",) and cfg.losses == {"attention": 2.0}
+    cfg = AblationConfig(arms="examples.losses:similarity*2", losses="examples.losses:similarity=2")
+    assert cfg.arms == ("similarity*2",) and cfg.losses == {"similarity": 2.0}
     step = step_of(*pair)
-    term = build_terms(DistillConfig(losses="attention"), *pair)["attention"]
+    term = build_terms(DistillConfig(losses="similarity"), *pair)["similarity"]
     expected = 0.0
     for level in DistillConfig().levels:
-        ours, theirs = (
-            x.square().mean(1).flatten(1) for x in (step.maps[level], step.teacher_maps[level])
-        )
-        difference = ours / ours.norm(dim=1, keepdim=True) - theirs / theirs.norm(
-            dim=1, keepdim=True
-        )
-        expected += difference.square().mean().item()
-    assert term(step).item() == pytest.approx(expected)
+        ours, theirs = step.maps[level], step.teacher_maps[level]
+        rows = []
+        for maps in (ours, theirs):
+            products = torch.einsum("nchw, mchw -> nm", maps, maps)
+            rows.append(products / products.square().sum(1, keepdim=True).sqrt())
+        expected += (rows[0] - rows[1]).square().mean().item()
+    assert term(step).item() == pytest.approx(expected, rel=1e-4)
     assert own_code(("feat", "kd", "seg")) == ""
     content = (CHECKOUT / "examples" / "losses.py").read_bytes()
-    assert own_code(("seg", "attention")) == hashlib.sha256(content).hexdigest()
+    assert own_code(("seg", "similarity")) == hashlib.sha256(content).hexdigest()
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "terms_of_mine.py").write_text(
         "from lesionkd_core.losses import LossTerm, register\n"
