@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -113,25 +112,6 @@ class Objective(nn.Module):
             return {name: term(step) for name, term in self.terms.items()}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a configuration says about one training: teacher's or student's options."""
-
-    weights: dict[str, float]
-    epochs: int
-    lr: float
-    connector_lr: float = 1.0
-    edge_width: int = 1
-
-    @classmethod
-    def of(cls, cfg: TeacherConfig) -> Recipe:
-        """The student's options of a `DistillConfig`, else the teacher's."""
-        if not isinstance(cfg, DistillConfig):
-            return cls({"seg": 1.0}, cfg.teacher_epochs, cfg.teacher_lr)
-        weights = resolve(cfg.losses)
-        return cls(weights, cfg.epochs, cfg.lr, cfg.connector_lr, cfg.edge_width)
-
-
 class Learner:
     """One network in training, with what its checkpoint holds.
 
@@ -157,25 +137,31 @@ class Learner:
         terms: nn.ModuleDict,
     ) -> None:
         self.fabric, self.path, self.cfg, self.training = fabric, path, cfg, training
-        self.recipe = recipe = Recipe.of(cfg)
-        self.uses_teacher = needs_teacher(recipe.weights)
+        if isinstance(cfg, DistillConfig):
+            self.weights, self.edge_width = resolve(cfg.losses), cfg.edge_width
+            self.epochs, lr, connector_lr = cfg.epochs, cfg.lr, cfg.lr * cfg.connector_lr
+        else:  # a teacher learns L_seg alone
+            self.weights, self.edge_width = {"seg": 1.0}, 1
+            self.epochs, lr = cfg.teacher_epochs, cfg.teacher_lr
+            connector_lr = lr
+        self.uses_teacher = needs_teacher(self.weights)
         self.best, self.seconds, self.together = -1.0, 0.0, 1
         self.history: list[dict[str, float]] = []
-        objective: nn.Module = Objective(network, terms, recipe.edge_width)
+        objective: nn.Module = Objective(network, terms, self.edge_width)
         objective = objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if fabric.world_size > 1 and fabric.device.type == "cuda":
             objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
         self.objective: Objective = objective.to(fabric.device)  # type: ignore[assignment]
-        groups = [{"params": list(self.objective.network.parameters()), "lr": recipe.lr}]
+        groups = [{"params": list(self.objective.network.parameters()), "lr": lr}]
         connectors = list(self.objective.terms.parameters())
         if connectors:
-            groups.append({"params": connectors, "lr": recipe.lr * recipe.connector_lr})
+            groups.append({"params": connectors, "lr": connector_lr})
         fused = fabric.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=fused)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             [group["lr"] for group in optimizer.param_groups],
-            total_steps=recipe.epochs * training.steps,
+            total_steps=self.epochs * training.steps,
         )
         self.optimizer = optimizer
         if (path / "checkpoint_last").exists():
@@ -189,14 +175,14 @@ class Learner:
         self.objective.load_state_dict(saved["objective"])
         self.best, self.seconds = saved["best"], saved["seconds"]
         self.history = saved["history"]
-        if len(self.history) < self.recipe.epochs:  # a finished training keeps no optimizer
+        if len(self.history) < self.epochs:  # a finished training keeps no optimizer
             self.optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
 
     @property
     def name(self) -> str:
         """A student's loss terms, as the option `losses` names them."""
-        return ", ".join(name for name in self.recipe.weights if name != "seg") or "alone"
+        return ", ".join(name for name in self.weights if name != "seg") or "alone"
 
     @property
     def network(self) -> Network:
@@ -216,14 +202,13 @@ class Learner:
         """
         if not self.uses_teacher:
             images, lesson = images[: len(lesson.masks)], Lesson(lesson.masks)
-        weights = self.recipe.weights
         if measure and self.uses_teacher:
             probe = copy.deepcopy(self.objective)  # so that measuring changes nothing
             with self.fabric.autocast():
-                probed = {name: weights[name] * x for name, x in probe(images, lesson).items()}
+                probed = {name: self.weights[name] * x for name, x in probe(images, lesson).items()}
             self.measured = gradients(probe.network, probed)
         losses = self.wrapped(images, lesson)
-        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
         self.fabric.backward(total)
         self.stepper.step()
         self.stepper.zero_grad(set_to_none=True)
@@ -328,8 +313,8 @@ def train(fabric: Fabric, learners: list[Learner], teacher: Network | None, name
     first = learners[0]
     for learner in learners:
         learner.together = len(learners)  # its seconds are this fraction of the measured time
-    with Progress(name, "epoch", first.recipe.epochs, len(first.history)) as progress:
-        for epoch in range(len(first.history), first.recipe.epochs):
+    with Progress(name, "epoch", first.epochs, len(first.history)) as progress:
+        for epoch in range(len(first.history), first.epochs):
             started, steps = time.perf_counter(), 0
             for learner in learners:
                 learner.objective.train()
@@ -362,7 +347,7 @@ def _lesson(
     logits = logits.float()
     teacher_masks = logits[len(batch.masks) :] > 0
     masks = torch.cat([batch.masks, teacher_masks])
-    widths = {learner.recipe.edge_width for learner in learners}
+    widths = {learner.edge_width for learner in learners}
     edges = {width: edge_label_batch(masks, width) for width in widths}
     return Lesson(batch.masks, logits, maps, edges)
 
