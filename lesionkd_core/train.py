@@ -109,7 +109,12 @@ class Objective(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # sums over pixels need float32
             edge = lesson.edges.get(self.edge_width)
             step = Step(logits.float(), lesson.masks, maps, edge, lesson.logits, lesson.maps)  # type: ignore[arg-type]
-            return {name: term(step) for name, term in self.terms.items()}
+            losses = {name: term(step) for name, term in self.terms.items()}
+        for name, loss in losses.items():
+            if loss.shape:
+                shape = tuple(loss.shape)
+                raise LesionKDError(f"the loss term {name!r} gave {shape} values; expected one")
+        return losses
 
 
 class Learner:

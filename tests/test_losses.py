@@ -41,6 +41,7 @@ from lesionkd_core.losses.feature_refinement import (
 from lesionkd_core.models import ResNet34UNet, UNet
 from lesionkd_core.pipeline import arm_config
 from lesionkd_core.results import CHECKOUT, Wanted
+from lesionkd_core.train import Lesson, Objective
 from tests.tiny import drawn, step_of
 
 # L_seg --------------------------------------------------------------------------------------------
@@ -272,6 +273,16 @@ def test_a_term_with_layers_has_to_name_the_option_that_trains_them(toy, pair, m
     monkeypatch.setattr(toy, "build", classmethod(lambda cls, setup: torch.nn.Linear(2, 2)))
     with pytest.raises(LesionKDError, match="'toy' trains layers of its own.*connector_lr"):
         build_terms(DistillConfig(losses="toy"), *pair)
+
+
+@pytest.mark.fault
+def test_a_term_that_gives_no_single_number_is_refused(toy, pair, monkeypatch):
+    monkeypatch.setattr(toy, "forward", lambda self, step: step.logits.mean((1, 2, 3)))
+    student, teacher = pair
+    terms = build_terms(DistillConfig(losses="toy"), student, teacher)
+    lesson = Lesson(torch.zeros(2, 1, 32, 32))
+    with pytest.raises(LesionKDError, match=r"'toy' gave \(2,\) values; expected one"):
+        Objective(student, terms)(torch.zeros(2, 3, 32, 32), lesson)
 
 
 def student_digest(**options):
