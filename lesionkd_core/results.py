@@ -234,7 +234,7 @@ def _begin(path: Path, wanted: Wanted[C], resume: bool) -> None:
         partial.unlink()
     cfg = wanted.cfg
     identity = {"stage": cfg.stage, "version": cfg.version, "upstream": wanted.upstream}
-    identity |= {"digest": wanted.digest, "networks": cfg.networks()}
+    identity["digest"] = wanted.digest
     env = path / "env.json"
     before = [read_json(env)] if env.exists() else []
     write_json(path / "config.json", identity | cfg.model_dump(mode="json"))
@@ -251,6 +251,7 @@ def environment(cfg: StageConfig) -> dict[str, object]:
     packages = ("torch", "numpy", "scipy", "pandas", "monai", "lightning-fabric", "pillow")
     return {
         "commit": commit(),
+        "networks": cfg.networks(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in packages},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from lesionkd_core.analysis import statistics, tables
@@ -52,7 +53,8 @@ def test_a_case_is_tested_in_one_fold_only(main):
 
 def test_runs_and_curves_belong_to_the_scores(scored):
     runs, history = tables.committed("runs"), tables.study("history")
-    kept = {*scored["run"], *tables.study("recipes")["run"], *tables.study("edges")["run"]}
+    further = [tables.study(name) for name in ("recipes", "edges", "few_masks", "sobel")]
+    kept = {*scored["run"], *pd.concat(further)["run"]}
     assert set(runs["run"]) == set(history["run"]) == kept
     once = runs.drop_duplicates("run").set_index("run")
     assert once["hash"].is_unique

@@ -95,7 +95,8 @@ def in_two_clinics(table: pd.DataFrame) -> pd.DataFrame:
 def teachers() -> pd.DataFrame:
     """Teachers with ImageNet weights beside students alone: is there something to teach?"""
     rows = []
-    for one in tables.committed("teachers").to_dict("records"):
+    shown = tables.committed("teachers").query("arm in ('teacher', 'alone*2')")
+    for one in shown.to_dict("records"):
         row = {"trained on": NAMES[one["dataset"]], "network": tables.label(one["arm"])}
         row["validation"] = f"{one['val_dice']:.3f}"
         for split, where in (("test", "own test images"), ("external", "elsewhere")):
@@ -150,6 +151,11 @@ def edges() -> pd.DataFrame:
     main = statistics.compare_arms(study())
     heavy = statistics.compare_arms(tables.study("edges"), "feat+edge=3")
     return differences(pd.concat([main[main["other"] == "shuffled"], heavy]))
+
+
+def sobel() -> pd.DataFrame:
+    """EM membranes: the Sobel term on masks, without a teacher, minus the student alone."""
+    return differences(statistics.compare_with(tables.study("sobel"), "alone"))
 
 
 def labels() -> pd.DataFrame:
@@ -238,6 +244,7 @@ BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
     "gains": gains,
     "polyps": polyps,
     "few": few,
+    "sobel": sobel,
     "teachers": teachers,
     "recipes": recipes,
     "rivals": rivals,
