@@ -7,7 +7,7 @@ module; docs/options.md is generated as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pandas as pd
 
@@ -70,26 +70,39 @@ def gains() -> pd.DataFrame:
 
 
 def polyps() -> pd.DataFrame:
-    """Kvasir-SEG: arms minus the student alone, with all masks."""
-    return in_two_clinics(study().query("dataset == 'kvasir-seg'"))
+    """Kvasir-SEG: arms minus the student alone, on its own test images and another clinic's."""
+    compared = statistics.compare_with(study().query("dataset == 'kvasir-seg'"), "alone")
+    rows = []
+    for arm, part in compared.groupby("arm", sort=False):
+        gained = part.set_index("test_dataset").to_dict("index")
+        row = {"student": tables.label(arm)}
+        for dataset, where in (("kvasir-seg", "own clinic"), ("cvc-clinicdb", "CVC-ClinicDB")):
+            row[where] = gain(gained[dataset])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def gain(one: dict[str, object]) -> str:
+    """A row of `statistics.compare` in words."""
+    interval = f"({one['low']:+.3f} to {one['high']:+.3f})"
+    return f"{one['difference']:+.3f} {interval}, {one['verdict']}"
 
 
 def few() -> pd.DataFrame:
-    """Kvasir-SEG: arms minus the student alone, with a tenth of the masks."""
-    return in_two_clinics(tables.study("few_masks"))
-
-
-def in_two_clinics(table: pd.DataFrame) -> pd.DataFrame:
-    """Arms minus the student alone, on the own test images and another clinic's."""
+    """Kvasir-SEG with a tenth of the masks: Dice, and taught minus alone of the same length."""
+    table = tables.study("few_masks")
     rows = []
-    for arm, part in statistics.compare_with(table, "alone").groupby("arm", sort=False):
-        row = {"student": tables.label(arm)}
-        for one in part.sort_values("test_dataset", ascending=False).to_dict("records"):
-            where = "own clinic" if one["test_dataset"] == "kvasir-seg" else "CVC-ClinicDB"
-            gain = f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
-            row[where] = f"{gain}, {one['verdict']}"
+    for row, arm in dice_of(table, {"kvasir-seg": "own clinic", "cvc-clinicdb": "CVC-ClinicDB"}):
+        base, times = statistics.split_arm(arm)
+        if arm != statistics.TEACHER and base != "alone":
+            other = "alone" if times == 1 else f"alone*{times:g}"
+            pair = table[table["arm"].isin([arm, other])]
+            compared = statistics.compare(pair, reference=other).set_index("test_dataset")
+            gained = compared.to_dict("index")
+            row["minus alone of that length"] = gain(gained["kvasir-seg"])
+            row["there"] = gain(gained["cvc-clinicdb"])
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).fillna("")
 
 
 def teachers() -> pd.DataFrame:
@@ -110,17 +123,24 @@ def teachers() -> pd.DataFrame:
 
 def recipes() -> pd.DataFrame:
     """Students of Kvasir-SEG on its test images and on half of another clinic's."""
-    table = tables.study("recipes")
-    means = statistics.means(table).set_index(["test_dataset", "arm"])
     rows = []
+    places = {"kvasir-seg": "own clinic", "cvc-half-b": "other clinic"}
+    for row, arm in dice_of(tables.study("recipes"), places):
+        seen = "" if arm == statistics.TEACHER else f"{passes(arm):.1f}"
+        network, trainings = row.pop("network"), row.pop("trainings")
+        rows.append({"network": network, "trainings": trainings, "passes": seen} | row)
+    return pd.DataFrame(rows)
+
+
+def dice_of(table: pd.DataFrame, places: dict[str, str]) -> Iterator[tuple[dict[str, object], str]]:
+    """A row for each arm with its Dice on the data sets of `places`, and the arm."""
+    means = statistics.means(table).set_index(["test_dataset", "arm"])
     for arm in [statistics.TEACHER, *statistics.in_order(table, without=statistics.TEACHER)]:
         row = {"network": tables.label(arm), "trainings": means.loc[("kvasir-seg", arm), "seeds"]}
-        row["passes"] = "" if arm == statistics.TEACHER else f"{passes(arm):.1f}"
-        for dataset, where in (("kvasir-seg", "own clinic"), ("cvc-half-b", "other clinic")):
+        for dataset, where in places.items():
             dice = means.loc[(dataset, arm)].rename({"dice": "mean"}).to_dict()
             row[where] = results.with_interval(dice)
-        rows.append(row)
-    return pd.DataFrame(rows)
+        yield row, arm
 
 
 def passes(arm: str) -> float:
