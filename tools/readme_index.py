@@ -99,8 +99,8 @@ def few() -> pd.DataFrame:
             pair = table[table["arm"].isin([arm, other])]
             compared = statistics.compare(pair, reference=other).set_index("test_dataset")
             gained = compared.to_dict("index")
-            row["minus alone of that length"] = gain(gained["kvasir-seg"])
-            row["there"] = gain(gained["cvc-clinicdb"])
+            row["own clinic, minus alone of that length"] = gain(gained["kvasir-seg"])
+            row["CVC-ClinicDB, minus alone of that length"] = gain(gained["cvc-clinicdb"])
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
