@@ -177,10 +177,11 @@ def load_network(run: Result | Path | str) -> TrainedNetwork:
         raise results.UnfinishedRun(f"{path} is not finished (no DONE); run it again to resume.")
     summary = results.summary_of(path)
     field = "student" if isinstance(cfg, DistillConfig) else "teacher"
-    then = results.read_json(path / "env.json").get("networks", {})
-    if then.get(field, now := cfg.networks()[field]) != now:
-        name = now.split()[0]
-        results.log.warning(f"warning: the file of {name} has changed since {run} was trained")
+    name, _, code = cfg.networks()[field].partition(" ")
+    if code:  # a network of your own
+        then = results.read_json(path / "env.json").get("networks", {}).get(field)
+        if then and then != f"{name} {code}":
+            results.log.warning(f"warning: the file of {name} has changed since {run} was trained")
     try:
         weights = results.read_checkpoint(path / "checkpoint_best")["network"]
         return _trained(cfg, weights, path, summary, made.get("digest", ""))
