@@ -418,7 +418,7 @@ def test_test_folders_of_nnunet_that_are_not_read_are_named(data):
     pairs(data / "nn", "imagesTr/{}.png", "labelsTr/{}.png", "abcdef")
     pairs(data / "nn", "imagesTs/{}.png", "labelsTs/{}.png", "g")
     [doubt] = listing(PrepareConfig(dataset="nn")).doubts
-    assert "imagesTs/ (1 files), labelsTs/ (1 files) is not read" in doubt
+    assert "not read: imagesTs/ (1 files), labelsTs/ (1 files)." in doubt
 
 
 def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too(data, runs):
@@ -427,7 +427,7 @@ def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too
         save(data / "eyes" / "mask" / f"{k:02d}_test_mask.png", lesion(30 + k % 2, 5, 5))
         save(data / "eyes" / "1st_manual" / f"{k:02d}_manual1.png", lesion(3 + k))
     view, manual = prepare(PrepareConfig(dataset="eyes", pixels=32)).summary["warnings"]
-    assert "read from mask/, and 1st_manual/ (12 files) is not read" in view
+    assert "read from mask/; not read: 1st_manual/ (12 files)." in view
     assert "CSV table" in view and "hardly differ (correlation 0.9" in manual
     rows = [f"images/{k:02d}_test.png,1st_manual/{k:02d}_manual1.png" for k in range(12)]
     (data / "eyes" / "list.csv").write_text("\n".join(["image,mask", *rows]))

@@ -429,7 +429,7 @@ def _not_read_beside(folder: Path, places: list[_Place]) -> tuple[str, ...]:
         return ()
     held = ", ".join(f"{path.name}/ ({len(sources_in(path))} files)" for path in beside)
     return (
-        f"the masks are read from {read.name}/, and {held} is not read. If lesions or cases are "
+        f"the masks are read from {read.name}/; not read: {held}. If lesions or cases are "
         "there, list images and masks in a CSV table and give that as dataset (data/own.md)",
     )
 

@@ -7,12 +7,19 @@ import inspect
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
-from ..config import ConfigError, DistillConfig, LesionKDError, Role, TeacherConfig, nearest
+from ..config import (
+    ConfigError,
+    DistillConfig,
+    LesionKDError,
+    Role,
+    TeacherConfig,
+    content_of,
+    nearest,
+)
 from ..models import Network
 
 if TYPE_CHECKING:
@@ -204,13 +211,10 @@ def own_code(terms: Collection[str]) -> str:
         module = term.module.__module__
         if module in SHIPPED:
             continue
-        file = getattr(sys.modules[module], "__file__", None)
-        text = (
-            Path(file).read_text(encoding="utf-8")
-            if file
-            else inspect.getsource(term.module.forward)
-        )
-        code += hashlib.sha256(text.encode()).hexdigest()
+        if file := getattr(sys.modules[module], "__file__", None):
+            code += content_of(file)
+        else:
+            code += hashlib.sha256(inspect.getsource(term.module.forward).encode()).hexdigest()
     return code
 
 
