@@ -162,7 +162,7 @@ def test_an_official_split_that_near_duplicates_cross_is_used_with_a_warning(
 
 
 PUBLISHED = {"busi": "6ecddfa5", "cvc-clinicdb": "922de1e0", "em-isbi2012": "af277445"}
-"""Splits of docs/results.md."""
+"""Splits of docs/study.md."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,7 +1,7 @@
 """Writes what is generated in the documents: python -m tools.readme_index
 
-Tables of README.md and docs/results.md stand between two comments that name a function of this
-module; docs/options.md is generated as a whole.
+Tables of README.md and of three pages in docs/ are between two comments that name a function of
+this module; docs/options.md is generated as a whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from lesionkd_core.analysis import statistics, tables
 from lesionkd_core.results import CHECKOUT
 from tools.option_reference import option_reference
 
-PAGES = [CHECKOUT / name for name in ("README.md", "docs/results.md", "docs/mobile.md")]
+PAGES = [CHECKOUT / "README.md"]
+PAGES += [CHECKOUT / "docs" / name for name in ("results.md", "study.md", "mobile.md")]
 NAMES = {
     "em-isbi2012": "EM membranes",
     "busi": "breast ultrasound (BUSI)",
@@ -91,18 +92,18 @@ def gain(one: dict[str, object]) -> str:
 def few() -> pd.DataFrame:
     """Kvasir-SEG with a tenth of the masks: Dice, and taught minus alone of the same length."""
     table = tables.study("few_masks")
+    lengths = table["arm"].map(statistics.split_arm)
+    students = table.assign(arm=lengths.str[0], budget=lengths.str[1]).query("arm != 'same'")
+    compared = statistics.compare_with(students, "alone")
+    gains = compared.set_index(["test_dataset", "arm", "budget"]).to_dict("index")
+    places = {"kvasir-seg": "own clinic", "cvc-clinicdb": "CVC-ClinicDB"}
     rows = []
-    for row, arm in dice_of(table, {"kvasir-seg": "own clinic", "cvc-clinicdb": "CVC-ClinicDB"}):
-        base, times = statistics.split_arm(arm)
-        if arm != statistics.TEACHER and base != "alone":
-            other = "alone" if times == 1 else f"alone*{times:g}"
-            pair = table[table["arm"].isin([arm, other])]
-            compared = statistics.compare(pair, reference=other).set_index("test_dataset")
-            gained = compared.to_dict("index")
-            row["own clinic, minus alone of that length"] = gain(gained["kvasir-seg"])
-            row["CVC-ClinicDB, minus alone of that length"] = gain(gained["cvc-clinicdb"])
+    for row, arm in dice_of(table, places):
+        for dataset, where in places.items():
+            one = gains.get((dataset, *statistics.split_arm(arm)))
+            row[f"{where}, minus alone of that length"] = gain(one) if one else ""
         rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+    return pd.DataFrame(rows)
 
 
 def teachers() -> pd.DataFrame:
@@ -130,6 +131,38 @@ def recipes() -> pd.DataFrame:
         network, trainings = row.pop("network"), row.pop("trainings")
         rows.append({"network": network, "trainings": trainings, "passes": seen} | row)
     return pd.DataFrame(rows)
+
+
+def unlabelled() -> pd.DataFrame:
+    """Of `recipes` the students that saw the other clinic, those alone, and the teacher."""
+    table = recipes()
+    return table[table["network"].str.contains("teacher|alone$|alone,|other clinic")]
+
+
+def advice() -> pd.DataFrame:
+    """What each recipe gains over the student alone of 45 epochs, and hours of one core."""
+    table, seconds = tables.study("recipes"), seconds_of_an_epoch()
+    dice = statistics.means(table).set_index(["test_dataset", "arm"])["dice"]
+    rows = []
+    for arm in statistics.in_order(table, without=statistics.TEACHER):
+        base, times = statistics.split_arm(arm)
+        if base.startswith("alone"):
+            spent = 45 * passes(arm) * seconds["alone"]
+        else:
+            spent = 45 * times * seconds[base] + 24 * seconds["teacher"]
+        if base == "method":
+            spent += 10 * seconds["graph"]
+        row: dict[str, object] = {"recipe": tables.label(arm)}
+        for dataset, where in (("kvasir-seg", "own clinic"), ("cvc-half-b", "other clinic")):
+            row[where] = f"{dice[dataset, arm] - dice[dataset, 'alone']:+.3f}"
+        row["trainings"] = table.loc[table["arm"] == arm, "seed"].nunique()
+        rows.append(row | {"hours": f"{spent / 3600:.2f}"})
+    return pd.DataFrame(rows)
+
+
+def seconds_of_an_epoch() -> pd.Series:
+    """Processor seconds of an epoch of each arm on Kvasir-SEG at 96 px."""
+    return tables.committed("training_cost").groupby("arm")["cpu_seconds"].mean()
 
 
 def dice_of(table: pd.DataFrame, places: dict[str, str]) -> Iterator[tuple[dict[str, object], str]]:
@@ -267,6 +300,8 @@ BLOCKS: dict[str, Callable[[], pd.DataFrame]] = {
     "sobel": sobel,
     "teachers": teachers,
     "recipes": recipes,
+    "unlabelled": unlabelled,
+    "advice": advice,
     "rivals": rivals,
     "edges": edges,
     "labels": labels,

@@ -198,6 +198,7 @@ def _unlabelled(cfg: DistillConfig) -> UnlabelledConfig:
         dataset=cfg.unlabelled,
         normals="keep",
         split="test",
+        cases=0,
     )
 
 
