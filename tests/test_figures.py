@@ -453,4 +453,4 @@ def test_every_picture_of_a_committed_notebook_has_its_text(path):
     for kind, output in pictures:
         text = output.metadata.get(kind, {}).get("alt", "")
         assert len(text) >= 40 and output.data["text/plain"] == text
-    assert path.stat().st_size < 300_000
+    assert path.stat().st_size < 330_000
