@@ -128,12 +128,11 @@ def named_results(notebook: Path) -> Path | None:
         outputs = json.loads(notebook.read_bytes())["cells"][-1]["outputs"]
     except (OSError, ValueError, LookupError):
         return None
-    for output in outputs:
-        lines = "".join(output.get("text", "")).split()
-        if "DONE" in lines:
-            place = runs_root() / lines[0].removeprefix("runs/")
-            return place if is_done(place) or is_done(place.parent) else None
-    return None
+    printed = "".join("".join(output.get("text", "")) for output in outputs).split()
+    if "DONE" not in printed:
+        return None
+    place = runs_root() / printed[0].removeprefix("runs/")
+    return place if is_done(place) or is_done(place.parent) else None
 
 
 def read_sweep(file: Path) -> tuple[str, list[Values]]:

@@ -347,7 +347,7 @@ public class Main { public static void main(String[] a) throws Exception {
 """
 
 
-def test_the_android_caller_works_in_a_java_virtual_machine(student, folder, tmp_path):
+def test_the_android_caller_works_in_a_java_virtual_machine(student, folder, tmp_path, monkeypatch):
     headers = sorted(Path("/usr/lib/jvm").glob("*/include/jni.h"))
     if not headers or not shutil.which("javac"):
         pytest.skip("the Java caller needs a JDK, which is not installed")
@@ -358,7 +358,8 @@ def test_the_android_caller_works_in_a_java_virtual_machine(student, folder, tmp
     said("javac", "-d", tmp_path, EXAMPLES / "android" / "Lesion.java", tmp_path / "Main.java")
     picture = picture_of(300, 200)
     (tmp_path / "rgb").write_bytes(picture.tobytes())
-    java = ("java", f"-Djava.library.path={tmp_path}", "-cp", tmp_path, "Main")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    java = "java", "-cp", tmp_path, "Main"
     golden, message = said(*java, tmp_path / "rgb", tmp_path / "mask").splitlines()
     assert golden in "01"
     assert message == "the buffer has fewer pixels than width, height and stride say"

@@ -16,14 +16,7 @@ from tests.test_notebooks import ARMS, cells_of, faults, through_papermill
 NOTEBOOK = ROOT / "notebooks" / "06_paper_figures.ipynb"
 SOURCE = ROOT / "notebooks" / "paper" / "paper.tex"
 FIGURES = {"refinement", "segmentations", "ablation"}
-FIGURES |= {
-    "study",
-    "study_alone",
-    "study_clinics",
-    "study_few_masks",
-    "when_teacher_helps",
-    "dice_and_cost",
-}
+FIGURES |= {"study", "study_alone", "study_clinics", "study_few_masks", "dice_and_cost"}
 TABLES = {"arms", "comparison", "study_scores", "study_comparison", "study_ratios", "study_bce"}
 
 

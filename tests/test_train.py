@@ -379,6 +379,12 @@ def test_a_wrong_folder_of_images_without_masks_is_named_before_anything_is_made
     assert len(seen.images) == 1
 
 
+def test_all_images_of_a_folder_without_masks_are_used(data, unmasked):
+    """Also with the profile smoke, which reads 200 cases of a data set."""
+    cfg = CFG.with_values(profile="smoke", unlabelled=str(unmasked(201)))
+    assert len(unlabelled_images(data, cfg).images) == 201
+
+
 def test_cases_without_a_lesion_are_kept_and_add_no_edge_loss(runs, data):
     """With batches of two some have no edge at all; the graph is fitted on the others."""
     cfg = CFG.with_values(normals="keep", batch_size=2, cases=60)

@@ -28,6 +28,7 @@ NAMES = {
     "ham10000": "skin (HAM10000)",
 }
 ARMS = ["teacher", "alone", "longest", "feat", "method"]
+CLINICS = {"kvasir-seg": "own clinic", "cvc-half-b": "other clinic"}
 
 
 def study() -> pd.DataFrame:
@@ -122,11 +123,12 @@ def teachers() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def recipes() -> pd.DataFrame:
+def recipes(shown: Callable[[str], bool] = bool) -> pd.DataFrame:
     """Students of Kvasir-SEG on its test images and on half of another clinic's."""
     rows = []
-    places = {"kvasir-seg": "own clinic", "cvc-half-b": "other clinic"}
-    for row, arm in dice_of(tables.study("recipes"), places):
+    for row, arm in dice_of(tables.study("recipes"), CLINICS):
+        if not shown(arm):
+            continue
         seen = "" if arm == statistics.TEACHER else f"{passes(arm):.1f}"
         network, trainings = row.pop("network"), row.pop("trainings")
         rows.append({"network": network, "trainings": trainings, "passes": seen} | row)
@@ -135,13 +137,13 @@ def recipes() -> pd.DataFrame:
 
 def unlabelled() -> pd.DataFrame:
     """Of `recipes` the students that saw the other clinic, those alone, and the teacher."""
-    table = recipes()
-    return table[table["network"].str.contains("teacher|alone$|alone,|other clinic")]
+    return recipes(lambda arm: arm == statistics.TEACHER or "+" in arm or arm.startswith("alone"))
 
 
 def advice() -> pd.DataFrame:
     """What each recipe gains over the student alone of 45 epochs, and hours of one core."""
-    table, seconds = tables.study("recipes"), seconds_of_an_epoch()
+    table = tables.study("recipes")
+    seconds = tables.committed("training_cost").set_index("arm")["cpu_seconds"]  # of an epoch
     dice = statistics.means(table).set_index(["test_dataset", "arm"])["dice"]
     rows = []
     for arm in statistics.in_order(table, without=statistics.TEACHER):
@@ -153,16 +155,11 @@ def advice() -> pd.DataFrame:
         if base == "method":
             spent += 10 * seconds["graph"]
         row: dict[str, object] = {"recipe": tables.label(arm)}
-        for dataset, where in (("kvasir-seg", "own clinic"), ("cvc-half-b", "other clinic")):
+        for dataset, where in CLINICS.items():
             row[where] = f"{dice[dataset, arm] - dice[dataset, 'alone']:+.3f}"
         row["trainings"] = table.loc[table["arm"] == arm, "seed"].nunique()
         rows.append(row | {"hours": f"{spent / 3600:.2f}"})
     return pd.DataFrame(rows)
-
-
-def seconds_of_an_epoch() -> pd.Series:
-    """Processor seconds of an epoch of each arm on Kvasir-SEG at 96 px."""
-    return tables.committed("training_cost").groupby("arm")["cpu_seconds"].mean()
 
 
 def dice_of(table: pd.DataFrame, places: dict[str, str]) -> Iterator[tuple[dict[str, object], str]]:

@@ -1008,56 +1008,6 @@ def tertiles(table: pd.DataFrame) -> Figure:
     return _described(fig, f"Dice, {'; '.join(texts.values())}, in thirds by {by}{where}.")
 
 
-FACTORS = {"budget": "Epochs", "labels": "Training cases with a mask", "teacher": "Teacher"}
-
-
-def _factor_text(factor: str, value: float | str) -> str:
-    return f"{100 * value:.0f} %" if factor == "labels" else label(str(value))
-
-
-@styled
-def when_teacher_helps(
-    comparison: pd.DataFrame, base: Mapping[str, float | str] | None = None
-) -> Figure:
-    """Gain in Dice over the student alone by epochs, fraction of labels and teacher.
-
-    One chart for each of the three that varies, in which the other two have their value in `base`.
-    95 % intervals; trainings as ticks; filled markers: better or worse.
-
-    Parameters
-    ----------
-    comparison : DataFrame
-        From `statistics.compare_with` of per-case scores with the columns budget (epochs), labels
-        (fraction in 0..1) and teacher.
-    base : {column: value}, optional
-        By default the value that most rows have.
-    """
-    known = [name for name in FACTORS if name in comparison]
-    chosen = {name: comparison[name].mode().iloc[0] for name in known} | dict(base or {})
-    charts = []
-    for factor in known:
-        fixed = {name: value for name, value in chosen.items() if name != factor}
-        part = comparison[(comparison[list(fixed)] == pd.Series(fixed)).all(axis=1)]
-        if part[factor].nunique() < 2:
-            continue
-        if factor != "teacher":
-            part = part.sort_values(factor, kind="stable")
-        marks = [
-            replace(mark, row=_factor_text(factor, value))
-            for mark, value in zip(_differences(part, "arm"), part[factor])
-        ]
-        at = [f"{FACTORS[name].lower()}: {_factor_text(name, fixed[name])}" for name in fixed]
-        xlabel = "\n".join(["Gain in Dice", *at])
-        charts.append(Chart(FACTORS[factor], xlabel, marks, zero=True))
-    if not charts:
-        return _nothing()
-    arms = list(comparison["arm"].unique())
-    fig = interval_charts(charts, legend={label(arm): style_of(arm).key(False) for arm in arms})
-    by = ", ".join(chart.title.lower() for chart in charts)
-    text = f"Gain in Dice over the student alone by {by}, with 95 % intervals and trainings"
-    return _described(fig, f"{text}: {_names(arms)}.")
-
-
 @styled
 def study(per_case: pd.DataFrame) -> Figure:
     """Dice of every arm on its own test cases and on other data sets; lengths as joined points.

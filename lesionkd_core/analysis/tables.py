@@ -43,7 +43,6 @@ LABELS = {
     "unlabelled": "images of the other clinic",
     "masks": "images and masks of the other clinic",
     "same": "teacher of the same masks",
-    "160px": "images at 160 px",
 }
 """Labels of arms and networks that are not the name of a loss term, also of earlier versions."""
 PUBLISHED = {"id": "case", "lesion_pixels": "lesion_px"}
