@@ -198,6 +198,15 @@ def check_levels(cfg: GraphConfig) -> None:
         match_levels(student, teacher, (cfg.edge_level,))
 
 
+def require_images_without_masks(cfg: DistillConfig) -> None:
+    """Refuse pseudo-labels if every image has a mask: the term would be 0."""
+    if "pseudo" in cfg.losses and cfg.label_fraction == 1 and not cfg.unlabelled:
+        raise ConfigError(
+            "losses: pseudo labels images that have no mask, and here every training image has "
+            "one; give unlabelled = FOLDER, or label_fraction below 1"
+        )
+
+
 # Graph --------------------------------------------------------------------------------------------
 
 
@@ -352,6 +361,7 @@ def distill_arms(
     require_data(data, cfgs[0])
     for cfg in cfgs:
         check_levels(cfg)
+        require_images_without_masks(cfg)
     given = _Given(data, teacher, graph, unlabelled_images(data, cfgs[0]))
     wanted = [Wanted(cfg, given.digest_for(cfg), unused_options(cfg.losses)) for cfg in cfgs]
     fabric = start_fabric(cfgs[0])
@@ -501,16 +511,40 @@ def arm_config(cfg: AblationConfig, arm: str, seed: int) -> DistillConfig:
     return arm_cfg.with_values(losses=resolve(weights))
 
 
+def arms_of(cfg: AblationConfig, seed: int) -> list[DistillConfig]:
+    """All arms with one seed.
+
+    Raises
+    ------
+    ConfigError
+        There is no such arm, or a control has another weight than what it is compared with.
+    """
+    arms = [arm_config(cfg, arm, seed) for arm in cfg.arms]
+    for control, term in CONTROLS.items():
+        weight = {arm.losses[term] for arm in arms if term in arm.losses}
+        for other in {arm.losses[control] for arm in arms if control in arm.losses} - weight:
+            if weight:
+                raise ConfigError(
+                    f"arms: {control} = {other:g} is the control of {term} = {min(weight):g} and "
+                    f"needs its weight: write {control}={min(weight):g}"
+                )
+    for arm in arms:
+        require_images_without_masks(arm)
+    return arms
+
+
 def require_known(cfg: StageConfig) -> None:
     """Refuse arms, loss terms, networks and maps that do not exist, before anything starts."""
     if isinstance(cfg, DistillConfig):
         resolve(cfg.losses)
     if isinstance(cfg, AblationConfig):
-        arms = [arm_config(cfg, arm, cfg.seeds[0]) for arm in cfg.arms]
+        arms = arms_of(cfg, cfg.seeds[0])
         terms = {name: None for arm in arms for name in arm.losses}
         check_levels(arms[0].with_values(losses=terms))
     elif isinstance(cfg, GraphConfig):
         check_levels(cfg)
+        if isinstance(cfg, DistillConfig):
+            require_images_without_masks(cfg)
     elif isinstance(cfg, TeacherConfig):
         with torch.device("meta"):
             build_network(cfg.teacher)
@@ -522,7 +556,7 @@ def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:
     Arms of equal length are trained together. An arm that is added later leaves the others as they
     are. The teacher's own scores are included as arm `teacher`.
     """
-    wanted = {(arm, seed): arm_config(cfg, arm, seed) for seed in cfg.seeds for arm in cfg.arms}
+    wanted = {(a, seed): one for seed in cfg.seeds for a, one in zip(cfg.arms, arms_of(cfg, seed))}
     teacher, graph = teach(data, cfg, {term for one in wanted.values() for term in one.losses})
     runs: dict[tuple[str, int], Run] = {}
     for seed in cfg.seeds:

@@ -33,7 +33,7 @@ from lesionkd_core.export.parity import (
     torch_engine,
 )
 from lesionkd_core.models import NETWORKS, UNet
-from lesionkd_core.predict import probabilities
+from lesionkd_core.predict import load_student, probabilities, save_student
 from tests.conftest import ROOT
 from tests.fixed import CFG, fixed_run, gap, lively, noise, undecided, unet
 
@@ -244,8 +244,26 @@ def test_an_export_is_complete_and_found_again(student, exported):
     assert "student-int8.onnx" in repr(again)
     card = (exported.path / "model_card.md").read_text()
     scored = "0.800 [0.700, 0.900]"
-    for said in (scored, "lesions missed", "Not a medical device", "patent", "Licence of the"):
+    for said in (
+        scored,
+        "lesions missed",
+        "hd95 is in pixels",
+        "Not a medical device",
+        "patent",
+        "Licence of the",
+    ):
         assert said in card
+
+
+def test_the_export_of_a_published_student_keeps_its_card(student, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    save_student(student, file)
+    file.with_suffix(".md").write_text("# Model card: mine\n\nLicence: of my clinic.\n")
+    made = export_student(ExportConfig(formats="native"), load_student(file))
+    card = (made.path / "model_card.md").read_text()
+    start, _, table = card.partition("## The same model in every file")
+    assert start == "# Model card: mine\n\nLicence: of my clinic.\n\n"
+    assert "| native" in table
 
 
 def test_an_app_that_follows_model_json_gets_the_golden_mask(exported):

@@ -40,6 +40,11 @@ FORMATS = ("GRAY", "RGB", "BGR", "RGBA", "BGRA")
 needs_qemu = pytest.mark.skipif(not QEMU, reason="no qemu-aarch64: apt-get install qemu-user")
 
 
+def has_avx2():
+    info = Path("/proc/cpuinfo")
+    return info.exists() and {"avx2", "fma"} <= set(info.read_text().split())
+
+
 @pytest.fixture(scope="module")
 def student():
     return fixed_run()
@@ -292,6 +297,18 @@ def test_the_builds_of_an_export_are_for_their_processors(folder):
     assert object_file[:4] == b"\xcf\xfa\xed\xfe"  # Mach-O, 64 bit
     # load command LC_BUILD_VERSION (0x32), 24 bytes, platform iOS (2), oldest version 13.0
     assert bytes([0x32, 0, 0, 0, 24, 0, 0, 0, 2, 0, 0, 0, 0, 0, 13, 0]) in object_file
+
+
+@pytest.mark.skipif(not has_avx2(), reason="the library for x86-64 needs AVX2")
+def test_the_x86_64_library_of_an_export_computes_the_mask(student, folder):
+    code = ctypes.CDLL(str(folder / "x86_64" / "liblesion.so"))
+    code.lesion_image_workspace_size.restype = ctypes.c_size_t
+    picture, mask = picture_of(300, 200), np.zeros((200, 300), np.uint8)
+    seen, out = (ctypes.c_void_p(pixels.ctypes.data) for pixels in (picture, mask))
+    space = ctypes.create_string_buffer(code.lesion_image_workspace_size(300, 200))
+    no_gap, rgb = ctypes.c_ssize_t(0), FORMATS.index("RGB")
+    error = code.lesion_segment_image(seen, 300, 200, no_gap, rgb, out, no_gap, space)
+    assert error == 0 and gap(mask, mask_of(student, picture)) <= 1
 
 
 # Callers ------------------------------------------------------------------------------------------

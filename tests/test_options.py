@@ -19,7 +19,7 @@ from lesionkd_core.config import (
 )
 from lesionkd_core.export import ExportConfig
 from lesionkd_core.losses import TERMS, resolve
-from lesionkd_core.pipeline import ARMS, arm_config
+from lesionkd_core.pipeline import ARMS, arm_config, require_known
 
 CHANGED = {  # every hashed option, with a value that is not the smoke profile's
     "pixels": 96,
@@ -225,6 +225,27 @@ def test_the_control_of_the_edges_has_their_weight(losses, weight):
     """So that it differs from the method in the edges alone."""
     arm = arm_config(AblationConfig(losses=losses), "shuffled", 0)
     assert arm.losses["edge_shuffled"] == weight
+
+
+@pytest.mark.fault
+def test_a_control_of_another_weight_is_refused():
+    cfg = AblationConfig(arms="feat+edge=3, shuffled")
+    with pytest.raises(ConfigError, match="edge_shuffled = 0.1 .* edge = 3 .* edge_shuffled=3$"):
+        require_known(cfg)
+    require_known(cfg.with_values(arms="feat+edge=3, feat+edge_shuffled=3"))
+    require_known(cfg.with_values(losses="edge=3", arms="method, shuffled"))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "cfg",
+    [DistillConfig(losses="pseudo", profile="cpu"), AblationConfig(arms="pseudo", profile="cpu")],
+)
+def test_pseudo_labels_need_images_without_masks(cfg):
+    with pytest.raises(ConfigError, match="give unlabelled = FOLDER, or label_fraction below 1"):
+        require_known(cfg)
+    require_known(cfg.with_values(label_fraction=0.5))
+    require_known(cfg.with_values(unlabelled="folder"))
 
 
 @pytest.mark.fault

@@ -25,7 +25,7 @@ from ..models import parameter_count
 from ..predict import TrainedNetwork, save_png
 from ..results import log
 from . import coreml, executorch, native, onnx, page  # noqa: F401  (registers them)
-from .card import facts, model_card
+from .card import facts, model_card, parity_section, published_card
 from .config import ExportConfig
 from .formats import FORMATS, INT8_CASES, Compared, Job, Samples, check_installed
 from .onnx import load_onnx
@@ -119,7 +119,9 @@ def _export(cfg: ExportConfig, student: TrainedNetwork, network: Deployed, path:
     results.write_table(path / "parity.csv", table)  # first, so that a refusal can be examined
     if engines:
         check_parity(table)
-    results.write_text(path / "model_card.md", model_card(student, about, table, cfg.threshold))
+    card = published_card(student) or model_card(student, about)
+    section = parity_section(table, cfg.threshold)
+    results.write_text(path / "model_card.md", card + section)
     results.write_json(path / "model.json", _settings(job, cfg.formats))
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from .. import results
 from ..config import DistillConfig
+from ..evaluate import SURFACE_TOLERANCE
 from ..models import parameter_count
 from ..predict import TrainedNetwork
 
@@ -39,14 +40,14 @@ def facts(student: TrainedNetwork) -> list[str]:
     assert isinstance(cfg, DistillConfig)
     how = f"with {', '.join(cfg.terms)} from a {cfg.teacher} teacher" if cfg.terms else "alone"
     dice, empty = test["dice"], test["cases"] - test["lesions"]
-    alarms = f"{test['false_alarms']} false alarms on {empty} images without a lesion"
+    alarms = f", {test['false_alarms']} false alarms on {empty} images without a lesion"
     return [
         f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
         f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
         f"{cfg.seed}).",
         f"On {test['cases']} test cases in {test['groups']} groups, at threshold 0.5: Dice (95 % "
         f"interval) {results.with_interval(dice)}, {test['missed']} of {test['lesions']} lesions "
-        f"missed, {alarms}.",
+        f"missed{alarms if empty else ''}.",
         f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
         INTENDED,
         LIMITS,
@@ -54,29 +55,37 @@ def facts(student: TrainedNetwork) -> list[str]:
     ]
 
 
-def model_card(
-    student: TrainedNetwork, about: list[str], table: pd.DataFrame | None = None, at: float = 0.5
-) -> str:
-    """The model card in Markdown, with the scores and the parity of every file.
-
-    `at` is the threshold that the exported files use.
-    """
+def model_card(student: TrainedNetwork, about: list[str]) -> str:
+    """The model card in Markdown."""
     made, scores, licence, intended, limits, patent = about
-    test = student.summary["test"]
+    test, pixels = student.summary["test"], student.cfg.pixels
     metrics = {n: v for n, v in test.items() if isinstance(v, dict) and v.get("mean") is not None}
     rows = [{"metric": n, "mean": results.with_interval(v)} for n, v in metrics.items()]
     scored = pd.DataFrame(rows)
     intervals = (
-        "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5."
+        "Means over test cases with 95 % intervals (bootstrap over groups), at threshold 0.5. hd95 "
+        f"is in pixels of the image of {pixels} px; surface_dice allows "
+        f"{SURFACE_TOLERANCE:g} of them."
     )
-    parts = [f"# Model card: {student.path.stem}", made, "## Scores", scores]
-    parts += [intervals, scored.to_markdown(index=False, disable_numparse=True)]
-    if table is not None:
-        parts += ["## The same model in every file"]
-        parts += [
-            f"The page and model.json use threshold {at}. Differences from PyTorch in float32:"
-        ]
-        shown = table.drop(columns="rule", errors="ignore")
-        parts += [shown.to_markdown(index=False, floatfmt=".4f")]
+    parts = [f"# Model card: {student.path.stem}", made, "## Scores", scores, intervals]
+    parts += [scored.to_markdown(index=False, disable_numparse=True)]
     parts += ["## Intended use", intended, "## Limits", limits, "## Data and rights"]
     return "\n\n".join([*parts, licence, patent]) + "\n"
+
+
+def published_card(student: TrainedNetwork) -> str:
+    """The card beside the file of a published student, or ''."""
+    file = student.path.with_suffix(".md")
+    published = student.path.suffix == ".safetensors" and file.is_file()
+    return file.read_text(encoding="utf-8") if published else ""
+
+
+def parity_section(table: pd.DataFrame, at: float) -> str:
+    """How far each exported file is from PyTorch, and the masks at threshold `at`."""
+    shown = table.drop(columns="rule", errors="ignore")
+    parts = [
+        "\n## The same model in every file",
+        f"The page and model.json use threshold {at}. Differences from PyTorch in float32:",
+        shown.to_markdown(index=False, floatfmt=".4f"),
+    ]
+    return "\n\n".join(parts) + "\n"
