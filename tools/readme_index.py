@@ -93,18 +93,30 @@ def gain(one: dict[str, object]) -> str:
 def few() -> pd.DataFrame:
     """Kvasir-SEG with a tenth of the masks: Dice, and taught minus alone of the same length."""
     table = tables.study("few_masks")
+    places = {"kvasir-seg": "own clinic", "cvc-clinicdb": "CVC-ClinicDB"}
+    return with_gains(dice_of(table, places), table.query("arm != 'same'"), places)
+
+
+def with_gains(
+    rows: Iterator[tuple[dict[str, object], str]], table: pd.DataFrame, places: dict[str, str]
+) -> pd.DataFrame:
+    """Rows of `dice_of` with the gains over the student alone of the same length.
+
+    Arms with fewer trainings than the student alone have none.
+    """
+    trainings = table.groupby("arm")["seed"].transform("nunique")
+    table = table[trainings >= table.loc[table["arm"] == "alone", "seed"].nunique()]
     lengths = table["arm"].map(statistics.split_arm)
-    students = table.assign(arm=lengths.str[0], budget=lengths.str[1]).query("arm != 'same'")
+    students = table.assign(arm=lengths.str[0], budget=lengths.str[1])
     compared = statistics.compare_with(students, "alone")
     gains = compared.set_index(["test_dataset", "arm", "budget"]).to_dict("index")
-    places = {"kvasir-seg": "own clinic", "cvc-clinicdb": "CVC-ClinicDB"}
-    rows = []
-    for row, arm in dice_of(table, places):
+    made = []
+    for row, arm in rows:
         for dataset, where in places.items():
             one = gains.get((dataset, *statistics.split_arm(arm)))
             row[f"{where}, minus alone of that length"] = gain(one) if one else ""
-        rows.append(row)
-    return pd.DataFrame(rows)
+        made.append(row)
+    return pd.DataFrame(made)
 
 
 def teachers() -> pd.DataFrame:
@@ -123,21 +135,27 @@ def teachers() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def recipes(shown: Callable[[str], bool] = bool) -> pd.DataFrame:
+def recipes() -> pd.DataFrame:
     """Students of Kvasir-SEG on its test images and on half of another clinic's."""
-    rows = []
+    return pd.DataFrame([row for row, _ in with_passes()])
+
+
+def with_passes() -> Iterator[tuple[dict[str, object], str]]:
+    """Rows of `dice_of` for `recipes`, with the passes of each student."""
     for row, arm in dice_of(tables.study("recipes"), CLINICS):
-        if not shown(arm):
-            continue
         seen = "" if arm == statistics.TEACHER else f"{passes(arm):.1f}"
         network, trainings = row.pop("network"), row.pop("trainings")
-        rows.append({"network": network, "trainings": trainings, "passes": seen} | row)
-    return pd.DataFrame(rows)
+        yield {"network": network, "trainings": trainings, "passes": seen} | row, arm
 
 
 def unlabelled() -> pd.DataFrame:
     """Of `recipes` the students that saw the other clinic, those alone, and the teacher."""
-    return recipes(lambda arm: arm == statistics.TEACHER or "+" in arm or arm.startswith("alone"))
+    shown = (
+        (row, arm)
+        for row, arm in with_passes()
+        if arm == statistics.TEACHER or "+" in arm or arm.startswith("alone")
+    )
+    return with_gains(shown, tables.study("recipes"), CLINICS)
 
 
 def advice() -> pd.DataFrame:
