@@ -387,3 +387,11 @@ def test_without_a_terminal_the_command_needs_yes_and_draws_no_bar(server, kvasi
     code, _, errors = command("download", "kvasir-seg")
     assert code == 1 and "--yes" in errors and not server.asked
     assert command("download", "kvasir-seg", "--yes")[::2] == (0, "")
+
+
+@pytest.mark.fault
+def test_without_the_filter_of_python_3_11_4_a_tar_is_refused(root, tmp_path, monkeypatch):
+    """Debian 12 has Python 3.11.2."""
+    (tmp_path / "mine.tar.gz").write_bytes(tarred(FILES))
+    monkeypatch.delattr(tarfile, "data_filter")
+    refused("needs Python 3.11.4; unpack it by hand", archive=tmp_path / "mine.tar.gz")

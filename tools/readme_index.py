@@ -19,7 +19,7 @@ from tools.option_reference import option_reference
 PAGES = [CHECKOUT / "README.md"]
 PAGES += [CHECKOUT / "docs" / name for name in ("results.md", "study.md", "mobile.md")]
 NAMES = {
-    "em-isbi2012": "EM membranes",
+    "em-isbi2012": "EM (inside of cells)",
     "busi": "breast ultrasound (BUSI)",
     "cvc-clinicdb": "colonoscopy (CVC-ClinicDB)",
     "kvasir-seg": "colonoscopy (Kvasir-SEG)",

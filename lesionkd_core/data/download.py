@@ -234,6 +234,8 @@ def _extract(file: Path, into: Path, release: Release, target: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     try:
         if tarfile.is_tarfile(file):
+            if not hasattr(tarfile, "data_filter"):
+                raise DownloadError(f"{file} needs Python 3.11.4; unpack it by hand into {target}.")
             with tarfile.open(file) as tar:
                 into = place(tar.getnames())
                 tar.extractall(into, filter="data")  # no device, no link to the outside
@@ -243,6 +245,8 @@ def _extract(file: Path, into: Path, release: Release, target: Path) -> None:
             with zipfile.ZipFile(file) as packed:
                 into = place(packed.namelist())
                 packed.extractall(into)  # drops '..' and a leading '/'
+    except DownloadError:
+        raise
     except Exception as error:  # damaged bytes make zipfile and tarfile raise almost anything
         if getattr(error, "errno", None):
             raise  # of the disk

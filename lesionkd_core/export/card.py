@@ -38,14 +38,15 @@ def facts(student: TrainedNetwork) -> list[str]:
     """Training, scores, licence, use, limits and rights: six paragraphs of plain text."""
     cfg, test = student.cfg, student.summary["test"]
     assert isinstance(cfg, DistillConfig)
-    how = f"with {', '.join(cfg.terms)} from a {cfg.teacher} teacher" if cfg.terms else "alone"
+    how = f"by the teacher {cfg.teacher} with {', '.join(cfg.terms)}" if cfg.terms else "alone"
+    groups = f"{test['groups']} group{'s' * (test['groups'] != 1)}"
     dice, empty = test["dice"], test["cases"] - test["lesions"]
     alarms = f", {test['false_alarms']} false alarms on {empty} images without a lesion"
     return [
         f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
         f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
         f"{cfg.seed}).",
-        f"On {test['cases']} test cases in {test['groups']} groups, at threshold 0.5: Dice (95 % "
+        f"On {test['cases']} test cases in {groups}, at threshold 0.5: Dice (95 % "
         f"interval) {results.with_interval(dice)}, {test['missed']} of {test['lesions']} lesions "
         f"missed{alarms if empty else ''}.",
         f"Licence of the training data: {licence_of(cfg.dataset_name)}.",
