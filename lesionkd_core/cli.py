@@ -319,8 +319,6 @@ def predict(
     """
     from .predict import predict_folder
 
-    if out.resolve() == images.resolve():
-        raise ConfigError("--out is the folder of the images; choose another folder")
     student = lkd.load_onnx(run) if run.endswith(".onnx") else lkd.load_student(run)
     student.to(device)
     failed = predict_folder(student, images, out, threshold, overlays, pixel_size)

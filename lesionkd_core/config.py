@@ -461,8 +461,12 @@ class PrepareConfig(StageConfig):
         return name_of_dataset(self.dataset)
 
     def for_testing(self, dataset: str) -> ExternalConfig:
-        """The options that prepare all cases of another data set for testing, in the same way."""
+        """The options that prepare all cases of another data set for testing, in the same way.
+
+        Its masks are inverted and its cases grouped as its own files say.
+        """
         only = {"split": "test", "split_file": "", "folds": 0, "fold": 0, "cases": 0}
+        only |= {"invert_masks": False, "group_by": ""}
         return self.upstream(ExternalConfig).with_values(dataset=dataset, **only)
 
     @model_validator(mode="after")

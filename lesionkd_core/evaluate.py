@@ -11,6 +11,7 @@ from torch import nn
 
 from . import results
 from .config import ExternalConfig, LesionKDError, name_of_dataset
+from .data.layouts import CATALOGUE, window_of
 from .data.prepare import Prepared, prepare
 from .data.splits import copies
 from .predict import TrainedNetwork, load_network, probabilities
@@ -34,6 +35,9 @@ def mask_dice(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     >>> mask_dice([lesion, lesion, empty], [lesion, lesion[:, ::-1], empty])
     array([1., 0., 1.])
     """
+    for mask in map(np.asarray, (first, second)):
+        if mask.dtype.kind == "f" and not np.isin(mask, (0, 1)).all():
+            raise LesionKDError("masks have values other than 0 and 1: threshold probabilities")
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape or first.ndim != 3:
         raise LesionKDError(f"masks of shapes {first.shape} and {second.shape}; expected (N, H, W)")
@@ -235,13 +239,19 @@ def score_external(run: Result | TrainedNetwork, datasets: tuple[str, ...]) -> d
     summary; empty if the prepared training images are gone) and reported.
     """
     trained = run if isinstance(run, TrainedNetwork) else load_network(run)
+    names = [name_of_dataset(dataset) for dataset in datasets]
+    if len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        raise LesionKDError(f"two data sets are called {twice!r}; rename a folder")
     return {name_of_dataset(dataset): _score_on(trained, dataset) for dataset in datasets}
 
 
 def _score_on(trained: TrainedNetwork, dataset: str) -> External:
-    other = trained.cfg.for_testing(dataset)
+    other = trained.cfg.with_values(window=window_of(trained.cfg)).for_testing(dataset)
     if other.dataset_name == trained.cfg.dataset_name:
-        raise LesionKDError(f"{results.short(trained.path)} was trained on {dataset}")
+        cure = "" if dataset in CATALOGUE else f"; if {dataset} is another one, rename the folder"
+        name = other.dataset_name
+        raise LesionKDError(f"{results.short(trained.path)} was trained on {name}{cure}")
     data = prepare(other)
 
     def make(missing: dict[Path, ExternalConfig]) -> None:

@@ -536,9 +536,11 @@ def build_network(name: str, **options: Any) -> Network:
         return NETWORKS[name](**options)
     try:
         network = getattr(own_module(module), function)(**options)
-    except (AttributeError, TypeError) as error:
+    except LesionKDError:
+        raise
+    except Exception as error:  # it is your code
         given = f"called with {options}" if options else "called without arguments"
-        raise ConfigError(f"network {name!r}, {given}: {error}") from None
+        raise ConfigError(f"network {name!r}, {given}: {type(error).__name__}: {error}") from error
     if not isinstance(network, Network):
         raise ConfigError(
             f"network {name!r} is a {type(network).__name__}; derive it from "
@@ -546,6 +548,13 @@ def build_network(name: str, **options: Any) -> Network:
         )
     require_shapes(network, name)
     return network
+
+
+def sketch(name: str, **options: Any) -> Network:
+    """A network for its names and shapes: without weights, but for one of your own."""
+    own = ":" in name and not name.startswith("timm:")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if own else "meta"):
+        return build_network(name, **options)
 
 
 @torch.no_grad()

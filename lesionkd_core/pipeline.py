@@ -48,7 +48,7 @@ from .losses import (
 )
 from .losses.edge_reasoning import live_in
 from .losses.feature_refinement import empirical_margins
-from .models import EncoderUNet, Network, build_network, freeze, match_levels, stride_of
+from .models import EncoderUNet, Network, freeze, match_levels, sketch, stride_of
 from .predict import build, config_of, load_network
 from .results import C, OtherOptions, Progress, R, Result, Wanted, log, require_options, short
 from .train import Learner, start_fabric, train
@@ -109,12 +109,12 @@ def require_data(data: Prepared, cfg: PrepareConfig) -> None:
     """Refuse prepared arrays of other options or of another data set than `cfg` says."""
     require_options(data, cfg.upstream(PrepareConfig))
     made = data.config["dataset"]
-    if name_of_dataset(made) == cfg.dataset_name:
+    if made == cfg.dataset:
         return
     try:
         content = fingerprint(cfg.upstream(PrepareConfig))
-    except DatasetNotFound:
-        content = ""  # what is not here is not the same folder under another name
+    except DatasetNotFound:  # what is not here is the same if it has the same name
+        content = data.config["upstream"] * (name_of_dataset(made) == cfg.dataset_name)
     if content != data.config["upstream"]:
         raise OtherOptions(
             f"{short(data.path)} was prepared from dataset = {made!r}, not "
@@ -185,12 +185,11 @@ def check_teacher(teacher: Run, data: Prepared, cfg: GraphConfig) -> None:
 
 def check_levels(cfg: GraphConfig) -> None:
     """Refuse feature maps that do not exist or differ in stride, before anything is trained."""
-    with torch.device("meta"):
-        teacher = build_network(cfg.teacher)
-        if not isinstance(cfg, DistillConfig):
-            match_levels(teacher, teacher, (cfg.edge_level.rpartition(":")[2],))
-            return
-        student = build_network(cfg.student, width=cfg.width)
+    teacher = sketch(cfg.teacher)
+    if not isinstance(cfg, DistillConfig):
+        match_levels(teacher, teacher, (cfg.edge_level.rpartition(":")[2],))
+        return
+    student = sketch(cfg.student, width=cfg.width)
     options = {option for term in cfg.terms for option in TERMS[term].options}
     if "levels" in options:
         match_levels(student, teacher, cfg.levels)
@@ -432,6 +431,11 @@ def _train_students(fabric: Fabric, given: _Given, missing: dict[Path, DistillCo
     training = TrainingSet.of(given.data, shared, given.unlabelled)
     if (total := len(training.rows)) > len(training.labelled):
         log.info(f"students use the masks of {len(training.labelled)} of {total} training images")
+    elif any("pseudo" in cfg.losses for cfg in missing.values()):
+        raise ConfigError(
+            "losses: pseudo labels images that have no mask, and none is left: the images of "
+            "unlabelled are copies of your own, or label_fraction keeps every mask"
+        )
     if given.unlabelled and not taught:
         log.warning("warning: no loss term of these students uses images without masks")
     measured = _measure(taught, given, network)
@@ -520,9 +524,10 @@ def arms_of(cfg: AblationConfig, seed: int) -> list[DistillConfig]:
         There is no such arm, or a control has another weight than what it is compared with.
     """
     arms = [arm_config(cfg, arm, seed) for arm in cfg.arms]
+    losses = [resolve(arm.losses) for arm in arms]
     for control, term in CONTROLS.items():
-        weight = {arm.losses[term] for arm in arms if term in arm.losses}
-        for other in {arm.losses[control] for arm in arms if control in arm.losses} - weight:
+        weight = {weights[term] for weights in losses if term in weights}
+        for other in {weights[control] for weights in losses if control in weights} - weight:
             if weight:
                 raise ConfigError(
                     f"arms: {control} = {other:g} is the control of {term} = {min(weight):g} and "
@@ -546,8 +551,7 @@ def require_known(cfg: StageConfig) -> None:
         if isinstance(cfg, DistillConfig):
             require_images_without_masks(cfg)
     elif isinstance(cfg, TeacherConfig):
-        with torch.device("meta"):
-            build_network(cfg.teacher)
+        sketch(cfg.teacher)
 
 
 def ablate(data: Prepared, cfg: AblationConfig) -> Ablation:

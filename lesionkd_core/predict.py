@@ -30,6 +30,7 @@ from .data.images import (
     Case,
     UnreadableFile,
     count_pages,
+    images_in,
     is_volume,
     noted_image,
     read_image,
@@ -249,7 +250,14 @@ def probabilities(network: nn.Module, images: np.ndarray, batch_size: int = 32) 
 def _pixels(image: Picture, cfg: TeacherConfig) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return read_image(Path(image), window_of(cfg))
-    return np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if isinstance(image, Image.Image):
+        if image.mode[0] in "IF":
+            raise LesionKDError(
+                f"predict: an image of mode {image.mode} has more than 8 bits; give its path, or "
+                "scale it to RGB"
+            )
+        image = image.convert("RGB")
+    return np.asarray(image)
 
 
 def predict_folder(
@@ -291,6 +299,7 @@ def predict_folder(
     if threshold is not None and not 0 <= threshold <= 1:
         raise LesionKDError(f"threshold = {threshold}: expected a probability from 0 to 1")
     paths, others = _to_segment(images, out)
+    _refuse_to_overwrite(paths, images, out)
     above = images if images.is_dir() and paths != [images] else images.parent
     results.make_folder(out)
     write = _Writer(student, out, threshold, overlays, pixel_mm)
@@ -324,6 +333,17 @@ def _to_segment(images: Path, out: Path) -> tuple[list[Path], list[Case]]:
     if not images.is_dir():
         raise LesionKDError(f"{images} does not exist; give a folder of images, or one image")
     return images_below(images, leave_out=out.resolve())
+
+
+def _refuse_to_overwrite(paths: list[Path], images: Path, out: Path) -> None:
+    """Refuse a folder with images of the user as `out`; one of earlier masks has `areas.csv`."""
+    place = out.resolve()
+    inside = images.is_dir() and images.resolve() in place.parents and out.is_dir()
+    holds_images = inside and images_in(out) and not (out / "areas.csv").is_file()
+    if holds_images or place in {images.resolve(), *(path.parent.resolve() for path in paths)}:
+        raise LesionKDError(
+            f"out = {out} holds your images, which masks could overwrite; choose another folder"
+        )
 
 
 def _names(paths: list[Path]) -> dict[Path, str]:

@@ -19,10 +19,12 @@ import lesionkd_core as lkd
 from .config import (
     AblationConfig,
     ConfigError,
+    DistillConfig,
     LesionKDError,
     MissingExtra,
     PrepareConfig,
     StageConfig,
+    TeacherConfig,
     nearest,
 )
 from .data.layouts import data_root, fingerprint
@@ -113,11 +115,28 @@ def execute(
 
 
 def executed(notebook: Path, parameters: Values) -> Path:
-    """Where an executed notebook is kept; its name depends on all options and on the data."""
+    """Where an executed notebook is kept; its name depends on all that decides its results.
+
+    These are the options, the content of the data and of the files that they name, your own code,
+    and the student that is exported.
+    """
     cfg = configuration(notebook)(**parameters)
-    content = json.dumps(cfg.model_dump(mode="json"), sort_keys=True)
+    parts: list[object] = [cfg.version, cfg.model_dump(mode="json"), cfg.hashed()]
     if isinstance(cfg, PrepareConfig):
-        content += fingerprint(cfg)
+        parts.append(fingerprint(cfg))
+    if isinstance(cfg, TeacherConfig):
+        parts += [fingerprint(cfg.for_testing(name)) for name in cfg.test_dataset]
+    if isinstance(cfg, DistillConfig):
+        from .data.prepare import unlabelled_config
+        from .losses import own_code
+        from .pipeline import arms_of
+
+        arms = arms_of(cfg, 0) if isinstance(cfg, AblationConfig) else [cfg]
+        parts.append(own_code({term for arm in arms for term in arm.losses}))
+        parts.append(fingerprint(unlabelled_config(cfg)) if cfg.unlabelled else "")
+    if run := getattr(cfg, "run", ""):
+        parts.append(lkd.load_student(run).digest)
+    content = json.dumps(parts, sort_keys=True)
     mark = hashlib.sha256(content.encode()).hexdigest()[:8]
     return runs_root() / "notebooks" / f"{notebook.stem}-{mark}.ipynb"
 
@@ -325,6 +344,8 @@ def sweep_weights(
 
     if weights is None:
         weights = {name: term.sweep for name, term in TERMS.items() if term.sweep}
+        if cfg.label_fraction == 1 and not cfg.unlabelled:
+            del weights["pseudo"]  # every image has a mask
     points: dict[tuple[str, float], dict[str, float | None]] = {("alone", 0.0): {}}
     for arm, values in weights.items():
         losses = arm_config(cfg, arm, 0).losses

@@ -159,3 +159,10 @@ def test_undefined_values_are_left_out_of_mean_and_interval():
     values, groups = np.array([0.5, np.nan, 0.7]), np.array(["a", "b", "c"])
     assert bootstrap_mean(values, groups) == bootstrap_mean(values[[0, 2]], groups[[0, 2]])
     assert np.isnan(bootstrap_mean(np.array([np.nan]), np.array(["a"]))).all()
+
+
+@pytest.mark.fault
+def test_probabilities_are_no_masks():
+    truth = np.zeros((1, 8, 8), bool)
+    with pytest.raises(LesionKDError, match="other than 0 and 1: threshold probabilities"):
+        score_masks(np.full((1, 8, 8), 0.1), truth)

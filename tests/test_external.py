@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lesionkd_core import results
-from lesionkd_core.config import AblationConfig, DistillConfig
+from lesionkd_core.config import AblationConfig, DistillConfig, LesionKDError
 from lesionkd_core.data.layouts import DatasetNotFound
 from lesionkd_core.data.prepare import prepare
 from lesionkd_core.evaluate import held_out_scores, score_external, score_masks
@@ -134,3 +134,15 @@ def test_a_published_student_is_scored_on_other_data_and_not_on_its_own(folders,
 def test_a_mistyped_test_data_set_is_refused(run):
     with pytest.raises(DatasetNotFound, match="did you mean 'busi'"):
         score_external(run, ("busy",))
+
+
+def test_how_the_own_masks_and_groups_are_read_is_not_asked_of_other_data(folders, split_file):
+    cfg = config(folders, split_file, invert_masks=True, group_by="number")
+    other = cfg.for_testing(str(folders[1]))
+    assert (other.invert_masks, other.group_by, other.pixels) == (False, "", cfg.pixels)
+
+
+@pytest.mark.fault
+def test_two_data_sets_of_one_name_are_refused(folders, run):
+    with pytest.raises(LesionKDError, match="two data sets are called 'theirs'; rename a folder"):
+        score_external(run, (str(folders[1]), str(folders[1])))

@@ -421,6 +421,22 @@ def test_test_folders_of_nnunet_that_are_not_read_are_named(data):
     assert "not read: imagesTs/ (1 files), labelsTs/ (1 files)." in doubt
 
 
+def test_sub_folders_that_are_not_read_are_named(data):
+    for part in ("train", "test", "dev"):
+        pairs(data / "parts", f"{part}/images/{{}}.png", f"{part}/masks/{{}}.png", "abcd")
+    [doubt] = listing(PrepareConfig(dataset="parts")).doubts
+    assert "read from test/masks/, train/masks/; not read: dev/ (8 files)" in doubt
+    for site in ("images/a", "images/b", "images/c/1"):
+        pairs(
+            data / "sites",
+            f"{site}/{{}}.png",
+            f"{site.replace('images', 'masks')}/{{}}.png",
+            "abcd",
+        )
+    [doubt] = listing(PrepareConfig(dataset="sites")).doubts
+    assert "not read: images/c/ (4 files), masks/c/ (4 files)" in doubt
+
+
 def test_a_folder_beside_the_masks_is_named_and_masks_that_hardly_differ_are_too(data, runs):
     for k in range(12):
         save(data / "eyes" / "images" / f"{k:02d}_test.png", picture(k))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionkd_core import models
-from lesionkd_core.config import ConfigError, LesionKDError
+from lesionkd_core.config import ConfigError, DistillConfig, LesionKDError
 from lesionkd_core.data.batches import normalize
 from lesionkd_core.losses import FeatureRefinement
 from lesionkd_core.models import (
@@ -27,6 +27,7 @@ from lesionkd_core.models import (
     register,
     stride_of,
 )
+from lesionkd_core.pipeline import require_known
 from tests.conftest import ROOT
 from tests.tiny import drawn
 
@@ -339,6 +340,7 @@ def test_a_network_is_built_from_a_module_beside_the_notebook(tmp_path):
 
 
 MINE = """
+import torch
 from lesionkd_core.models import Network, UNet
 class Half(UNet):
     def forward_features(self, x):
@@ -351,6 +353,8 @@ class Wrong(UNet):
 def half(): return Half(width=2)
 def wrong(): return Wrong(width=2)
 def three(width): return UNet(width=width)
+def broken(): return 1 / 0
+def rates(width): return UNet(width=int(torch.linspace(2, 3, 2)[0].item()))
 """
 
 
@@ -363,6 +367,7 @@ def three(width): return UNet(width=width)
         ("torch.nn:Identity", "is a Identity; derive it from lesionkd_core.models.Network"),
         ("./mine:build", r"'\./mine' cannot be imported.*Give 'mine:name' for what mine\.py holds"),
         ("mine:three", "called without arguments: .*missing 1 required positional argument"),
+        ("mine:broken", r"called without arguments: ZeroDivisionError: division by zero"),
         ("mine:half", r"give logits of shape \(1, 1, 64, 64\), got \(1, 1, 32, 32\)"),
         ("mine:wrong", r"give encoder\.stride2 of shape \(1, 3, 32, 32\), got none"),
     ],
@@ -373,3 +378,11 @@ def test_a_network_that_cannot_be_built_is_refused(name, words, tmp_path, monkey
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     with pytest.raises(ConfigError, match=words):
         build_network(name)
+
+
+def test_a_network_that_reads_numbers_when_it_is_built_can_be_checked(tmp_path, monkeypatch):
+    """Such as the rates of stochastic depth; on the meta device there are none to read."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    require_known(DistillConfig(student="mine:rates", losses=""))

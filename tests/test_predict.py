@@ -130,6 +130,16 @@ def test_pil_images_paths_and_generators_are_images_too(images):
         student.predict(images / "a.png")
 
 
+@pytest.mark.fault
+def test_pil_images_with_more_than_8_bits_are_refused(tmp_path, runs):
+    student = load_student(finished(runs))
+    Image.fromarray(np.full((40, 50), 3000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(LesionKDError, match=r"mode I.* has more than 8 bits; give its path"):
+        student.predict([Image.open(tmp_path / "deep.png")])
+    [found] = student.predict([tmp_path / "deep.png"])
+    assert found.shape == (40, 50)
+
+
 # Folders ------------------------------------------------------------------------------------------
 
 
@@ -206,6 +216,23 @@ def test_masks_among_the_images_are_refused(tmp_path, images):
     save(images / "a_mask.png", lesion(9))
     with pytest.raises(LesionKDError, match=r"holds masks, such as a_mask\.png; give a folder of"):
         predict_folder(load_student(finished(tmp_path)), images, tmp_path / "out")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("given", "out"), [("", ""), ("a.png", ""), ("", "sub"), ("sub", "sub")])
+def test_the_images_are_never_overwritten(tmp_path, images, given, out):
+    save(images / "sub" / "a.png", picture(9))
+    before = {path: path.read_bytes() for path in images.rglob("*.*")}
+    with pytest.raises(LesionKDError, match="holds your images, which masks could overwrite"):
+        predict_folder(load_student(finished(tmp_path)), images / given, images / out, 0.5)
+    assert {path: path.read_bytes() for path in images.rglob("*.*")} == before
+
+
+def test_masks_in_a_folder_of_the_images_can_be_made_again(tmp_path, images):
+    student = load_student(finished(tmp_path))
+    for threshold in (0.1, 0.9):
+        predict_folder(student, images, images / "masks", threshold)
+    assert pixels(images / "masks" / "a.png").max() == 0
 
 
 def test_one_picture_is_enough(tmp_path, images):

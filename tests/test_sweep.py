@@ -115,6 +115,15 @@ def test_an_executed_notebook_is_named_by_all_options_and_the_data(tmp_path, mon
     assert executed(path, {"cases": 20, "device": "cpu"}).name not in names
 
 
+def test_an_executed_notebook_is_named_by_the_content_of_its_files(tmp_path):
+    path, split = notebook(tmp_path / "01_small.ipynb"), tmp_path / "split.csv"
+    names = set()
+    for content in ("id,split\na,train\n", "id,split\na,test\n"):
+        split.write_text(content)
+        names.add(executed(path, {"split_file": str(split)}).name)
+    assert len(names) == 2
+
+
 def test_named_results_must_be_finished(tmp_path, runs):
     folder = runs / "teacher" / "phantom-0123"
     folder.mkdir(parents=True)

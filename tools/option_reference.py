@@ -49,7 +49,8 @@ lkd.TeacherConfig.parameters()     # this page as a table
 leaves text as it is. `-p seeds 3` is the seeds 0, 1 and 2; `-r seeds 3` is the seed 3.
 - Three defaults are those of the profiles smoke / cpu / paper.
 - A result is identified by the content of its data and by the options that change it: not by \
-UNHASHED or a path (images of `unlabelled` count by their content), and not by options of loss terms that are not used.
+UNHASHED or a path (images of `unlabelled` count by their content), and not by options of loss \
+terms that are not used.
 
 Two environment variables name folders: `LESIONKD_DATA` that of the data sets (`data/raw` if not \
 set), `LESIONKD_RUNS` that of the results (`runs`)."""

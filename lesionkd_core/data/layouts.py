@@ -421,16 +421,25 @@ def _places(folder: Path) -> list[_Place]:
 
 def _not_read_beside(folder: Path, places: list[_Place]) -> tuple[str, ...]:
     """Names the folders beside images and masks: other masks, or further cases (nnU-Net)."""
-    if len(places) != 1 or places[0].images == places[0].masks:
+    masks = [place.masks for place in places if place.masks]
+    read = {*masks, *(place.images for place in places)}
+    if not masks or read == {folder}:
         return ()
-    read = places[0].masks
-    beside = [p for p in _folders(folder) if p not in (places[0].images, read) and sources_in(p)]
-    if not beside or not read:
+    known = read | {path.parent for path in read}
+    held = []
+    for above in sorted({folder} | {path.parent for path in read - {folder}}):
+        for path in _folders(above):
+            inner = [path, *(p for p in path.rglob("*") if p.is_dir())] if path not in known else []
+            if count := sum(file.is_file() for p in inner for file in sources_in(p)):
+                held.append(f"{path.relative_to(folder).as_posix()}/ ({count} files)")
+    if not held:
         return ()
-    held = ", ".join(f"{path.name}/ ({len(sources_in(path))} files)" for path in beside)
+    named = [f"{path.relative_to(folder).as_posix()}/" for path in masks]
+    named = [*named[:3], "..."] if len(named) > 3 else named
     return (
-        f"the masks are read from {read.name}/; not read: {held}. If lesions or cases are "
-        "there, list images and masks in a CSV table and give that as dataset (data/own.md)",
+        f"the masks are read from {', '.join(named)}; not read: {', '.join(held)}. If lesions or "
+        "cases are there, list images and masks in a CSV table and give that as dataset "
+        "(data/own.md)",
     )
 
 

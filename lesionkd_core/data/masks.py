@@ -100,7 +100,7 @@ class Rule:
         """Select the lesion: array of any shape -> bool."""
         if self.how in ("over", "up to"):
             return np.asarray((pixels > self.values[0]) == (self.how == "over"))
-        named = np.zeros(pixels.shape, bool)
+        pixels, named = four_digits(pixels), np.zeros(pixels.shape, bool)
         for value in self.values:
             named |= np.isclose(pixels, value) if value % 1 else pixels == value
         return named if self.how == "" else ~named
@@ -175,6 +175,14 @@ def look_at(planes: np.ndarray, lossy: bool) -> Look:
     return Look(kind, np.append(values[:-1][:MANY], values[-1]), _listed(values), between, lossy)
 
 
+def four_digits(values: np.ndarray) -> np.ndarray:
+    """Values that are no integers, as in a map of probabilities, with four digits."""
+    if not (values % 1).any():
+        return values
+    digits = 10.0 ** (4 - np.ceil(np.log10(np.abs(values).max())))
+    return np.asarray(np.rint(values * digits) / digits)
+
+
 def count_values(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values of a mask, ascending, and how many pixels have each.
 
@@ -187,9 +195,7 @@ def count_values(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             found, number = np.flatnonzero(number), number[number > 0]
         else:
             found, number = np.unique(plane, return_counts=True)
-        if (found % 1).any():
-            digits = 10.0 ** (4 - np.ceil(np.log10(np.abs(found).max())))
-            found = np.rint(found * digits) / digits
+        found = four_digits(found)
         values, where = np.unique(np.concatenate([values, found]), return_inverse=True)
         counts = np.bincount(where, np.concatenate([counts, number])).astype(np.int64)
     return values, counts

@@ -133,7 +133,7 @@ def prepare(cfg: PrepareConfig) -> Prepared:
     for name in getattr(cfg, "test_dataset", ()):
         fingerprint(cfg.for_testing(name))  # an error now, not after hours of training
     if isinstance(cfg, DistillConfig) and cfg.unlabelled:
-        prepare(_unlabelled(cfg))
+        prepare(unlabelled_config(cfg))
     if not isinstance(cfg, UnlabelledConfig):
         cfg = cfg.upstream(PrepareConfig)
     upstream = fingerprint(cfg)
@@ -178,7 +178,7 @@ def unlabelled_images(data: Prepared, cfg: DistillConfig) -> Unlabelled | None:
     """
     if not cfg.unlabelled:
         return None
-    others = prepare(_unlabelled(cfg))
+    others = prepare(unlabelled_config(cfg))
     left_out = copies(data.thumbnails, others.thumbnails)
     kept = np.delete(np.arange(len(others.cases)), left_out)
     log.info(
@@ -189,7 +189,8 @@ def unlabelled_images(data: Prepared, cfg: DistillConfig) -> Unlabelled | None:
     return Unlabelled(np.asarray(others.images[kept]), ids, others.digest)
 
 
-def _unlabelled(cfg: DistillConfig) -> UnlabelledConfig:
+def unlabelled_config(cfg: DistillConfig) -> UnlabelledConfig:
+    """The options that prepare the images without masks of a student."""
     return UnlabelledConfig(
         profile=cfg.profile,
         pixels=cfg.pixels,

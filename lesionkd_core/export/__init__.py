@@ -17,7 +17,7 @@ from PIL import Image
 from .. import results
 from ..config import DistillConfig, LesionKDError
 from ..data.images import read_image
-from ..data.layouts import DatasetNotFound
+from ..data.layouts import DatasetNotFound, window_of
 from ..data.phantom import draw
 from ..data.pixels import prepare_image, prepare_mask
 from ..data.prepare import prepare
@@ -190,7 +190,7 @@ def _settings(job: Job, formats: tuple[str, ...]) -> dict[str, object]:
         },
         "size": cfg.pixels,
         "fit": cfg.fit,
-        "window": cfg.window,
+        "window": window_of(cfg),
         "resize": "Pillow's BOX where the image shrinks both ways, BILINEAR otherwise; "
         "the mask comes back BILINEAR; lesion_segment_image does both",
         "threshold": job.threshold,

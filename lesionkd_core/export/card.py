@@ -9,6 +9,7 @@ import pandas as pd
 from .. import results
 from ..config import DistillConfig
 from ..evaluate import SURFACE_TOLERANCE
+from ..losses import needs_teacher
 from ..models import parameter_count
 from ..predict import TrainedNetwork
 
@@ -38,12 +39,14 @@ def facts(student: TrainedNetwork) -> list[str]:
     """Training, scores, licence, use, limits and rights: six paragraphs of plain text."""
     cfg, test = student.cfg, student.summary["test"]
     assert isinstance(cfg, DistillConfig)
-    how = f"by the teacher {cfg.teacher} with {', '.join(cfg.terms)}" if cfg.terms else "alone"
+    kind = f"U-Net of width {cfg.width}" if cfg.student == "unet" else f"network {cfg.student}"
+    how = f"with {', '.join(cfg.terms)}" if cfg.terms else "alone"
+    how += f" from the teacher {cfg.teacher}" if needs_teacher(cfg.terms) else ""
     groups = f"{test['groups']} group{'s' * (test['groups'] != 1)}"
     dice, empty = test["dice"], test["cases"] - test["lesions"]
     alarms = f", {test['false_alarms']} false alarms on {empty} images without a lesion"
     return [
-        f"A U-Net of width {cfg.width} with {parameter_count(student.network):,} parameters, "
+        f"A {kind} with {parameter_count(student.network):,} parameters, "
         f"trained {how} on {cfg.dataset_name} at {cfg.pixels} px (profile {cfg.profile}, seed "
         f"{cfg.seed}).",
         f"On {test['cases']} test cases in {groups}, at threshold 0.5: Dice (95 % "
