@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
@@ -411,6 +411,12 @@ def name_of_dataset(dataset: str) -> str:
     return f"{path.resolve().parent.name}-{path.stem}"
 
 
+def shared_name(datasets: Sequence[str]) -> str:
+    """The name that two of these data sets have; '' if all names differ."""
+    names = [name_of_dataset(dataset) for dataset in datasets]
+    return next((name for name in names if names.count(name) > 1), "")
+
+
 class PrepareConfig(StageConfig):
     """Raw images -> arrays, split and report (stage `prepare`)."""
 
@@ -463,7 +469,7 @@ class PrepareConfig(StageConfig):
     def for_testing(self, dataset: str) -> ExternalConfig:
         """The options that prepare all cases of another data set for testing, in the same way.
 
-        Its masks are inverted and its cases grouped as its own files say.
+        Whether its masks are inverted, and what names its groups, is decided by its own files.
         """
         only = {"split": "test", "split_file": "", "folds": 0, "fold": 0, "cases": 0}
         only |= {"invert_masks": False, "group_by": ""}
@@ -544,9 +550,7 @@ class TeacherConfig(PrepareConfig):
             raise ValueError("split = 'test' leaves no training cases; use test_dataset instead")
         if self.dataset in self.test_dataset:
             raise ValueError(f"test_dataset names {self.dataset!r}, the training data")
-        names = [name_of_dataset(name) for name in (self.dataset, *self.test_dataset)]
-        if len(set(names)) < len(names):
-            twice = max(names, key=names.count)
+        if twice := shared_name((self.dataset, *self.test_dataset)):
             raise ValueError(f"test_dataset: two data sets are called {twice!r}; rename a folder")
         return self
 

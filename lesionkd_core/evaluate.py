@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 from . import results
-from .config import ExternalConfig, LesionKDError, name_of_dataset
+from .config import ExternalConfig, LesionKDError, name_of_dataset, shared_name
 from .data.layouts import CATALOGUE, window_of
 from .data.prepare import Prepared, prepare
 from .data.splits import copies
@@ -239,9 +239,7 @@ def score_external(run: Result | TrainedNetwork, datasets: tuple[str, ...]) -> d
     summary; empty if the prepared training images are gone) and reported.
     """
     trained = run if isinstance(run, TrainedNetwork) else load_network(run)
-    names = [name_of_dataset(dataset) for dataset in datasets]
-    if len(set(names)) < len(names):
-        twice = max(names, key=names.count)
+    if twice := shared_name(datasets):
         raise LesionKDError(f"two data sets are called {twice!r}; rename a folder")
     return {name_of_dataset(dataset): _score_on(trained, dataset) for dataset in datasets}
 

@@ -201,8 +201,8 @@ def require_images_without_masks(cfg: DistillConfig) -> None:
     """Refuse pseudo-labels if every image has a mask: the term would be 0."""
     if "pseudo" in cfg.losses and cfg.label_fraction == 1 and not cfg.unlabelled:
         raise ConfigError(
-            "losses: pseudo labels images that have no mask, and here every training image has "
-            "one; give unlabelled = FOLDER, or label_fraction below 1"
+            "losses: pseudo is for images without masks, and here every training image has its "
+            "mask; give unlabelled = FOLDER, or label_fraction below 1"
         )
 
 
@@ -433,7 +433,7 @@ def _train_students(fabric: Fabric, given: _Given, missing: dict[Path, DistillCo
         log.info(f"students use the masks of {len(training.labelled)} of {total} training images")
     elif any("pseudo" in cfg.losses for cfg in missing.values()):
         raise ConfigError(
-            "losses: pseudo labels images that have no mask, and none is left: the images of "
+            "losses: pseudo is for images without masks, and none is left: the images of "
             "unlabelled are copies of your own, or label_fraction keeps every mask"
         )
     if given.unlabelled and not taught:
@@ -526,13 +526,13 @@ def arms_of(cfg: AblationConfig, seed: int) -> list[DistillConfig]:
     arms = [arm_config(cfg, arm, seed) for arm in cfg.arms]
     losses = [resolve(arm.losses) for arm in arms]
     for control, term in CONTROLS.items():
-        weight = {weights[term] for weights in losses if term in weights}
-        for other in {weights[control] for weights in losses if control in weights} - weight:
-            if weight:
-                raise ConfigError(
-                    f"arms: {control} = {other:g} is the control of {term} = {min(weight):g} and "
-                    f"needs its weight: write {control}={min(weight):g}"
-                )
+        weight = min((weights[term] for weights in losses if term in weights), default=None)
+        other = [weights[control] for weights in losses if control in weights]
+        if weight is not None and other and weight not in other:
+            raise ConfigError(
+                f"arms: {control} = {other[0]:g} is the control of {term} = {weight:g} and needs "
+                f"its weight: write {control}={weight:g}"
+            )
     for arm in arms:
         require_images_without_masks(arm)
     return arms

@@ -340,7 +340,8 @@ def _refuse_to_overwrite(paths: list[Path], images: Path, out: Path) -> None:
     place = out.resolve()
     inside = images.is_dir() and images.resolve() in place.parents and out.is_dir()
     holds_images = inside and images_in(out) and not (out / "areas.csv").is_file()
-    if holds_images or place in {images.resolve(), *(path.parent.resolve() for path in paths)}:
+    folders = {path if path.is_dir() else path.parent for path in [images, *paths]}
+    if holds_images or place in {folder.resolve() for folder in folders}:
         raise LesionKDError(
             f"out = {out} holds your images, which masks could overwrite; choose another folder"
         )

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from lesionkd_core.config import ConfigError, LesionKDError
 from lesionkd_core.data.prepare import prepare
 from lesionkd_core.evaluate import mask_dice
 from lesionkd_core.export import ExportConfig, cost, export_student, formats
+from lesionkd_core.export.card import facts
 from lesionkd_core.export.coreml import write_coreml
 from lesionkd_core.export.executorch import executorch_engine, write_executorch
 from lesionkd_core.export.formats import FORMATS
@@ -243,27 +245,31 @@ def test_an_export_is_complete_and_found_again(student, exported):
     assert (again.path / "model.json").stat().st_mtime_ns == before
     assert "student-int8.onnx" in repr(again)
     card = (exported.path / "model_card.md").read_text()
-    scored = "0.800 [0.700, 0.900]"
-    for said in (
-        scored,
-        "lesions missed",
-        "hd95 is in pixels",
-        "Not a medical device",
-        "patent",
-        "Licence of the",
-    ):
+    parts = "0.800 [0.700, 0.900]", "lesions missed", "hd95 is in pixels", "Not a medical device"
+    for said in (*parts, "patent", "Licence of the"):
         assert said in card
 
 
 def test_the_export_of_a_published_student_keeps_its_card(student, tmp_path):
     file = tmp_path / "mine.safetensors"
-    save_student(student, file)
+    save_student(replace(student, cfg=student.cfg.with_values(dataset="nih-pancreas")), file)
     file.with_suffix(".md").write_text("# Model card: mine\n\nLicence: of my clinic.\n")
     made = export_student(ExportConfig(formats="native"), load_student(file))
     card = (made.path / "model_card.md").read_text()
     start, _, table = card.partition("## The same model in every file")
     assert start == "# Model card: mine\n\nLicence: of my clinic.\n\n"
     assert "| native" in table
+    assert made.model["window"] == "70, 340", "that of the release"
+
+
+def test_the_card_names_a_teacher_only_if_there_was_one_and_the_network_by_its_name(student):
+    def first(**options):
+        return facts(replace(student, cfg=student.cfg.with_values(**options)))[0]
+
+    assert "trained with sobel from the teacher resnet34_unet on" in first(losses="sobel")
+    assert "trained with sobel_mask on" in first(losses="sobel_mask")
+    assert "trained alone on" in first(losses="")
+    assert first(student="mine:tiny").startswith("A network mine:tiny with")
 
 
 def test_an_app_that_follows_model_json_gets_the_golden_mask(exported):

@@ -489,10 +489,6 @@ def test_masks_that_decide_nothing_are_an_error(tmp_path, name):
         decide(look_at_all(saved_cases(tmp_path, files)), *options)
 
 
-if __name__ == "__main__":
-    print(table(int(sys.argv[1])).to_markdown(floatfmt=("", ".0f", ".0%", ".1%")))
-
-
 @pytest.mark.parametrize(
     ("option", "thirds"), [("0.6667, 1", 2), ("all but 0, 0.3333", 2), ("1", 3)]
 )
@@ -500,3 +496,7 @@ def test_values_that_are_no_integers_are_named_with_four_digits(option, thirds):
     """As the line about the masks writes them; the mean of three annotators."""
     pixels = np.arange(4, dtype=np.float32) / np.float32(3)
     assert Rule.parse(option)(pixels).tolist() == [n >= thirds for n in range(4)]
+
+
+if __name__ == "__main__":
+    print(table(int(sys.argv[1])).to_markdown(floatfmt=("", ".0f", ".0%", ".1%")))

@@ -21,6 +21,7 @@ from lesionkd_core.export.native import (
     native_engine,
     pack,
     pack_int8,
+    processor_features,
     segment_image,
     student_header,
     write_native,
@@ -38,11 +39,6 @@ AARCH64 = ("-target", "aarch64-linux-musl", "-static")
 STRICT = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
 FORMATS = ("GRAY", "RGB", "BGR", "RGBA", "BGRA")
 needs_qemu = pytest.mark.skipif(not QEMU, reason="no qemu-aarch64: apt-get install qemu-user")
-
-
-def has_avx2():
-    info = Path("/proc/cpuinfo")
-    return info.exists() and {"avx2", "fma"} <= set(info.read_text().split())
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +295,7 @@ def test_the_builds_of_an_export_are_for_their_processors(folder):
     assert bytes([0x32, 0, 0, 0, 24, 0, 0, 0, 2, 0, 0, 0, 0, 0, 13, 0]) in object_file
 
 
-@pytest.mark.skipif(not has_avx2(), reason="the library for x86-64 needs AVX2")
+@pytest.mark.skipif(not {"avx2", "fma"} <= processor_features(), reason="x86-64 needs AVX2")
 def test_the_x86_64_library_of_an_export_computes_the_mask(student, folder):
     code = ctypes.CDLL(str(folder / "x86_64" / "liblesion.so"))
     code.lesion_image_workspace_size.restype = ctypes.c_size_t

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lesionkd_core import results
+from lesionkd_core import pipeline, results
 from lesionkd_core import train as module
 from lesionkd_core.config import (
     AblationConfig,
@@ -35,13 +35,14 @@ from lesionkd_core.pipeline import (
     distill,
     distill_arms,
     fit_edge_graph,
+    require_data,
     train_teacher,
 )
 from lesionkd_core.predict import build, load_student
 from lesionkd_core.results import OtherOptions
 from lesionkd_core.sweep import sweep_weights
 from lesionkd_core.train import TrainingDiverged, gradients, start_fabric
-from tests.tiny import CFG, OPTIONS
+from tests.tiny import CFG, OPTIONS, image_folder
 
 has_bfloat16 = pytest.mark.skipif(
     not module._multiplies_bfloat16(), reason="no bfloat16 arithmetic"
@@ -379,6 +380,15 @@ def test_a_wrong_folder_of_images_without_masks_is_named_before_anything_is_made
     assert len(seen.images) == 1
 
 
+@pytest.mark.fault
+def test_pseudo_labels_of_copies_alone_are_refused(data, teacher, unmasked, runs):
+    """Copies of the own images are left out, so the term would be 0."""
+    own = data.images[data.index("test")][:3]
+    cfg = CFG.with_values(losses="pseudo", label_fraction=1.0, unlabelled=str(unmasked(0, own)))
+    with pytest.raises(ConfigError, match="none is left: the images of unlabelled are copies"):
+        distill(teacher, None, data, cfg)
+
+
 def test_all_images_of_a_folder_without_masks_are_used(data, unmasked):
     """Also with the profile smoke, which reads 200 cases of a data set."""
     cfg = CFG.with_values(profile="smoke", unlabelled=str(unmasked(201)))
@@ -467,6 +477,16 @@ def test_every_stage_compares_what_it_is_given(data, teacher, graph, runs):
     for stage in stages:
         with pytest.raises(OtherOptions, match="pixels = 32, not 64|teacher_seed = 0, not 1"):
             stage()
+
+
+@pytest.mark.fault
+def test_another_folder_of_the_same_name_is_refused(tmp_path, runs):
+    mine = str(image_folder(tmp_path / "a" / "lesions", 24))
+    theirs = str(image_folder(tmp_path / "b" / "lesions", 25))
+    cfg = TeacherConfig(dataset=mine, pixels=32, cases=0)
+    require_data(prepare(cfg), cfg)
+    with pytest.raises(OtherOptions, match="was prepared from dataset = .*a/lesions', not .*b/les"):
+        require_data(prepare(cfg), cfg.with_values(dataset=theirs))
 
 
 @pytest.mark.fault
@@ -574,6 +594,15 @@ def test_a_sweep_of_weights_uses_validation_cases_and_sweeps_the_edge_of_the_met
     run = distill(teacher, fit_edge_graph(teacher, data, cfg), data, one)
     assert table["run"].iloc[-1] == results.short(run.path)
     assert table["best_val_dice"].iloc[-1] == pytest.approx(run.history["val_dice"].max())
+
+
+def test_a_sweep_of_all_terms_has_pseudo_labels_if_some_images_have_no_mask(data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "teach", lambda *given: asked.append(given[2]) or (None, None))
+    monkeypatch.setattr(pipeline, "distill_arms", lambda *_: [])
+    for fraction in (1, 0.5):
+        sweep_weights(data, AblationConfig(**OPTIONS | {"label_fraction": fraction}))
+    assert asked[1] - asked[0] == {"pseudo"} and asked[0] < asked[1]
 
 
 @pytest.mark.fault

@@ -428,8 +428,8 @@ def _not_read_beside(folder: Path, places: list[_Place]) -> tuple[str, ...]:
     known = read | {path.parent for path in read}
     held = []
     for above in sorted({folder} | {path.parent for path in read - {folder}}):
-        for path in _folders(above):
-            inner = [path, *(p for p in path.rglob("*") if p.is_dir())] if path not in known else []
+        for path in [p for p in _folders(above) if p not in known]:
+            inner = [path, *(p for p in path.rglob("*") if p.is_dir())]
             if count := sum(file.is_file() for p in inner for file in sources_in(p)):
                 held.append(f"{path.relative_to(folder).as_posix()}/ ({count} files)")
     if not held:

@@ -277,7 +277,7 @@ class SobelOfMask(LossTerm):
 
 @register("pseudo", label="pseudo-labels", weight=1.0, sweep=AROUND_ONE)
 class PseudoLabels(SegmentationLoss):
-    """L_seg with the teacher's hard masks (probability above 0.5), without the own masks.
+    """L_seg with the teacher's hard masks (probability above 0.5), where masks are not used.
 
     It is computed on the second half of a batch: as many of all training images as have masks in
     the first. 0 for a batch in which all images have masks.

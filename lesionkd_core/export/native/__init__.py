@@ -292,17 +292,18 @@ def library(int8: bool = False) -> ctypes.CDLL:
 
 def has_int8() -> bool:
     """Whether this processor has dot products of bytes, as LESION_INT8 needs them."""
-    return bool({"avx512_vnni", "avx_vnni", "asimddp"} & _features())
+    return bool({"avx512_vnni", "avx_vnni", "asimddp"} & processor_features())
 
 
-def _features() -> set[str]:
+def processor_features() -> set[str]:
+    """What the processor of this machine has, as Linux names it; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     return set(info.read_text().split()) if info.exists() else set()
 
 
 def for_this_machine() -> tuple[str, ...]:
     """Clang's options for a library for this processor."""
-    wide = "avx512f" in _features()  # clang prefers 256 bits
+    wide = "avx512f" in processor_features()  # clang prefers 256 bits
     return (*_LIBRARY, "-mcpu=native", *(("-mprefer-vector-width=512",) if wide else ()))
 
 
